@@ -1,0 +1,1 @@
+"""nanochat: from raw text to a chat model, in one readable package."""

@@ -1,0 +1,9 @@
+"""The one exception that means: the user can mend this."""
+
+
+class UserError(ValueError):
+    """Bad input or a bad setting. The message names the value, the limit and the remedy.
+
+    Scripts print it as one line and exit with status 1; everything else is a bug and keeps its
+    traceback.
+    """

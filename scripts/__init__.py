@@ -1,0 +1,1 @@
+"""Command-line stages: each module is `main(cfg, runtime)` under a guard."""

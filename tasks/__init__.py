@@ -1,0 +1,1 @@
+"""Datasets of conversations, for training and for evaluation."""

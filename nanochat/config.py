@@ -1,0 +1,241 @@
+"""A frozen dataclass per script <-> command line (tyro) <-> JSON in the checkpoint.
+
+The fields of a training configuration are grouped; on the command line the groups are headings and
+the flags carry no prefix: `--matrix-lr`, not `--learning.matrix-lr`.
+"""
+
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+from nanochat.errors import UserError
+
+T = TypeVar("T")
+
+
+def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
+    """Read a configuration from the command line; unknown flags end the program with status 2."""
+    return tyro.cli(
+        cls,
+        args=sys.argv[1:] if argv is None else list(argv),
+        description=description,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
+    )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as JSON-ready nested dictionaries."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
+    """Rebuild a configuration saved by `to_dict`.
+
+    A field missing in `values` takes its default (an older checkpoint); an unknown one is an error,
+    since dropping a setting silently would change what the run means.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise UserError(
+            f"{where}: unknown setting {', '.join(unknown)} for {cls.__name__}; "
+            "it was written by another version of nanochat: load it with that version"
+        )
+    known: dict[str, Any] = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+            value = from_dict(hint, value, f"{where}.{name}")  # type: ignore[arg-type]
+        elif isinstance(value, list) and _is_tuple(hint):
+            value = tuple(value)
+        known[name] = value
+    return cls(**known)
+
+
+def _is_tuple(hint: Any) -> bool:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_is_tuple(option) for option in typing.get_args(hint))
+    return hint is tuple or typing.get_origin(hint) is tuple
+
+
+@dataclass(frozen=True)
+class Run:
+    """What runs where."""
+
+    tag: str = "default"
+    """Name of this run: checkpoints/<stage>/<tag> and runs/<stage>-<tag>."""
+    seed: int = 1337
+    """Seeds initialisation, data order and sampling."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Activation dtype; weights are always kept in float32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile the loss; auto: on for CUDA, off elsewhere."""
+    resume: bool = False
+    """Continue from the newest checkpoint of this tag (from the start where there is none)."""
+    wandb: str | None = None
+    """Also log to wandb under this run name."""
+    check_replicas: int = 0
+    """Every N steps compare a hash of all parameters across ranks; 0 = never."""
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How many tokens a step sees."""
+
+    device_batch_size: Literal["auto"] | int = "auto"
+    """Rows per rank and micro-batch; auto: the largest that fits and divides the total."""
+    total_batch_size: Literal["auto"] | int = "auto"
+    """Tokens per optimizer step over all ranks; auto: from the scaling rule."""
+    window: int = 1024
+    """Documents that are packed together; larger packs tighter and shuffles wider."""
+    recompute: bool = False
+    """Recompute each block's activations in the backward pass: less memory, about 30 % slower."""
+
+
+@dataclass(frozen=True)
+class Duration:
+    """When training stops: the first of these that is set, in this order."""
+
+    num_steps: int | None = None
+    """Optimizer steps."""
+    epochs: int | None = None
+    """Passes over all sources; an epoch covers every row exactly once."""
+    target_tokens: int | None = None
+    """Training tokens."""
+    target_flops: float | None = None
+    """Training FLOPs, e.g. 1e18."""
+    target_param_data_ratio: float | None = None
+    """Tokens per parameter of the block matrices and the head."""
+
+
+@dataclass(frozen=True)
+class Learning:
+    """Learning rates at a batch of 2^19 tokens and width 768, before the scaling rules."""
+
+    matrix_lr: float = 0.02
+    """Muon: the block matrices."""
+    embedding_lr: float = 0.3
+    """AdamW: token embedding and value embeddings."""
+    head_lr: float = 0.004
+    """AdamW: the output head."""
+    scalar_lr: float = 0.5
+    """AdamW: residual scalars."""
+    gate_lr: float = 0.01
+    """AdamW: the small gate projections."""
+    weight_decay: float | Literal["auto"] = "auto"
+    """Muon's cautious weight decay; auto: from the scaling rule."""
+    lr_scale: float | Literal["auto"] = "auto"
+    """Factor on every learning rate for the batch size; auto: sqrt(B / 2^19), bounded from below."""
+    adam_betas: tuple[float, float] = (0.8, 0.95)
+    """AdamW's moment decay rates."""
+    muon_momentum: tuple[float, float] = (0.85, 0.95)
+    """Muon's momentum: at the start, and after its warm-up."""
+    warmup: float = 0.02
+    """Fraction of the steps with a rising learning rate."""
+    warmdown: float = 0.5
+    """Fraction of the steps, at the end, with a falling learning rate."""
+    final_lr: float = 0.0
+    """Learning rate at the end, as a fraction of its peak."""
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """What is measured on the way."""
+
+    eval_every: int = 250
+    """Steps between evaluations (also at the start and at the end); 0 = only at the end."""
+    eval_tokens: int = 2**19
+    """Held-out tokens per evaluation, at least one batch."""
+    sample_every: int = 0
+    """Steps between printed samples; 0 = only at the end."""
+
+
+@dataclass(frozen=True)
+class Saving:
+    """When checkpoints are written."""
+
+    save_every: int = 0
+    """Steps between checkpoints (there is always one at the end); 0 = only at the end."""
+    keep_last: int = 2
+    """Older checkpoints of this tag are deleted; 0 keeps all."""
+    max_hours: float = 0.0
+    """Save and stop after this long; 0 = no limit."""
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """Pretraining."""
+
+    run: Run = field(default_factory=Run)
+    batching: Batching = field(default_factory=Batching)
+    duration: Duration = field(default_factory=Duration)
+    learning: Learning = field(default_factory=Learning)
+    evaluating: Evaluating = field(default_factory=Evaluating)
+    saving: Saving = field(default_factory=Saving)
+    depth: int = 20
+    """The one dial: number of layers; width, heads, batch, steps and rates follow."""
+    aspect_ratio: int = 64
+    """Width per layer, before rounding up to a multiple of the head size."""
+    head_dim: int = 128
+    """Size of an attention head."""
+    kv_heads: int | None = None
+    """Key/value heads (grouped-query attention); default: as many as query heads."""
+    context_length: int = 2048
+    """Tokens per row."""
+    window_pattern: str = "SSSL"
+    """Attention per layer, repeated over the depth: L full, S half the context; the last is L."""
+    portable: bool = False
+    """Build the plain variant that loads as transformers' own `nanochat` model type."""
+    corpus: str = "climbmix"
+    """Corpus name or path, as encoded by scripts.tok_encode."""
+    mix: tuple[str, ...] = ()
+    """Several corpora by weight instead: climbmix:0.9 ./mybooks:0.1."""
+
+
+@dataclass(frozen=True)
+class MidConfig:
+    """Mid-training: conversations, tasks and replayed pretraining text, all tokens trained."""
+
+    run: Run = field(default_factory=Run)
+    batching: Batching = field(default_factory=Batching)
+    duration: Duration = field(default_factory=lambda: Duration(epochs=1))
+    learning: Learning = field(default_factory=lambda: Learning(warmup=0.0, warmdown=0.2))
+    evaluating: Evaluating = field(default_factory=Evaluating)
+    saving: Saving = field(default_factory=Saving)
+    source: str = "base"
+    """Where the weights come from: a stage, stage/tag, or a checkpoint folder."""
+    corpus: str = "climbmix"
+    """Pretraining corpus that is replayed and on which bits per byte are measured."""
+    mix: tuple[str, ...] = (
+        "smoltalk", "mmlu", "gsm8k", "customjson:2", "simplespelling:0.5", "spellingbee:0.5",
+    )
+    """Tasks as NAME[:weight] or NAME@size[:weight]; a weight of 2 is two passes per epoch."""
+    replay: float = 0.2
+    """Share of the documents' tokens that is replayed pretraining text."""
+    prompt_weight: float = 1.0
+    """Loss weight of tokens the assistant does not produce."""
+    system: Literal["tokens", "merge"] = "tokens"
+    """System message in its own tokens, or merged into the first user message."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What to do with a conversation that does not fit the schema."""
+
+
+@dataclass(frozen=True)
+class SftConfig(MidConfig):
+    """Instruction tuning: conversations and tasks, the assistant's tokens trained."""
+
+    learning: Learning = field(
+        default_factory=lambda: Learning(warmup=0.0, warmdown=1.0, lr_scale="auto")
+    )
+    source: str = "mid"
+    replay: float = 0.0
+    prompt_weight: float = 0.0

@@ -1,0 +1,496 @@
+"""The model: a decoder-only transformer.
+
+B batch, T time, C channels, H query heads, K key/value heads, D head dim, V vocabulary
+
+Rotary positions, QK-norm, weightless RMSNorm, ReLU^2 MLP (arXiv 2109.08668), no biases, untied
+embedding and head, grouped-query attention, logit softcap (Gemma 2, arXiv 2408.00118). Optional:
+value embeddings on alternating layers behind a gate per head (ResFormer, arXiv 2410.17897),
+per-layer scalars on the residual stream and on the first embedding, sliding windows. The portable
+variant has none of the options and loads as transformers' own `nanochat` model type.
+
+Precision: weights are float32; the activations run in `compute_dtype`, to which `Linear` casts its
+weight. Norms, softmax and the loss reduce in float32.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from nanochat.attention import Layout, attend, attend_cached, choose_backend, make_layout
+from nanochat.errors import UserError
+from nanochat.kv_cache import KVCache
+from nanochat.rope import apply_rope, rope_table
+
+NORM_EPS = 1e-6
+LOSS_CHUNK_LOGITS = 2**21
+"""Logits (tokens x vocabulary) that the loss holds at once: 8 MiB in float32, inside an L3 cache."""
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Everything that defines the function; saved in every checkpoint."""
+
+    vocab_size: int
+    n_layer: int = 20
+    n_head: int = 10
+    n_kv_head: int = 10
+    n_embd: int = 1280
+    head_dim: int = 128
+    context_length: int = 2048
+    windows: tuple[int, ...] = ()
+    """Tokens each layer sees, itself included; 0 = all. Empty: all layers see all."""
+    rope_base: float = 10000.0
+    """Rotary base of layers without a window."""
+    windowed_rope_base: float = 10000.0
+    """Rotary base of layers with a window: a longer context leaves it alone."""
+    trained_context_length: int | None = None
+    """The context before it was extended; None: never extended."""
+    value_embeddings: bool = True
+    residual_scalars: bool = True
+    softcap: float = 15.0
+
+    def __post_init__(self) -> None:
+        if self.n_head % self.n_kv_head:
+            raise UserError(
+                f"n_kv_head {self.n_kv_head} must divide n_head {self.n_head}; "
+                "choose a divisor with --kv-heads"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"head_dim {self.head_dim} must be even for rotary embedding")
+        if self.windows and len(self.windows) != self.n_layer:
+            raise UserError(f"{len(self.windows)} windows for {self.n_layer} layers")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """The vocabulary rounded up to a multiple of 64; the extra rows are never predicted."""
+        return -(-self.vocab_size // 64) * 64
+
+    def window(self, layer: int) -> int:
+        return self.windows[layer] if self.windows else 0
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Every other layer, the last one among them."""
+        return self.value_embeddings and layer % 2 == (self.n_layer - 1) % 2
+
+    @property
+    def is_portable(self) -> bool:
+        """Whether transformers' `nanochat` model type computes the same function."""
+        plain = not (self.value_embeddings or self.residual_scalars or any(self.windows))
+        return plain and self.head_dim * self.n_head == self.n_embd
+
+
+def config_from_depth(
+    depth: int,
+    vocab_size: int,
+    *,
+    aspect_ratio: int = 64,
+    head_dim: int = 128,
+    kv_heads: int | None = None,
+    context_length: int = 2048,
+    window_pattern: str = "SSSL",
+    portable: bool = False,
+) -> GPTConfig:
+    """The one dial: width is 64 per layer, rounded up to the head size."""
+    if depth < 1:
+        raise UserError(f"--depth {depth} must be at least 1")
+    if not window_pattern or set(window_pattern) - set("SL"):
+        raise UserError(f"--window-pattern {window_pattern!r} may hold only S and L")
+    width = -(-depth * aspect_ratio // head_dim) * head_dim
+    pattern = "L" if portable else window_pattern
+    sizes = {"L": 0, "S": context_length // 2}
+    windows = [sizes[pattern[layer % len(pattern)]] for layer in range(depth)]
+    windows[-1] = 0
+    return GPTConfig(
+        vocab_size=vocab_size,
+        n_layer=depth,
+        n_head=width // head_dim,
+        n_kv_head=kv_heads or width // head_dim,
+        n_embd=width,
+        head_dim=head_dim,
+        context_length=context_length,
+        windows=tuple(windows) if any(windows) else (),
+        value_embeddings=not portable,
+        residual_scalars=not portable,
+    )
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    """RMSNorm without weights (arXiv 1910.07467) over the last dimension."""
+    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
+
+
+class Linear(nn.Linear):
+    """A bias-free linear map that casts its float32 weight to the activation's dtype."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        C, H, K, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
+        self.layer, self.head_dim = layer, D
+        self.window = config.window(layer)
+        self.query = Linear(C, H * D)
+        self.key = Linear(C, K * D)
+        self.value = Linear(C, K * D)
+        self.out = Linear(H * D, C)
+        self.value_gate = Linear(C, K) if config.has_value_embedding(layer) else None
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        value_embedding: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        attention: Callable[..., torch.Tensor],
+    ) -> torch.Tensor:
+        B, T, _ = x.shape
+        q = self.query(x).view(B, T, -1, self.head_dim)
+        k = self.key(x).view(B, T, -1, self.head_dim)
+        v = self.value(x).view(B, T, -1, self.head_dim)
+        if self.value_gate is not None and value_embedding is not None:
+            # A gate in (0, 2) per head that starts at 1.
+            gate = 2 * torch.sigmoid(self.value_gate(x))[..., None]
+            v = v + gate * value_embedding.view_as(v)
+        q, k = norm(apply_rope(q, *rotary)), norm(apply_rope(k, *rotary))
+        y = attention(q, k, v, self.layer, self.window)
+        return self.out(y.reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.up = Linear(config.n_embd, 4 * config.n_embd)
+        self.down = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.relu(self.up(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.attention = Attention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        value_embedding: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        attention: Callable[..., torch.Tensor],
+    ) -> torch.Tensor:
+        x = x + self.attention(norm(x), value_embedding, rotary, attention)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """Call `init_weights(seed)` before training: the constructor leaves parameters undefined."""
+
+    def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.recompute = False
+        self.backend: str | None = None
+        """Attention backend; None: the best for device and dtype."""
+        V, C = config.padded_vocab_size, config.n_embd
+        self.embedding = nn.Embedding(V, C)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.value_embeddings = nn.ModuleDict(
+            {
+                str(i): nn.Embedding(V, config.n_kv_head * config.head_dim)
+                for i in range(config.n_layer)
+                if config.has_value_embedding(i)
+            }
+        )
+        self.head = Linear(C, V)
+        if config.residual_scalars:
+            self.residual_scale = nn.Parameter(torch.ones(config.n_layer))
+            self.first_scale = nn.Parameter(torch.zeros(config.n_layer))
+        self.token_losses: Callable[..., torch.Tensor] = self._token_losses
+
+    def init_weights(self, seed: int = 0) -> "GPT":
+        """Draw every parameter from one seeded stream, the same on any device; returns self.
+
+        Matrices uniform in +-sqrt(3)/sqrt(C) (standard deviation 1/sqrt(C)), output projections and
+        gates zero, head normal 0.001, embeddings normal 0.8 (value embeddings like matrices).
+        """
+        generator = torch.Generator().manual_seed(seed)
+        bound = math.sqrt(3 / self.config.n_embd)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                value = torch.empty(parameter.shape)
+                if name == "embedding.weight":
+                    value.normal_(0, 0.8, generator=generator)
+                elif name == "head.weight":
+                    value.normal_(0, 0.001, generator=generator)
+                elif name == "residual_scale":
+                    value.fill_(1.0)
+                elif name == "first_scale" or name.endswith(
+                    ("attention.out.weight", "mlp.down.weight", "value_gate.weight")
+                ):
+                    value.zero_()
+                else:
+                    value.uniform_(-bound, bound, generator=generator)
+                parameter.copy_(value)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    def num_parameters(self) -> dict[str, int]:
+        """Parameters by group, padding rows of the vocabulary included."""
+        blocks = sum(p.numel() for p in self.blocks.parameters())
+        gates = sum(p.numel() for n, p in self.blocks.named_parameters() if "value_gate" in n)
+        return {
+            "embedding": self.embedding.weight.numel(),
+            "value_embeddings": sum(p.numel() for p in self.value_embeddings.parameters()),
+            "block_matrices": blocks - gates,
+            "head": self.head.weight.numel(),
+            "gates_and_scalars": gates
+            + (2 * self.config.n_layer if self.config.residual_scalars else 0),
+        }
+
+    def flops_per_token(self, context_length: int | None = None) -> int:
+        """Training FLOPs (forward and backward) per token of a full row, matmuls only.
+
+        6 per matrix parameter; attention 12 * H * D per visible key, with the mean number of keys
+        a causal (windowed) query sees in a row of one document (PaLM, arXiv 2204.02311, app. B).
+        """
+        T = context_length or self.config.context_length
+        counts = self.num_parameters()
+        total = 6 * (counts["block_matrices"] + counts["head"])
+        for layer in range(self.config.n_layer):
+            window = min(self.config.window(layer) or T, T)
+            keys = (window * (window + 1) / 2 + (T - window) * window) / T
+            total += int(12 * self.config.n_head * self.config.head_dim * keys)
+        return total
+
+    def make_layout(self, doc_ids: torch.Tensor | None, shape: tuple[int, int]) -> Layout:
+        backend = self.backend or choose_backend(self.device, self.compute_dtype)
+        windows = tuple(self.config.window(i) for i in range(self.config.n_layer))
+        return make_layout(doc_ids, shape, windows, backend, self.device)
+
+    def _rotary(
+        self, positions: torch.Tensor
+    ) -> dict[bool, tuple[torch.Tensor, torch.Tensor]]:
+        """Windowed? -> cosines and sines (..., 1, D/2) in the compute dtype."""
+        bases = {False: self.config.rope_base, True: self.config.windowed_rope_base}
+        tables = {}
+        for windowed, base in bases.items():
+            cos, sin = rope_table(positions, self.config.head_dim, base)
+            tables[windowed] = (
+                cos[..., None, :].to(self.compute_dtype),
+                sin[..., None, :].to(self.compute_dtype),
+            )
+        return tables
+
+    def _trunk(
+        self, ids: torch.Tensor, positions: torch.Tensor, attention: Callable[..., torch.Tensor]
+    ) -> torch.Tensor:
+        """ids (B, T) -> normalised hidden states (B, T, C) in the compute dtype."""
+        rotary = self._rotary(positions)
+        x = norm(self.embedding(ids).to(self.compute_dtype))
+        first = x
+        for i, block in enumerate(self.blocks):
+            if self.config.residual_scalars:
+                scale, first_scale = self.residual_scale[i], self.first_scale[i]
+                x = scale.to(x.dtype) * x + first_scale.to(x.dtype) * first
+            value = None
+            if str(i) in self.value_embeddings:
+                value = self.value_embeddings[str(i)](ids).to(self.compute_dtype)
+            arguments = (x, value, rotary[self.config.window(i) > 0], attention)
+            if self.recompute and self.training:
+                x = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x = block(*arguments)
+        return norm(x)
+
+    def hidden(self, ids: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """ids (B, T) -> (B, T, C): what the head reads."""
+
+        def attention(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, window: int
+        ) -> torch.Tensor:
+            return attend(q, k, v, layout, window)
+
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        return self._trunk(ids, positions, attention)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., C) -> softcapped float32 logits (..., V) over the real vocabulary."""
+        raw = self.head(hidden)[..., : self.config.vocab_size].float()
+        return self.config.softcap * torch.tanh(raw / self.config.softcap)
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        doc_ids: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        counts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits (B, T, V) float32 after each of ids (B, T).
+
+        With a cache, row b's first counts[b] ids (all of them by default) continue what the cache
+        holds; the rest of the row is padding, its logits are meaningless.
+        """
+        self._check_length(ids.shape[1], cache)
+        if cache is None:
+            return self.logits(self.hidden(ids, self.make_layout(doc_ids, ids.shape)))
+        return self.logits(self._cached_hidden(ids, cache, counts))
+
+    def next_logits(
+        self, ids: torch.Tensor, cache: KVCache, counts: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(B, V) float32: logits after each row's last valid token, appending ids to the cache."""
+        self._check_length(ids.shape[1], cache)
+        hidden = self._cached_hidden(ids, cache, counts)
+        if counts is None:
+            return self.logits(hidden[:, -1])
+        last = (counts - 1).clamp(min=0)
+        return self.logits(hidden[torch.arange(len(ids), device=ids.device), last])
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """An empty cache in the compute dtype on the model's device."""
+        if capacity > self.config.context_length:
+            self._check_length(capacity, None)
+        return KVCache(
+            self.config.n_layer,
+            self.config.n_kv_head,
+            self.config.head_dim,
+            batch_size,
+            capacity,
+            dtype=self.compute_dtype,
+            device=self.device,
+        )
+
+    def _check_length(self, T: int, cache: KVCache | None) -> None:
+        if T > self.config.context_length:
+            raise UserError(
+                f"{T} tokens are more than the context length {self.config.context_length}; "
+                "shorten the input, or extend the model with mid_train --context-length"
+            )
+        if cache is not None and T > cache.capacity:
+            raise ValueError(f"{T} tokens do not fit into a cache of {cache.capacity}")
+
+    def _cached_hidden(
+        self, ids: torch.Tensor, cache: KVCache, counts: torch.Tensor | None
+    ) -> torch.Tensor:
+        T = ids.shape[1]
+        slots = cache.lengths[:, None] + torch.arange(T, device=ids.device)  # (B, T)
+        slot = torch.arange(cache.capacity, device=ids.device)
+        distance = slots[:, :, None] - slot  # (B, T, S)
+        visible = {}
+        for window in {self.config.window(i) for i in range(self.config.n_layer)}:
+            seen = distance >= 0
+            if window > 0:
+                seen = seen & (distance < window)
+            visible[window] = seen[:, None]
+        # Padding beyond the capacity is written onto the last slot and never read: a row that is
+        # that full ends there.
+        targets = slots.clamp(max=cache.capacity - 1)
+
+        def attention(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, window: int
+        ) -> torch.Tensor:
+            keys, values = cache.append(layer, targets, k, v)
+            return attend_cached(q, keys, values, visible[window])
+
+        hidden = self._trunk(ids, slots, attention)
+        cache.lengths += T if counts is None else counts
+        return hidden
+
+    def nll(
+        self, inputs: torch.Tensor, targets: torch.Tensor, doc_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Negative log-likelihood (B, T) float32 in nats; 0 where the target is -1.
+
+        The head runs in chunks and again in the backward pass, so that (B*T, V) logits never exist
+        at once. Longer rows than the context raise UserError.
+        """
+        self._check_length(inputs.shape[1], None)
+        layout = self.make_layout(doc_ids, inputs.shape)
+        return self.token_losses(inputs, targets, layout)
+
+    def _token_losses(
+        self, inputs: torch.Tensor, targets: torch.Tensor, layout: Layout
+    ) -> torch.Tensor:
+        hidden = self.hidden(inputs, layout).flatten(0, 1)  # (B*T, C)
+        losses = SoftcappedLoss.apply(
+            hidden, self.head.weight, targets.flatten(), self.config.softcap, self.config.vocab_size
+        )
+        return losses.view_as(targets)
+
+    def compile_loss(self) -> None:
+        """Compile the loss graph; the layout stays outside, so documents never recompile it."""
+        self.token_losses = torch.compile(self._token_losses, fullgraph=True, dynamic=False)
+
+
+class SoftcappedLoss(torch.autograd.Function):
+    """Cross entropy of softcapped logits of a linear head, chunk by chunk.
+
+    hidden (N, C), weight (V', C) with V' >= V rows, targets (N,) with -1 ignored -> (N,) float32.
+    The backward pass computes each chunk's logits again and turns them into their own gradient in
+    place, so a chunk stays in the cache. Equal to F.cross_entropy(softcap * tanh(hidden @ weight.T
+    / softcap)) (the test's slow twin).
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        softcap: float,
+        vocab_size: int,
+    ) -> torch.Tensor:
+        cast = weight[:vocab_size].to(hidden.dtype)
+        losses, normalizers = [], []
+        for rows in _chunks(len(hidden), vocab_size):
+            logits = F.linear(hidden[rows], cast).float().div_(softcap).tanh_().mul_(softcap)
+            target = targets[rows]
+            normalizer = logits.logsumexp(dim=-1)
+            chosen = logits.gather(1, target.clamp(min=0)[:, None])[:, 0]
+            losses.append(torch.where(target >= 0, normalizer - chosen, 0.0))
+            normalizers.append(normalizer)
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(normalizers))
+        ctx.softcap, ctx.vocab_size = softcap, vocab_size  # type: ignore[attr-defined]
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx, grad_output: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, targets, normalizers = ctx.saved_tensors  # type: ignore[attr-defined]
+        softcap, vocab_size = ctx.softcap, ctx.vocab_size  # type: ignore[attr-defined]
+        cast = weight[:vocab_size].to(hidden.dtype)
+        grad_hidden = []
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        scale = torch.where(targets >= 0, grad_output, 0.0)
+        for rows in _chunks(len(hidden), vocab_size):
+            capped = F.linear(hidden[rows], cast).float().div_(softcap).tanh_()
+            # d nll / d raw logit = (softmax - onehot) * (1 - tanh^2)
+            grad = (capped * softcap).sub_(normalizers[rows, None]).exp_()
+            index = targets[rows].clamp(min=0)[:, None]
+            grad.scatter_add_(1, index, grad.new_full((1, 1), -1.0).expand_as(index))
+            grad.mul_(capped.square_().neg_().add_(1)).mul_(scale[rows, None])
+            grad_raw = grad.to(hidden.dtype)
+            grad_hidden.append(grad_raw @ cast)
+            grad_weight[:vocab_size] += grad_raw.t() @ hidden[rows]
+        return torch.cat(grad_hidden), grad_weight.to(weight.dtype), None, None, None
+
+
+def _chunks(tokens: int, vocab_size: int) -> list[slice]:
+    size = max(64, LOSS_CHUNK_LOGITS // vocab_size)
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]

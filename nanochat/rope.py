@@ -1,0 +1,39 @@
+"""Rotary position embedding (RoFormer, arXiv 2104.09864) and its long-context base.
+
+B batch, T time, H heads, D head dim
+"""
+
+import torch
+
+
+def inverse_frequencies(head_dim: int, base: float, device: torch.device | None = None) -> torch.Tensor:
+    """(D/2,) float32: radians per position of each rotated pair."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    return base**-exponents
+
+
+def rope_table(positions: torch.Tensor, head_dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines, each positions.shape + (D/2,), float32."""
+    angles = positions.float()[..., None] * inverse_frequencies(head_dim, base, positions.device)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the halves of each head against each other.
+
+    x (B, T, H, D); cos, sin broadcastable to (B, T, 1, D/2) in x's dtype. Pair i is (i, i + D/2),
+    turned by -angle, as in transformers' `nanochat` model type.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+
+
+def extended_base(base: float, head_dim: int, old_length: int, new_length: int) -> float:
+    """The rotary base for a longer context: base * (L'/L)^(D/(D-2)), ABF (arXiv 2309.16039).
+
+    The slowest pair then turns over L' positions as far as it did over L. L' = L is the identity.
+
+    >>> extended_base(10000.0, 64, 512, 512)
+    10000.0
+    """
+    return base * (new_length / old_length) ** (head_dim / (head_dim - 2))

@@ -1,0 +1,549 @@
+"""Memory-mapped token ids of many documents, encoded once; training never tokenizes.
+
+A store is a folder:
+
+    tokens.bin    the ids of all documents, end to end (uint16; uint32 if the vocabulary needs it)
+    mask.bin      one byte a token, for conversations only: bit 0 the loss mask, above it the role
+                  (`nanochat.tokenizer.pack_mask`)
+    offsets.npy   (documents + 1,) int64: document i is tokens[offsets[i] : offsets[i + 1]]
+    meta.json     what it was made from (tokenizer hash, source fingerprint) and how large it is
+
+It is written under a temporary name and renamed, so a folder with the final name is complete; sizes
+are checked again when it is opened. Large sources are encoded in slices by several processes: a
+slice is itself a store, and `merge_stores` puts slices end to end.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import pickle
+import re
+import shutil
+import tempfile
+import time
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from nanochat import conversation, paths
+from nanochat.errors import UserError
+from nanochat.tokenizer import SystemStyle, Tokenizer, pack_mask, unpack_mask
+
+VERSION = 1
+_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+# Below this many rows the processes would take longer to start than they save.
+_PARALLEL_FROM = 20_000
+_SLICE_ROWS = 4_000
+
+
+class TokenStore:
+    """Random access to the documents of a store folder. Use `TokenStore.open`."""
+
+    def __init__(self, folder: Path, meta: dict[str, Any]):
+        self.folder = folder
+        self.meta = meta
+        self.num_tokens: int = meta["num_tokens"]
+        self.has_mask: bool = meta["has_mask"]
+        dtype = _DTYPES[meta["dtype"]]
+        # The plain ndarray view of a memmap: slicing the subclass costs several times as much.
+        self._tokens = _map(folder / "tokens.bin", dtype, self.num_tokens)
+        self._mask = _map(folder / "mask.bin", np.dtype("u1"), self.num_tokens, self.has_mask)
+        try:
+            offsets = np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise _torn(folder / "offsets.npy", f"cannot be read ({error})") from error
+        if offsets.dtype != np.int64 or offsets.shape != (meta["num_documents"] + 1,):
+            raise _torn(
+                folder / "offsets.npy",
+                f"holds {offsets.dtype} {offsets.shape}, meta.json promises int64 "
+                f"({meta['num_documents'] + 1},)",
+            )
+        self._offsets = offsets.view(np.ndarray)
+        if self._offsets[0] != 0 or self._offsets[-1] != self.num_tokens:
+            raise _torn(
+                folder / "offsets.npy",
+                f"ends at token {self._offsets[-1]}, meta.json promises {self.num_tokens}",
+            )
+
+    @classmethod
+    def open(cls, folder: Path, tokenizer_hash: str | None = None) -> "TokenStore":
+        """Open a store; `UserError` if it is missing, torn or of another tokenizer.
+
+        The tokenizer is only checked if its hash is given.
+        """
+        folder = Path(folder)
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(
+                f"{folder} is no token store (no meta.json in it); build it first, for example "
+                "with python -m scripts.tok_encode"
+            ) from error
+        except ValueError as error:
+            raise _torn(folder / "meta.json", f"is not valid JSON ({error})") from error
+        wanted: dict[str, type] = {
+            "version": int,
+            "tokenizer_hash": str,
+            "fingerprint": str,
+            "num_documents": int,
+            "num_tokens": int,
+            "has_mask": bool,
+            "dtype": str,
+        }
+        if not isinstance(meta, dict) or not all(
+            isinstance(meta.get(key), kind) for key, kind in wanted.items()
+        ):
+            raise _torn(folder / "meta.json", f"lacks one of {', '.join(wanted)}")
+        if meta["version"] != VERSION:
+            raise UserError(
+                f"{folder} is a token store of format {meta['version']}, this program reads format "
+                f"{VERSION}; delete the folder and build it again"
+            )
+        if meta["dtype"] not in _DTYPES:
+            raise _torn(folder / "meta.json", f"names the unknown dtype {meta['dtype']!r}")
+        if tokenizer_hash is not None and meta["tokenizer_hash"] != tokenizer_hash:
+            raise UserError(
+                f"{folder} was encoded with the tokenizer {meta['tokenizer_hash'][:12]}, the one "
+                f"in use is {tokenizer_hash[:12]}; build the store again or use its tokenizer"
+            )
+        return cls(folder, meta)
+
+    @classmethod
+    def open_if_current(
+        cls, folder: Path, tokenizer_hash: str, fingerprint: str
+    ) -> "TokenStore | None":
+        """The store if it is complete and made from exactly this, else None: (re)build it."""
+        try:
+            store = cls.open(folder, tokenizer_hash)
+        except UserError:
+            return None
+        return store if store.meta["fingerprint"] == fingerprint else None
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def __len__(self) -> int:
+        """Documents in the store."""
+        return len(self._offsets) - 1
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        """Tokens in each of the documents `indices`; int64, same shape."""
+        return self._offsets[indices + 1] - self._offsets[indices]
+
+    def _span(self, index: int, start: int, stop: int | None) -> slice:
+        if not 0 <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)} in {self.folder}")
+        first, end = int(self._offsets[index]), int(self._offsets[index + 1])
+        return slice(min(first + start, end), end if stop is None else min(first + stop, end))
+
+    def ids(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens `start:stop` of document `index`: a read-only view, nothing is copied."""
+        return self._tokens[self._span(index, start, stop)]
+
+    def mask_bytes(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray | None:
+        """The bytes of mask.bin for the same tokens as `ids`; None for plain documents."""
+        return None if self._mask is None else self._mask[self._span(index, start, stop)]
+
+    def mask(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray | None:
+        """The loss mask (0 or 1, uint8) of the same tokens as `ids`; None for plain documents."""
+        packed = self.mask_bytes(index, start, stop)
+        return None if packed is None else unpack_mask(packed)[0]
+
+
+def _torn(path: Path, what: str) -> UserError:
+    return UserError(f"{path} {what}: the store is torn; delete {path.parent} and build it again")
+
+
+def _map(path: Path, dtype: np.dtype, count: int, wanted: bool = True) -> Any:
+    """A read-only view of a file of `count` items; UserError if it has another size."""
+    if not wanted:
+        return None
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise _torn(path, "is missing") from error
+    if size != count * dtype.itemsize:
+        raise _torn(path, f"has {size} bytes, meta.json promises {count * dtype.itemsize}")
+    if count == 0:  # an empty file cannot be mapped
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
+
+
+class StoreWriter:
+    """Writes a store; the folder appears when the `with` block ends without an error.
+
+        with StoreWriter(folder, vocab_size=tokenizer.vocab_size,
+                         tokenizer_hash=tokenizer.hash, fingerprint=corpus.fingerprint("train")
+                         ) as writer:
+            for text in texts:
+                writer.add([tokenizer.bos, *tokenizer.encode(text)])
+
+    An existing store of that name is replaced then. Memory: 8 bytes a document. `meta` may carry
+    further JSON values; set it (`writer.extra[...] = ...`) at any time before the block ends.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        vocab_size: int,
+        tokenizer_hash: str,
+        fingerprint: str,
+        with_mask: bool = False,
+        extra: Mapping[str, Any] | None = None,
+    ):
+        self.folder = Path(folder)
+        self.vocab_size = vocab_size
+        self.with_mask = with_mask
+        self.num_documents = 0
+        self.num_tokens = 0
+        self.extra = dict(extra or {})
+        self._made_from = {"tokenizer_hash": tokenizer_hash, "fingerprint": fingerprint}
+        self._dtype_name = "uint16" if vocab_size <= 2**16 else "uint32"
+        self._dtype = _DTYPES[self._dtype_name]
+        self._lengths = array("q")
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "StoreWriter":
+        self._temporary = self._stack.enter_context(paths.atomic_folder(self.folder))
+        names = ("tokens.bin", "mask.bin") if self.with_mask else ("tokens.bin",)
+        self._files: dict[str, BinaryIO] = {
+            name: self._stack.enter_context((self._temporary / name).open("wb", buffering=1 << 20))
+            for name in names
+        }
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # Everything goes through the stack, so that an error here (a full disk) removes the
+        # temporary folder as well and never leaves a store behind.
+        if error is not None:
+            self._stack.__exit__(kind, error, traceback)
+            return
+        with self._stack:
+            self._finish()
+
+    def add(
+        self, ids: Sequence[int] | np.ndarray, mask: Sequence[int] | np.ndarray | None = None
+    ) -> None:
+        """Append one document of at least one token.
+
+        `mask`, with a store `with_mask` only, has one byte a token: a plain 0/1 mask or the bytes
+        of `nanochat.tokenizer.pack_mask`.
+        """
+        tokens = np.asarray(ids, dtype=np.int64)
+        if tokens.ndim != 1 or len(tokens) == 0:
+            raise ValueError(f"document {self.num_documents} has the shape {tokens.shape}")
+        lowest, highest = int(tokens.min()), int(tokens.max())
+        if lowest < 0 or highest >= self.vocab_size:
+            raise UserError(
+                f"document {self.num_documents} has token id {lowest if lowest < 0 else highest}, "
+                f"outside the vocabulary of {self.vocab_size}; was another tokenizer used?"
+            )
+        if (mask is None) == self.with_mask:
+            raise ValueError(f"with_mask={self.with_mask}, but mask is {type(mask).__name__}")
+        if mask is not None:
+            packed = np.asarray(mask, dtype=np.uint8)
+            if packed.shape != tokens.shape:
+                raise ValueError(f"{packed.shape} mask bytes for {tokens.shape} tokens")
+            self._files["mask.bin"].write(packed.tobytes())
+        self._files["tokens.bin"].write(tokens.astype(self._dtype).tobytes())
+        self._lengths.append(len(tokens))
+        self.num_documents += 1
+        self.num_tokens += len(tokens)
+
+    def _finish(self) -> None:
+        offsets = np.zeros(self.num_documents + 1, dtype=np.int64)
+        if self.num_documents:
+            np.cumsum(np.frombuffer(self._lengths, dtype=np.int64), out=offsets[1:])
+        np.save(self._temporary / "offsets.npy", offsets)
+        self._write_meta()
+
+    def _write_meta(self) -> None:
+        # The files are closed first: their buffers must be on disk before the folder is renamed.
+        for file in self._files.values():
+            file.close()
+        meta = {
+            **self.extra,
+            **self._made_from,
+            "version": VERSION,
+            "num_documents": self.num_documents,
+            "num_tokens": self.num_tokens,
+            "has_mask": self.with_mask,
+            "dtype": self._dtype_name,
+        }
+        text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
+        (self._temporary / "meta.json").write_text(text, encoding="utf-8")
+
+
+class _Merger(StoreWriter):
+    """A writer that takes whole stores instead of documents."""
+
+    def __init__(self, folder: Path, slices: Sequence[TokenStore], **settings: Any):
+        super().__init__(folder, **settings)
+        self._slices = slices
+
+    def _finish(self) -> None:
+        total = sum(len(piece) for piece in self._slices)
+        # Mapped, not in memory: the offsets of a large corpus take gigabytes.
+        offsets = np.lib.format.open_memmap(
+            self._temporary / "offsets.npy", mode="w+", dtype=np.int64, shape=(total + 1,)
+        )
+        offsets[0] = 0
+        for piece in self._slices:
+            for name, target in self._files.items():
+                with (piece.folder / name).open("rb") as source:
+                    shutil.copyfileobj(source, target, 1 << 22)
+            first, end = self.num_documents, self.num_documents + len(piece)
+            offsets[first + 1 : end + 1] = piece._offsets[1:] + self.num_tokens
+            self.num_documents = end
+            self.num_tokens += piece.num_tokens
+        offsets.flush()
+        del offsets
+        self._write_meta()
+
+
+def merge_stores(
+    folder: Path,
+    slices: Sequence[Path],
+    *,
+    vocab_size: int,
+    tokenizer_hash: str,
+    fingerprint: str,
+    extra: Mapping[str, Any] | None = None,
+) -> TokenStore:
+    """One store from several, end to end in the given order. The slices are left as they are.
+
+    All must have been written with this tokenizer, and all with or all without a mask.
+    """
+    stores = [TokenStore.open(piece, tokenizer_hash) for piece in slices]
+    if not stores:
+        raise UserError(f"{folder} would be merged from no slices at all; encode some first")
+    if len({store.has_mask for store in stores}) > 1:
+        raise UserError(f"{folder} cannot be merged from slices with and without a loss mask")
+    with _Merger(
+        folder,
+        stores,
+        vocab_size=vocab_size,
+        tokenizer_hash=tokenizer_hash,
+        fingerprint=fingerprint,
+        with_mask=stores[0].has_mask,
+        extra=extra,
+    ):
+        pass
+    return TokenStore.open(folder, tokenizer_hash)
+
+
+def build_store(
+    folder: Path,
+    documents: Iterable[tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray | None]],
+    *,
+    tokenizer: Tokenizer,
+    fingerprint: str,
+    with_mask: bool = False,
+) -> TokenStore:
+    """A store of `(ids, mask)` documents in one process; reused if it is there and current."""
+    store = TokenStore.open_if_current(folder, tokenizer.hash, fingerprint)
+    if store is not None:
+        return store
+    with StoreWriter(
+        folder,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_hash=tokenizer.hash,
+        fingerprint=fingerprint,
+        with_mask=with_mask,
+    ) as writer:
+        for ids, mask in documents:
+            writer.add(ids, mask)
+    return TokenStore.open(folder, tokenizer.hash)
+
+
+# Conversations
+
+
+class ConversationTask(Protocol):
+    """What `conversations_store` needs of a task (every `tasks.common.Task` has it)."""
+
+    name: str
+    split: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+    def fingerprint(self) -> str: ...
+
+
+BadRows = Literal["error", "skip"]
+
+
+class _Settings(NamedTuple):
+    """How conversations are rendered, in a form that travels to worker processes."""
+
+    max_tokens: int | None
+    system: SystemStyle
+    bad_rows: BadRows
+
+
+def conversations_store(
+    task: ConversationTask,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int | None = None,
+    system: SystemStyle = "tokens",
+    bad_rows: BadRows = "error",
+    num_workers: int | None = None,
+    folder: Path | None = None,
+) -> TokenStore:
+    """The rendered conversations of a task with their loss masks and roles.
+
+    Each conversation is validated here, once. A bad one raises `UserError` naming task, split, row
+    and what is wrong; with `bad_rows="skip"` it is left out, counted in `meta["skipped"]` and
+    reported on the console. `max_tokens` keeps the beginning of longer conversations; without it
+    the packer cuts them like any long document.
+
+    The folder is `stores_dir()/<task>-<split>-<digest>` unless given, the digest covering tokenizer
+    and content: runs with other settings don't overwrite each other's stores. It is reused when
+    current. Tasks of 20,000 rows and more are rendered by `num_workers` processes (default: one a
+    CPU); their number never changes the result. With several ranks, call it on one per machine
+    first, then behind a barrier on the others.
+    """
+    where = f"{task.name}/{task.split}"
+    if len(task) == 0:
+        raise UserError(f"{where} has no rows; check the split's name and the task's files")
+    content = json.dumps([task.fingerprint(), max_tokens, system, VERSION])
+    fingerprint = hashlib.sha256(content.encode()).hexdigest()
+    if folder is None:
+        digest = hashlib.sha256((tokenizer.hash + fingerprint).encode()).hexdigest()[:10]
+        safe = re.sub(r"[^A-Za-z0-9._-]+", "_", f"{task.name}-{task.split}")
+        folder = paths.stores_dir() / f"{safe}-{digest}"
+    store = TokenStore.open_if_current(folder, tokenizer.hash, fingerprint)
+    if store is not None and (bad_rows == "skip" or not store.meta.get("skipped")):
+        return store
+
+    settings = _Settings(max_tokens, system, bad_rows)
+    made_from: dict[str, Any] = {
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_hash": tokenizer.hash,
+        "fingerprint": fingerprint,
+    }
+    workers = num_workers or os.cpu_count() or 1
+    if len(task) < _PARALLEL_FROM or workers == 1 or not _can_pickle(task):
+        with StoreWriter(folder, with_mask=True, **made_from) as writer:
+            rows = _progress(range(len(task)), len(task), where)
+            skipped = _render_rows(writer, task, tokenizer, rows, settings)
+            _note_skipped(writer.extra, skipped, where, writer.num_documents)
+        return TokenStore.open(folder, tokenizer.hash)
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent
+    ) as parts:
+        starts = range(0, len(task), _SLICE_ROWS)
+        jobs = [
+            (Path(parts) / f"{start:012d}", start, min(start + _SLICE_ROWS, len(task)))
+            for start in starts
+        ]
+        # spawn: forking a process in which torch has started its threads can deadlock.
+        with multiprocessing.get_context("spawn").Pool(
+            min(workers, len(jobs)), _start_worker, (task, tokenizer, settings, made_from)
+        ) as pool:
+            done = _progress(pool.imap(_render_slice, jobs), len(jobs), where)
+            skipped = [reason for reasons in done for reason in reasons]
+        extra: dict[str, Any] = {}
+        _note_skipped(extra, skipped, where, len(task) - len(skipped))
+        return merge_stores(folder, [job[0] for job in jobs], extra=extra, **made_from)
+
+
+def _render_rows(
+    writer: StoreWriter,
+    task: ConversationTask,
+    tokenizer: Tokenizer,
+    rows: Iterable[int],
+    settings: _Settings,
+) -> list[str]:
+    """Validate, render and write `rows`; the reasons of those skipped."""
+    skipped = []
+    for i in rows:
+        where = f"{task.name}/{task.split} row {i}"
+        try:
+            row = task[i]
+            conversation.validate(row, where)
+            ids, mask, roles = tokenizer.render_roles(row, settings.max_tokens, settings.system)
+        except UserError as error:
+            reason = str(error) if where in str(error) else f"{where}: {error}"
+            if settings.bad_rows == "error":
+                raise UserError(f"{reason} (or skip such rows with --bad-rows skip)") from error
+            skipped.append(reason)
+            continue
+        writer.add(ids, pack_mask(mask, roles))
+    return skipped
+
+
+def _note_skipped(extra: dict[str, Any], skipped: list[str], where: str, kept: int) -> None:
+    if not skipped:
+        return
+    if kept == 0:
+        raise UserError(f"{where}: all {len(skipped)} rows are bad; the first: {skipped[0]}")
+    extra["skipped"] = len(skipped)
+    extra["first_skipped"] = skipped[:5]
+    Console(stderr=True).print(
+        f"{where}: skipped {len(skipped)} of {kept + len(skipped)} rows; the first: {skipped[0]}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _can_pickle(task: object) -> bool:
+    try:
+        pickle.dumps(task)
+    except Exception:  # whatever a foreign object's pickling raises, one process will do
+        return False
+    return True
+
+
+_worker: tuple[ConversationTask, Tokenizer, _Settings, dict[str, Any]]
+
+
+def _start_worker(*everything: Any) -> None:
+    """Keep what every slice needs in the worker: pickled once a process, not once a slice."""
+    global _worker
+    _worker = everything
+
+
+def _render_slice(job: tuple[Path, int, int]) -> list[str]:
+    folder, start, stop = job
+    task, tokenizer, settings, made_from = _worker
+    with StoreWriter(folder, with_mask=True, **made_from) as writer:
+        return _render_rows(writer, task, tokenizer, range(start, stop), settings)
+
+
+def _progress(items: Iterable[Any], total: int, label: str) -> Iterator[Any]:
+    """Pass `items` on, with a bar on a terminal and else a line with an ETA twice a minute."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with Progress(console=console, transient=True) as progress:
+            yield from progress.track(items, total=total, description=label)
+        return
+    start = last = time.monotonic()
+    for i, item in enumerate(items):
+        yield item
+        now = time.monotonic()
+        if now - last > 30:
+            last = now
+            left = (now - start) / (i + 1) * (total - i - 1)
+            console.print(f"{label}: {i + 1}/{total}, {left:.0f} s left", highlight=False)

@@ -1,0 +1,263 @@
+"""Files from the Hugging Face hub, or a mirror of it, that are whole or not there at all.
+
+`huggingface_hub` speaks to the server; what is added here is that a download goes on where an
+earlier process was stopped, that several run beside each other under one progress bar, and that
+nothing gets its final name before it was verified.
+"""
+
+import hashlib
+import logging
+import os
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanochat import paths
+from nanochat.errors import UserError
+from nanochat.progress import Bar, progress_bar
+
+_ATTEMPTS = 6  # in a row without a new byte, before giving up
+_FIRST_WAIT = 1.0  # seconds before the second attempt, doubled from one to the next
+_LONGEST_WAIT = 30.0
+
+
+def _endpoint() -> str | None:
+    """A mirror to use instead of the hub; read at each call, the hub's client reads it once."""
+    return (os.environ.get("HF_ENDPOINT") or "").rstrip("/") or None
+
+
+def list_files(repository: str, extensions: tuple[str, ...]) -> list[str]:
+    """The names of a data set's files with one of the extensions, sorted."""
+    from huggingface_hub import HfApi
+
+    try:
+        files = HfApi(endpoint=_endpoint()).list_repo_files(repository, repo_type="dataset")
+    except Exception as error:  # the client's errors differ by version and transport
+        raise UserError(f"the files of {repository} cannot be listed: {_line(error)}") from error
+    files = sorted(file for file in files if Path(file).suffix in extensions)
+    if not files:
+        raise UserError(
+            f"{repository} has no {', '.join(extensions)} file; choose another data set"
+        )
+    return files
+
+
+def fetch_files(repository: str, files: list[str], folder: Path, workers: int) -> None:
+    """Download `files` into `folder`, `workers` at a time; each appears when it is verified.
+
+    Dropped and stalled connections are resumed, with growing pauses. After `_ATTEMPTS` failures in
+    a row without a new byte it is a `UserError`; what was fetched is kept under `folder/.partial`
+    and continued by the next call.
+    """
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    # One bar for all files instead of the client's bar and warnings for each.
+    logger = logging.getLogger("huggingface_hub")
+    level, quiet = logger.level, are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    disable_progress_bars()
+    try:
+        with progress_bar(f"downloading {repository}", 0) as bar:
+            fetcher = _Fetcher(repository, folder, bar, len(files))
+            with ThreadPoolExecutor(min(workers, len(files))) as pool:
+                futures = [pool.submit(fetcher.fetch, file) for file in files]
+                try:
+                    for future in as_completed(futures):
+                        future.result()
+                except BaseException:
+                    fetcher.stop.set()
+                    pool.shutdown(cancel_futures=True)
+                    raise
+    finally:
+        logger.setLevel(level)
+        if not quiet:
+            enable_progress_bars()
+
+
+class _Stopped(Exception):
+    """Another download failed, or the user interrupted: leave quietly."""
+
+
+class _PartFile:
+    """A file being downloaded, which counts what is written to it."""
+
+    def __init__(self, file: BinaryIO, bar: Bar, stop: threading.Event):
+        self._file = file
+        self._bar = bar
+        self._stop = stop
+
+    def write(self, data: bytes) -> int:
+        if self._stop.is_set():
+            raise _Stopped
+        self._bar.advance(len(data))
+        return self._file.write(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        # The server ignored the range that was asked for and starts again.
+        position = self._file.tell()
+        before = self._file.seek(0, os.SEEK_END)
+        self._file.seek(position)
+        after = self._file.truncate(size)
+        self._bar.advance(after - before)
+        return after
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+class _Fetcher:
+    """Downloads files of one repository; `fetch` runs in several threads."""
+
+    def __init__(self, repository: str, folder: Path, bar: Bar, num_files: int):
+        self.repository = repository
+        self.folder = folder
+        self.bar = bar
+        self.num_files = num_files
+        self.stop = threading.Event()
+        self._sizes: dict[str, int] = {}
+
+    def fetch(self, file: str) -> None:
+        """Get one file, with as many attempts as bring it forward."""
+        from filelock import FileLock, Timeout
+
+        target = self.folder / file
+        partial = self.folder / ".partial"
+        partial.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        failures = 0
+        # A second process that wants the same file waits, and then finds it.
+        lock = FileLock(partial / f"{_safe(file)}.lock")
+        while not self.stop.is_set():
+            try:
+                lock.acquire(timeout=1)
+                break
+            except Timeout:
+                continue
+        try:
+            while not target.exists() and not self.stop.is_set():
+                before = self._fetched(partial, file)
+                try:
+                    self._attempt(file, target, partial)
+                except _Stopped:
+                    return
+                except Exception as error:  # the client's errors differ by version and transport
+                    _raise_if_hopeless(error, self.repository, file)
+                    failures = 1 if self._fetched(partial, file) > before else failures + 1
+                    if failures >= _ATTEMPTS:
+                        raise UserError(
+                            f"{file} of {self.repository} could not be downloaded: {_line(error)}; "
+                            "what was fetched is kept: run the same command again later "
+                            "(HF_ENDPOINT names a mirror, NANOCHAT_HUB_DIR a local copy)"
+                        ) from error
+                    self.stop.wait(min(_FIRST_WAIT * 2 ** (failures - 1), _LONGEST_WAIT))
+        finally:
+            lock.release()
+
+    def _fetched(self, partial: Path, file: str) -> int:
+        return sum(path.stat().st_size for path in partial.glob(f"{_safe(file)}.*.part"))
+
+    def _attempt(self, file: str, target: Path, partial: Path) -> None:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub.file_download import http_get
+        from huggingface_hub.utils import build_hf_headers
+
+        url = hf_hub_url(self.repository, file, repo_type="dataset", endpoint=_endpoint())
+        metadata = get_hf_file_metadata(url)
+        size, etag = metadata.size, metadata.etag or ""
+        # The content's tag is part of the name: what was fetched of another version is no start.
+        part = partial / f"{_safe(file)}.{_safe(etag)[:16]}.part"
+        done = part.stat().st_size if part.exists() else 0
+        if size is None or done > size:
+            part.unlink(missing_ok=True)
+            self.bar.advance(-done if file in self._sizes else 0)
+            done = 0
+        if file not in self._sizes:
+            self._sizes[file] = size or 0
+            self.bar.advance(done)
+            self.bar.resize(sum(self._sizes.values()) / len(self._sizes) * self.num_files)
+        if size is None or done < size:
+            with part.open("ab") as opened:
+                counted = cast(BinaryIO, _PartFile(opened, self.bar, self.stop))
+                try:
+                    # hf_hub_download would start from zero after an interruption.
+                    http_get(
+                        url,
+                        counted,
+                        resume_size=done,
+                        headers=build_hf_headers(),
+                        expected_size=size,
+                    )
+                finally:
+                    opened.flush()
+                    os.fsync(opened.fileno())
+        problem = _verify(part, size, etag)
+        if problem:
+            # A file that is only short can be continued, any other is of no use.
+            length = part.stat().st_size
+            if size is None or length >= size:
+                self.bar.advance(-length)
+                part.unlink()
+            raise OSError(f"{file} arrived damaged: {problem}")
+        os.replace(part, target)
+        paths.sync_path(target.parent)
+        for other in partial.glob(f"{_safe(file)}.*.part"):
+            other.unlink()
+
+
+def _verify(path: Path, size: int | None, etag: str) -> str:
+    """What is wrong with a downloaded file; empty if nothing is."""
+    length = path.stat().st_size
+    if size is not None and length != size:
+        return f"{length} bytes instead of {size}"
+    if re.fullmatch(r"[0-9a-f]{64}", etag):  # large files are tagged with their SHA-256
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        if digest.hexdigest() != etag:
+            return f"its SHA-256 is {digest.hexdigest()[:12]}... instead of {etag[:12]}..."
+    if ".parquet." in path.name:
+        try:
+            pq.ParquetFile(path).close()
+        except pa.ArrowException as error:
+            return f"its parquet footer cannot be read ({error})"
+    return ""
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)
+
+
+def _raise_if_hopeless(error: Exception, repository: str, file: str) -> None:
+    """Turn what no further attempt can mend into an error at once."""
+    from huggingface_hub import errors
+
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        raise UserError(
+            f"{file} of {repository} is not here and HF_HUB_OFFLINE forbids downloading it"
+        ) from error
+    if status is not None and 400 <= status < 500 and status not in (408, 416, 425, 429):
+        raise UserError(
+            f"{file} of {repository} cannot be downloaded, the server answers {status}: "
+            f"{_line(error)}"
+        ) from error
+    # No space, no permission, read-only: errors of this machine, not of the network.
+    local = (OSError, PermissionError, FileNotFoundError)
+    if type(error) in local and getattr(error, "errno", None) is not None:
+        raise error
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error's message, or its name where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

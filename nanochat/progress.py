@@ -1,0 +1,71 @@
+"""A progress bar with an ETA: drawn on a terminal, a line now and then everywhere else."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+_LINE_EVERY = 30.0  # seconds between lines where there is no terminal
+
+
+class Bar:
+    """Counts up to `total`; safe to advance from several threads."""
+
+    def __init__(self, label: str, total: float, console: Console, drawn: Progress | None):
+        self.label = label
+        self.total = total
+        self.count = 0.0
+        self._console = console
+        self._drawn = drawn
+        self._task: TaskID | None = drawn.add_task(label, total=total) if drawn else None
+        self._lock = threading.Lock()
+        self._start = self._last = time.monotonic()
+
+    def advance(self, amount: float) -> None:
+        """Add `amount`; a negative one takes back what has to be done again."""
+        with self._lock:
+            self.count += amount
+            self._show()
+
+    def set(self, count: float) -> None:
+        with self._lock:
+            self.count = count
+            self._show()
+
+    def resize(self, total: float) -> None:
+        """A better estimate of the total."""
+        with self._lock:
+            self.total = total
+            self._show()
+
+    def _show(self) -> None:
+        if self._drawn is not None and self._task is not None:
+            self._drawn.update(self._task, completed=self.count, total=self.total)
+            return
+        now = time.monotonic()
+        if now - self._last < _LINE_EVERY or self.total <= 0:
+            return
+        self._last = now
+        done = min(1.0, self.count / self.total)
+        left = f", {(now - self._start) * (1 - done) / done:.0f} s left" if done > 0 else ""
+        self._console.print(f"{self.label}: {100 * done:.0f} %{left}", highlight=False)
+
+
+@contextmanager
+def progress_bar(label: str, total: float) -> Iterator[Bar]:
+    """A bar on stderr for the `with` block; it disappears when the block ends."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Bar(label, total, console, None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as drawn:
+        yield Bar(label, total, console, drawn)

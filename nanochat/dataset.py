@@ -73,6 +73,10 @@ class Corpus(ABC):
         """Of everything in the split: names, order and content of its shards."""
         return combined_fingerprint(self.shards(split))
 
+    def store_folder(self, split: Split) -> Path:
+        """Where `scripts.tok_encode` puts the token store of a split."""
+        return paths.stores_dir() / f"{self.name}-{split}"
+
     def _skip(self, where: str, problem: str) -> None:
         """A row without usable text: an error, or one more that is left out."""
         if self.bad_rows == "error":

@@ -41,6 +41,16 @@ class Bar:
             self.total = total
             self._show()
 
+    def relabel(self, label: str) -> None:
+        """The next phase: the ETA starts anew."""
+        with self._lock:
+            if label == self.label:
+                return
+            self.label, self.count = label, 0.0
+            self._start = time.monotonic()
+            if self._drawn is not None and self._task is not None:
+                self._drawn.reset(self._task, description=label, total=self.total)
+
     def _show(self) -> None:
         if self._drawn is not None and self._task is not None:
             self._drawn.update(self._task, completed=self.count, total=self.total)

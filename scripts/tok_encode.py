@@ -1,0 +1,231 @@
+"""Encode a corpus into token stores, from which training reads.
+
+python -m scripts.tok_encode --corpus bbe
+
+Each shard is encoded on its own, by one process or several: an interrupted run goes on where it
+stopped, and shards that are downloaded later are appended by running it again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from nanochat.dataset import Corpus, Shard, Split, combined_fingerprint, open_corpus
+from nanochat.errors import UserError
+from nanochat.progress import progress_bar
+from nanochat.token_store import StoreWriter, TokenStore, merge_stores
+from nanochat.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from nanochat.runtime import Runtime
+
+_BATCH_CHARS = 1 << 21  # texts encoded at a time: enough to keep all threads busy
+
+
+@dataclass(frozen=True)
+class Config:
+    corpus: str = "climbmix"
+    """bbe, climbmix, fineweb-edu, a file or folder, or ORG/NAME[:COLUMN] of a downloaded one."""
+    workers: int = 0
+    """Processes and threads together; 0: one for each CPU."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What to do with rows without usable text: stop, or leave them out and count them."""
+
+
+def main(cfg: Config, runtime: Runtime) -> dict[Split, TokenStore]:
+    """Returns the stores by split (nothing on ranks other than 0, which have no part)."""
+    if not runtime.is_main:
+        return {}
+    if cfg.workers < 0:
+        raise UserError(f"workers {cfg.workers} must be 0 (one for each CPU) or more")
+    tokenizer = Tokenizer.load()
+    corpus = open_corpus(cfg.corpus, cfg.bad_rows)
+    stores: dict[Split, TokenStore] = {}
+    splits: tuple[Split, Split] = ("val", "train")  # the quick one first: it shows mistakes early
+    for split in splits:
+        store = encode_split(corpus, split, tokenizer, cfg.workers or _cpus())
+        stores[split] = store
+        skipped = store.meta["skipped"]
+        runtime.print(
+            f"{split}: {len(store):,} documents, {store.num_tokens:,} tokens"
+            + (f", {skipped} bad rows skipped" if skipped else "")
+            + f", in {store.folder}"
+        )
+    return stores
+
+
+def encode_split(corpus: Corpus, split: Split, tokenizer: Tokenizer, workers: int) -> TokenStore:
+    """The store of a split, with the shards in the corpus's order; what is current is not redone.
+
+    While it is built, a shard is a store of its own under `<store>.shards/`. The finished store
+    lists its shards; if these are the first of those that the corpus has now, the rest is appended.
+    """
+    folder = corpus.store_folder(split)
+    slices = folder.with_name(f"{folder.name}.shards")
+    shards = corpus.shards(split)
+    fingerprint = combined_fingerprint(shards)
+    # A store with rows left out is no answer to somebody who wants to hear of them.
+    may_skip = corpus.bad_rows == "skip"
+    done = TokenStore.open_if_current(folder, tokenizer.hash, fingerprint)
+    if done is not None and (may_skip or not done.meta.get("skipped")):
+        shutil.rmtree(slices, ignore_errors=True)
+        return done
+
+    parts, todo = [slices / shard.name for shard in shards], shards
+    grown = _grown_from(folder, tokenizer, shards)
+    if grown is not None and (may_skip or not grown.meta.get("skipped")):
+        count = len(grown.meta["shards"])
+        parts, todo = [folder, *parts[count:]], shards[count:]
+    missing = []
+    for shard in todo:
+        part = TokenStore.open_if_current(slices / shard.name, tokenizer.hash, shard.fingerprint)
+        if part is None or (part.meta["skipped"] and not may_skip):
+            missing.append(shard)
+    _encode_shards(corpus, split, missing, slices, tokenizer, workers)
+
+    metas = [TokenStore.open(part, tokenizer.hash).meta for part in parts]
+    if sum(meta["num_documents"] for meta in metas) == 0:
+        raise UserError(f"the {split} split of {corpus.name} has no documents; add more text")
+    store = merge_stores(
+        folder,
+        parts,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_hash=tokenizer.hash,
+        fingerprint=fingerprint,
+        extra={
+            "skipped": sum(meta["skipped"] for meta in metas),
+            "shards": [[shard.name, shard.fingerprint] for shard in shards],
+        },
+    )
+    shutil.rmtree(slices, ignore_errors=True)
+    return store
+
+
+def _grown_from(folder: Path, tokenizer: Tokenizer, shards: list[Shard]) -> TokenStore | None:
+    """The store at `folder` if it holds the first of these shards."""
+    try:
+        store = TokenStore.open(folder, tokenizer.hash)
+    except UserError:
+        return None
+    names = store.meta.get("shards") or []
+    now = [[shard.name, shard.fingerprint] for shard in shards[: len(names)]]
+    return store if names and names == now else None
+
+
+def _encode_shards(
+    corpus: Corpus,
+    split: Split,
+    shards: list[Shard],
+    slices: Path,
+    tokenizer: Tokenizer,
+    workers: int,
+) -> None:
+    """Encode each shard into `slices/<shard>`: shards in parallel, and threads within them."""
+    if not shards:
+        return
+    label, total = f"encoding {corpus.name} {split}", sum(shard.size for shard in shards)
+    processes = min(workers, len(shards))
+    threads = max(1, workers // processes)
+    if processes == 1:
+        with progress_bar(label, total) as bar:
+            before = 0
+            for shard in shards:
+                _encode_shard(
+                    corpus,
+                    split,
+                    shard,
+                    slices,
+                    tokenizer,
+                    threads,
+                    lambda position, before=before: bar.set(before + position),  # type: ignore[misc]
+                )
+                before += shard.size
+        return
+    context = multiprocessing.get_context("spawn")  # forking a process with threads can deadlock
+    positions: Any = context.Array(ctypes.c_longlong, len(shards), lock=False)
+    job = (corpus, split, shards, slices, tokenizer, threads)
+    with (
+        progress_bar(label, total) as bar,
+        context.Pool(processes, _start_worker, (positions, job)) as pool,
+    ):
+        results = pool.imap_unordered(_work, range(len(shards)))
+        for _ in shards:
+            while True:
+                try:
+                    results.next(timeout=0.5)
+                    break
+                except multiprocessing.TimeoutError:
+                    bar.set(sum(positions))
+            bar.set(sum(positions))
+
+
+_positions: Any
+_job: tuple[Corpus, Split, list[Shard], Path, Tokenizer, int]
+
+
+def _start_worker(positions: Any, job: Any) -> None:
+    global _positions, _job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
+    _positions, _job = positions, job
+
+
+def _work(index: int) -> None:
+    corpus, split, shards, slices, tokenizer, threads = _job
+    report = partial(_positions.__setitem__, index)
+    _encode_shard(corpus, split, shards[index], slices, tokenizer, threads, report)
+    report(shards[index].size)
+
+
+def _encode_shard(
+    corpus: Corpus,
+    split: Split,
+    shard: Shard,
+    slices: Path,
+    tokenizer: Tokenizer,
+    threads: int,
+    report: Callable[[int], None],
+) -> None:
+    skipped_before = corpus.skipped
+    with StoreWriter(
+        slices / shard.name,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_hash=tokenizer.hash,
+        fingerprint=shard.fingerprint,
+    ) as writer:
+
+        def encode(texts: list[str]) -> None:
+            for ids in tokenizer.encode_batch(texts, threads):
+                writer.add([tokenizer.bos, *ids])
+
+        texts: list[str] = []
+        size = 0
+        for text, position in corpus.read(split, shard.name):
+            texts.append(text)
+            size += len(text)
+            if size >= _BATCH_CHARS:
+                encode(texts)
+                report(position)
+                texts, size = [], 0
+        encode(texts)
+        writer.extra["skipped"] = corpus.skipped - skipped_before
+
+
+def _cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    from nanochat.launch import launch
+
+    launch(main, Config, __doc__)

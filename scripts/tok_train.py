@@ -1,0 +1,180 @@
+"""Train the tokenizer on a corpus.
+
+python -m scripts.tok_train --corpus bbe --vocab-size 4096
+python -m scripts.tok_train --corpus climbmix
+
+Running it again with the same settings keeps the tokenizer that is there.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from nanochat import paths
+from nanochat.dataset import Corpus, Shard, open_corpus
+from nanochat.errors import UserError
+from nanochat.progress import Bar, progress_bar
+from nanochat.tokenizer import SPLIT_PATTERN, Tokenizer
+
+if TYPE_CHECKING:
+    from nanochat.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Config:
+    corpus: str = "climbmix"
+    """bbe, climbmix, fineweb-edu, a file or folder, or ORG/NAME[:COLUMN] of a downloaded one."""
+    vocab_size: int = 32768
+    """Tokens, special tokens included."""
+    max_chars: int = 2_000_000_000
+    """Characters to train on, from the beginning of the corpus."""
+    doc_cap: int = 10_000
+    """Characters of a document that count, so that no long one dominates."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What to do with rows without usable text."""
+    force: bool = False
+    """Train even if there is a tokenizer with the same settings."""
+
+
+class _Texts:
+    """The beginning of the training split, and afterwards what of it was read."""
+
+    def __init__(self, cfg: Config, corpus: Corpus, shards: list[Shard], bar: Bar):
+        self.cfg, self.corpus, self.shards, self.bar = cfg, corpus, shards, bar
+        self.num_documents = self.num_chars = self.num_bytes = 0
+        self.read: list[Shard] = []
+
+    def __iter__(self) -> Iterator[str]:
+        before, total = 0, max(1, sum(shard.size for shard in self.shards))
+        for shard in self.shards:
+            self.read.append(shard)
+            for text, position in self.corpus.read("train", shard.name):
+                text = text[: min(self.cfg.doc_cap, self.cfg.max_chars - self.num_chars)]
+                self.num_documents += 1
+                self.num_chars += len(text)
+                self.num_bytes += len(text.encode("utf-8", "surrogatepass"))
+                yield text
+                # Whichever ends first ends the reading.
+                by_chars, by_bytes = (
+                    self.num_chars / self.cfg.max_chars,
+                    (before + position) / total,
+                )
+                self.bar.set(max(by_chars, by_bytes))
+                if self.num_chars >= self.cfg.max_chars:
+                    return
+            before += shard.size
+
+
+def main(cfg: Config, runtime: Runtime) -> Tokenizer | None:
+    """Returns the tokenizer, trained or found (None on ranks other than 0, which have no part)."""
+    if not runtime.is_main:
+        return None
+    for name in ("max_chars", "doc_cap"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"{name} {getattr(cfg, name)} must be at least 1")
+    corpus = open_corpus(cfg.corpus, cfg.bad_rows)
+    shards = corpus.shards("train")
+    settings = {
+        "corpus": corpus.name,
+        "vocab_size": cfg.vocab_size,
+        "max_chars": cfg.max_chars,
+        "doc_cap": cfg.doc_cap,
+    }
+    old = _existing()
+    if old is not None:
+        if not cfg.force and _same(old, settings, shards):
+            runtime.print(
+                f"the tokenizer in {paths.tokenizer_dir()} was trained with these settings "
+                f"({old.vocab_size} tokens, {old.hash[:12]}): kept"
+            )
+            return old
+        runtime.print(
+            f"replacing the tokenizer {old.hash[:12]}; stores and checkpoints made with it stay "
+            "tied to it"
+        )
+
+    start = time.monotonic()
+    with progress_bar(f"reading {corpus.name}", 1) as bar, _merges_shown(bar):
+        texts = _Texts(cfg, corpus, shards, bar)
+        tokenizer = Tokenizer.train(texts, cfg.vocab_size)
+    if texts.num_chars == 0:
+        raise UserError(f"the training split of {cfg.corpus} has no text; add some")
+    seconds = time.monotonic() - start
+    tokenizer.training = {
+        **settings,
+        "shards": [[shard.name, shard.fingerprint] for shard in texts.read],
+        "documents": texts.num_documents,
+        "chars": texts.num_chars,
+        "bytes": texts.num_bytes,
+        "skipped": corpus.skipped,
+        "seconds": round(seconds, 2),
+    }
+    tokenizer.save()
+    runtime.print(
+        f"tokenizer {tokenizer.hash[:12]}: {tokenizer.vocab_size} tokens from "
+        f"{texts.num_documents:,} documents, {texts.num_chars:,} characters, {seconds:.1f} s, "
+        f"in {paths.tokenizer_dir()}"
+    )
+    if tokenizer.vocab_size < cfg.vocab_size:
+        runtime.print(
+            f"the text has no more to merge: {tokenizer.vocab_size} tokens instead of "
+            f"{cfg.vocab_size}"
+        )
+    if corpus.skipped:
+        runtime.print(f"skipped {corpus.skipped} bad rows")
+    return tokenizer
+
+
+def _existing() -> Tokenizer | None:
+    try:
+        return Tokenizer.load()
+    except UserError:  # none, or a torn one: train
+        return None
+
+
+def _same(old: Tokenizer, settings: dict[str, Any], shards: list[Shard]) -> bool:
+    """Whether `old` was trained with these settings on this text.
+
+    Shards that were added to the corpus since then don't count: a download that went on must not
+    change the tokenizer under a run.
+    """
+    if old.pattern != SPLIT_PATTERN or any(old.training.get(k) != v for k, v in settings.items()):
+        return False
+    read = old.training.get("shards", [])
+    return bool(read) and read == [[s.name, s.fingerprint] for s in shards[: len(read)]]
+
+
+@contextmanager
+def _merges_shown(bar: Bar) -> Iterator[None]:
+    """Let the bar follow the merges, of which rustbpe only tells in its log."""
+
+    class Follow(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found = re.match(r"Progress: (\d+)%", record.getMessage())
+            if found:
+                bar.relabel("learning merges")
+                bar.set(int(found[1]) / 100)
+
+    logger, handler = logging.getLogger("rustbpe"), Follow()
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+if __name__ == "__main__":
+    from nanochat.launch import launch
+
+    launch(main, Config, __doc__)

@@ -282,9 +282,7 @@ class GPT(nn.Module):
         windows = tuple(self.config.window(i) for i in range(self.config.n_layer))
         return make_layout(doc_ids, shape, windows, backend, self.device)
 
-    def _rotary(
-        self, positions: torch.Tensor
-    ) -> dict[bool, tuple[torch.Tensor, torch.Tensor]]:
+    def _rotary(self, positions: torch.Tensor) -> dict[bool, tuple[torch.Tensor, torch.Tensor]]:
         """Windowed? -> cosines and sines (..., 1, D/2) in the compute dtype."""
         bases = {False: self.config.rope_base, True: self.config.windowed_rope_base}
         tables = {}
@@ -376,39 +374,41 @@ class GPT(nn.Module):
         )
 
     def _check_length(self, T: int, cache: KVCache | None) -> None:
-        if T > self.config.context_length:
+        if self.config.context_length < T:
             raise UserError(
                 f"{T} tokens are more than the context length {self.config.context_length}; "
                 "shorten the input, or extend the model with mid_train --context-length"
             )
-        if cache is not None and T > cache.capacity:
+        if cache is not None and cache.capacity < T:
             raise ValueError(f"{T} tokens do not fit into a cache of {cache.capacity}")
 
     def _cached_hidden(
         self, ids: torch.Tensor, cache: KVCache, counts: torch.Tensor | None
     ) -> torch.Tensor:
-        T = ids.shape[1]
-        slots = cache.lengths[:, None] + torch.arange(T, device=ids.device)  # (B, T)
-        slot = torch.arange(cache.capacity, device=ids.device)
-        distance = slots[:, :, None] - slot  # (B, T, S)
-        visible = {}
+        B, T = ids.shape
+        if cache.shortest + (T if counts is None else 0) > cache.capacity:
+            raise ValueError(f"{T} more tokens do not fit into a cache of {cache.capacity}")
+        positions = cache.lengths[:, None] + torch.arange(T, device=ids.device)  # (B, T)
+        slot = torch.arange(cache.slots, device=ids.device)
+        distance = positions[:, :, None] - slot  # (B, T, S)
+        biases = {}
         for window in {self.config.window(i) for i in range(self.config.n_layer)}:
-            seen = distance >= 0
+            unseen = distance < 0
             if window > 0:
-                seen = seen & (distance < window)
-            visible[window] = seen[:, None]
-        # Padding beyond the capacity is written onto the last slot and never read: a row that is
-        # that full ends there.
-        targets = slots.clamp(max=cache.capacity - 1)
+                unseen = unseen | (distance >= window)
+            bias = torch.zeros(B, 1, T, cache.slots, dtype=self.compute_dtype, device=ids.device)
+            biases[window] = bias.masked_fill_(unseen[:, None], float("-inf"))
+        # Padding beyond the capacity goes to the spare slot, which no valid token sees.
+        targets = positions.clamp(max=cache.capacity)
 
         def attention(
             q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, window: int
         ) -> torch.Tensor:
             keys, values = cache.append(layer, targets, k, v)
-            return attend_cached(q, keys, values, visible[window])
+            return attend_cached(q, keys, values, biases[window])
 
-        hidden = self._trunk(ids, slots, attention)
-        cache.lengths += T if counts is None else counts
+        hidden = self._trunk(ids, positions, attention)
+        cache.advance(T, counts)
         return hidden
 
     def nll(

@@ -14,6 +14,9 @@ class KVCache:
 
     `lengths` (B,) int64 counts the tokens each row holds; slots at and beyond it hold garbage that
     no query sees, so appending right-padded tokens is harmless.
+
+    `shortest` and `longest` bound `lengths` from below and above. They are known without asking the
+    device, and let a reader skip what no row needs. Whoever knows the lengths may tighten them.
     """
 
     def __init__(
@@ -27,12 +30,17 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        shape = (batch_size, n_kv_head, capacity, head_dim)
+        # One slot beyond the capacity takes the padding that would not fit; a multiple of 8 lets
+        # GPU kernels read masks aligned. Zeros, since a masked slot still enters a product, and 0
+        # times whatever memory held may be NaN.
+        shape = (batch_size, n_kv_head, capacity // 8 * 8 + 8, head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layer)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layer)]
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.batch_size = batch_size
         self.capacity = capacity
+        self.shortest = 0
+        self.longest = 0
 
     @property
     def nbytes(self) -> int:
@@ -41,26 +49,77 @@ class KVCache:
     def append(
         self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write k, v (B, T, K, D) at slots (B, T); return all keys and values (B, K, S, D).
+        """Write k, v (B, T, K, D) at slots (B, T); return all keys and values (B, K, slots, D).
 
-        Slots at or beyond the capacity are not allowed. `lengths` is advanced by the model once
-        all layers have written.
+        Slots are at most the capacity, and that one is the padding's. `lengths` is advanced by the
+        model once all layers have written.
         """
         rows = torch.arange(self.batch_size, device=slots.device)[:, None]
         self.keys[layer].transpose(1, 2)[rows, slots] = k.to(self.keys[layer].dtype)
         self.values[layer].transpose(1, 2)[rows, slots] = v.to(self.values[layer].dtype)
         return self.keys[layer], self.values[layer]
 
+    @property
+    def slots(self) -> int:
+        """Slots per row in memory, those that only padding is written to included."""
+        return self.keys[0].shape[2]
+
+    def advance(self, T: int, counts: torch.Tensor | None) -> None:
+        """Count T appended tokens in every row, or counts (B,) of them, each at most T."""
+        self.lengths += T if counts is None else counts
+        self.shortest += T if counts is None else 0
+        self.longest = min(self.longest + T, self.capacity)
+
     def reset(self, rows: torch.Tensor | slice = slice(None)) -> None:
         """Forget these rows."""
         self.lengths[rows] = 0
+        self.shortest = 0
 
-    def copy_from(self, other: "KVCache", source_row: int, rows: torch.Tensor) -> None:
-        """Give each of `rows` the content of one row of another cache (a prompt's samples)."""
-        length = int(other.lengths[source_row])
+    def head(self, rows: int) -> "KVCache":
+        """The first rows as a cache that shares this one's memory (its bounds are its own)."""
+        view = object.__new__(KVCache)
+        view.keys = [t[:rows] for t in self.keys]
+        view.values = [t[:rows] for t in self.values]
+        view.lengths = self.lengths[:rows]
+        view.batch_size, view.capacity = rows, self.capacity
+        view.shortest, view.longest = self.shortest, self.longest
+        return view
+
+    def copy_rows(
+        self, other: "KVCache", sources: list[int], targets: list[int], length: int
+    ) -> None:
+        """Row targets[i] gets the first `length` slots and the length of row sources[i] of `other`.
+
+        `length` is at least the longest of those rows. `other` may be this cache.
+        """
         if length > self.capacity:
-            raise ValueError(f"{length} cached tokens do not fit into a capacity of {self.capacity}")
+            raise ValueError(f"{length} cached tokens do not fit into {self.capacity}")
+        source = torch.tensor(sources, device=self.lengths.device)
+        target = torch.tensor(targets, device=self.lengths.device)
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
-            for target, source in zip(mine, theirs, strict=True):
-                target[rows, :, :length] = source[source_row, :, :length]
-        self.lengths[rows] = length
+            for to, of in zip(mine, theirs, strict=True):
+                to[target, :, :length] = of[source, :, :length]
+        self.lengths[target] = other.lengths[source]
+        self.shortest = min(self.shortest, other.shortest)
+        self.longest = max(self.longest, min(other.longest, length))
+
+    def resized(self, batch_size: int, capacity: int) -> "KVCache":
+        """A copy with other dimensions that keeps the rows and tokens which still fit."""
+        first = self.keys[0]
+        copy = KVCache(
+            len(self.keys),
+            first.shape[1],
+            first.shape[3],
+            batch_size,
+            capacity,
+            dtype=first.dtype,
+            device=first.device,
+        )
+        rows = min(batch_size, self.batch_size)
+        length = min(capacity, self.capacity, self.longest)
+        for mine, theirs in ((copy.keys, self.keys), (copy.values, self.values)):
+            for to, of in zip(mine, theirs, strict=True):
+                to[:rows, :, :length] = of[:rows, :, :length]
+        copy.lengths[:rows] = self.lengths[:rows].clamp(max=capacity)
+        copy.longest = length
+        return copy

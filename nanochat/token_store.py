@@ -265,17 +265,28 @@ class StoreWriter:
         self.num_documents += 1
         self.num_tokens += len(tokens)
 
+    def add_store(self, store: TokenStore) -> None:
+        """Append all documents of another store of the same tokenizer."""
+        if (store.has_mask, store.meta["dtype"]) != (self.with_mask, self._dtype_name):
+            raise UserError(
+                f"{store.folder} ({store.meta['dtype']}, mask: {store.has_mask}) does not fit "
+                f"into {self.folder} ({self._dtype_name}, mask: {self.with_mask}); build it again"
+            )
+        for name, target in self._files.items():
+            with (store.folder / name).open("rb") as source:
+                shutil.copyfileobj(source, target, 1 << 22)
+        self._lengths.frombytes(np.diff(store._offsets).tobytes())
+        self.num_documents += len(store)
+        self.num_tokens += store.num_tokens
+
     def _finish(self) -> None:
+        # The files are closed first: their buffers must be on disk before the folder is renamed.
+        for file in self._files.values():
+            file.close()
         offsets = np.zeros(self.num_documents + 1, dtype=np.int64)
         if self.num_documents:
             np.cumsum(np.frombuffer(self._lengths, dtype=np.int64), out=offsets[1:])
         np.save(self._temporary / "offsets.npy", offsets)
-        self._write_meta()
-
-    def _write_meta(self) -> None:
-        # The files are closed first: their buffers must be on disk before the folder is renamed.
-        for file in self._files.values():
-            file.close()
         meta = {
             **self.extra,
             **self._made_from,
@@ -289,33 +300,6 @@ class StoreWriter:
         (self._temporary / "meta.json").write_text(text, encoding="utf-8")
 
 
-class _Merger(StoreWriter):
-    """A writer that takes whole stores instead of documents."""
-
-    def __init__(self, folder: Path, slices: Sequence[TokenStore], **settings: Any):
-        super().__init__(folder, **settings)
-        self._slices = slices
-
-    def _finish(self) -> None:
-        total = sum(len(piece) for piece in self._slices)
-        # Mapped, not in memory: the offsets of a large corpus take gigabytes.
-        offsets = np.lib.format.open_memmap(
-            self._temporary / "offsets.npy", mode="w+", dtype=np.int64, shape=(total + 1,)
-        )
-        offsets[0] = 0
-        for piece in self._slices:
-            for name, target in self._files.items():
-                with (piece.folder / name).open("rb") as source:
-                    shutil.copyfileobj(source, target, 1 << 22)
-            first, end = self.num_documents, self.num_documents + len(piece)
-            offsets[first + 1 : end + 1] = piece._offsets[1:] + self.num_tokens
-            self.num_documents = end
-            self.num_tokens += piece.num_tokens
-        offsets.flush()
-        del offsets
-        self._write_meta()
-
-
 def merge_stores(
     folder: Path,
     slices: Sequence[Path],
@@ -327,23 +311,22 @@ def merge_stores(
 ) -> TokenStore:
     """One store from several, end to end in the given order. The slices are left as they are.
 
-    All must have been written with this tokenizer, and all with or all without a mask.
+    All must have been written with this tokenizer, and all with or all without a mask; some may be
+    empty. While merging the disk holds both.
     """
     stores = [TokenStore.open(piece, tokenizer_hash) for piece in slices]
     if not stores:
         raise UserError(f"{folder} would be merged from no slices at all; encode some first")
-    if len({store.has_mask for store in stores}) > 1:
-        raise UserError(f"{folder} cannot be merged from slices with and without a loss mask")
-    with _Merger(
+    with StoreWriter(
         folder,
-        stores,
         vocab_size=vocab_size,
         tokenizer_hash=tokenizer_hash,
         fingerprint=fingerprint,
         with_mask=stores[0].has_mask,
         extra=extra,
-    ):
-        pass
+    ) as writer:
+        for store in stores:
+            writer.add_store(store)
     return TokenStore.open(folder, tokenizer_hash)
 
 

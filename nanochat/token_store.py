@@ -21,7 +21,6 @@ import pickle
 import re
 import shutil
 import tempfile
-import time
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -31,10 +30,10 @@ from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 
 from nanochat import conversation, paths
 from nanochat.errors import UserError
+from nanochat.progress import progress_bar
 from nanochat.tokenizer import SystemStyle, Tokenizer, pack_mask, unpack_mask
 
 VERSION = 1
@@ -426,8 +425,7 @@ def conversations_store(
     workers = num_workers or os.cpu_count() or 1
     if len(task) < _PARALLEL_FROM or workers == 1 or not _can_pickle(task):
         with StoreWriter(folder, with_mask=True, **made_from) as writer:
-            rows = _progress(range(len(task)), len(task), where)
-            skipped = _render_rows(writer, task, tokenizer, rows, settings)
+            skipped = _render_rows(writer, task, tokenizer, range(len(task)), settings, where)
             _note_skipped(writer.extra, skipped, where, writer.num_documents)
         return TokenStore.open(folder, tokenizer.hash)
 
@@ -440,12 +438,17 @@ def conversations_store(
             (Path(parts) / f"{start:012d}", start, min(start + _SLICE_ROWS, len(task)))
             for start in starts
         ]
+        skipped = []
         # spawn: forking a process in which torch has started its threads can deadlock.
-        with multiprocessing.get_context("spawn").Pool(
-            min(workers, len(jobs)), _start_worker, (task, tokenizer, settings, made_from)
-        ) as pool:
-            done = _progress(pool.imap(_render_slice, jobs), len(jobs), where)
-            skipped = [reason for reasons in done for reason in reasons]
+        with (
+            multiprocessing.get_context("spawn").Pool(
+                min(workers, len(jobs)), _start_worker, (task, tokenizer, settings, made_from)
+            ) as pool,
+            progress_bar(where, len(jobs)) as bar,
+        ):
+            for reasons in pool.imap(_render_slice, jobs):
+                skipped += reasons
+                bar.advance(1)
         extra: dict[str, Any] = {}
         _note_skipped(extra, skipped, where, len(task) - len(skipped))
         return merge_stores(folder, [job[0] for job in jobs], extra=extra, **made_from)
@@ -455,12 +458,16 @@ def _render_rows(
     writer: StoreWriter,
     task: ConversationTask,
     tokenizer: Tokenizer,
-    rows: Iterable[int],
+    rows: range,
     settings: _Settings,
+    label: str | None = None,
 ) -> list[str]:
-    """Validate, render and write `rows`; the reasons of those skipped."""
+    """Validate, render and write `rows`, with a progress bar if it has a label.
+
+    Returns the reasons of those skipped.
+    """
     skipped = []
-    for i in rows:
+    for i in _with_bar(rows, label) if label else rows:
         where = f"{task.name}/{task.split} row {i}"
         try:
             row = task[i]
@@ -474,6 +481,14 @@ def _render_rows(
             continue
         writer.add(ids, pack_mask(mask, roles))
     return skipped
+
+
+def _with_bar(rows: range, label: str) -> Iterator[int]:
+    with progress_bar(label, len(rows)) as bar:
+        for i in rows:
+            yield i
+            if i % 100 == 99:
+                bar.advance(100)
 
 
 def _note_skipped(extra: dict[str, Any], skipped: list[str], where: str, kept: int) -> None:
@@ -513,20 +528,3 @@ def _render_slice(job: tuple[Path, int, int]) -> list[str]:
     task, tokenizer, settings, made_from = _worker
     with StoreWriter(folder, with_mask=True, **made_from) as writer:
         return _render_rows(writer, task, tokenizer, range(start, stop), settings)
-
-
-def _progress(items: Iterable[Any], total: int, label: str) -> Iterator[Any]:
-    """Pass `items` on, with a bar on a terminal and else a line with an ETA twice a minute."""
-    console = Console(stderr=True)
-    if console.is_terminal:
-        with Progress(console=console, transient=True) as progress:
-            yield from progress.track(items, total=total, description=label)
-        return
-    start = last = time.monotonic()
-    for i, item in enumerate(items):
-        yield item
-        now = time.monotonic()
-        if now - last > 30:
-            last = now
-            left = (now - start) / (i + 1) * (total - i - 1)
-            console.print(f"{label}: {i + 1}/{total}, {left:.0f} s left", highlight=False)

@@ -101,7 +101,8 @@ def test_decimal_weights_are_meant_as_written() -> None:
     # 0.1 + 0.1 + ... in floats would give 1.9999 documents after 20 epochs and lose one.
     order = MixtureOrder([1], [0.1])
     assert [order.epoch_length(e) for e in range(20)] == ([0] * 9 + [1]) * 2
-    assert MixtureOrder([10], [0.7]).epoch_length(0) == 7  # 10 * 0.7 = 7.000000000000001
+    # In floats 0.29 * 100 is 28.999999999999996.
+    assert MixtureOrder([100], [0.29]).epoch_length(0) == 29
 
 
 def test_locate_is_one_place_of_locate_many() -> None:
@@ -124,6 +125,21 @@ def test_epochs_and_seeds_are_shuffled_differently() -> None:
     for i, a in enumerate(orders):
         for b in orders[:i]:
             assert sum(x == y for x, y in zip(a, b, strict=True)) < 10
+
+
+def test_a_part_of_a_pass_is_a_random_part() -> None:
+    """At weight 1/4 the documents of an epoch differ by pass and by seed."""
+
+    def documents(seed: int, epoch: int) -> set[int]:
+        order = MixtureOrder([400], ["1/4"], seed)
+        return set(order.locate_many(epoch, 0, 100)[1].tolist())
+
+    first_pass = [documents(0, epoch) for epoch in range(4)]
+    assert set.union(*first_pass) == set(range(400))
+    parts = [first_pass[0], documents(0, 4), documents(1, 0), set(range(100))]
+    for i, a in enumerate(parts):
+        for b in parts[:i]:
+            assert 10 <= len(a & b) <= 40  # 25 by chance
 
 
 def test_sources_are_mixed_within_an_epoch() -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,6 +37,18 @@ def read(store: TokenStore) -> list[list[int]]:
     return [store.ids(i).tolist() for i in range(len(store))]
 
 
+def mask_of(store: TokenStore, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+    mask = store.mask(index, start, stop)
+    assert mask is not None
+    return mask
+
+
+def bytes_of(store: TokenStore, index: int) -> np.ndarray:
+    packed = store.mask_bytes(index)
+    assert packed is not None
+    return packed
+
+
 def folders(path: Path) -> list[str]:
     return sorted(p.name for p in path.iterdir())
 
@@ -53,6 +66,7 @@ def test_what_is_written_is_read(tmp_path: Path, vocab_size: int, itemsize: int)
     assert store.ids(0, 2, 99).tolist() == [3]  # never into the next document
     assert not store.has_mask
     assert store.mask(0) is None
+    assert store.mask_bytes(0) is None
     with pytest.raises(IndexError):
         store.ids(4)
     with pytest.raises(ValueError, match="read-only"):
@@ -64,9 +78,9 @@ def test_mask_is_bit_0_of_its_bytes(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s", DOCUMENTS, packed)
     assert store.has_mask
     for i, mask in enumerate(MASKS):
-        assert store.mask(i).tolist() == mask
-        assert store.mask_bytes(i).tolist() == packed[i]
-    assert store.mask(2, 2, 4).tolist() == [1, 0]
+        assert mask_of(store, i).tolist() == mask
+        assert bytes_of(store, i).tolist() == packed[i]
+    assert mask_of(store, 2, 2, 4).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("ids", [[1, 10], [-1]])
@@ -149,7 +163,11 @@ def test_merging_puts_slices_end_to_end(tmp_path: Path) -> None:
     for i, part in enumerate((slice(0, 1), slice(1, 1), slice(1, 3))):  # the middle one is empty
         make_store(tmp_path / f"part{i}", DOCUMENTS[part], MASKS[part])
     parts = [tmp_path / f"part{i}" for i in range(3)]
-    settings = {"vocab_size": 2**16, "tokenizer_hash": "hash", "fingerprint": "print"}
+    settings: dict[str, Any] = {
+        "vocab_size": 2**16,
+        "tokenizer_hash": "hash",
+        "fingerprint": "print",
+    }
     merged = merge_stores(tmp_path / "merged", parts, **settings)
     whole = make_store(tmp_path / "whole", DOCUMENTS, MASKS)
     for name in ("tokens.bin", "mask.bin", "offsets.npy", "meta.json"):
@@ -183,9 +201,9 @@ def test_conversations_are_stored_as_they_are_rendered(tokenizer: Tokenizer) -> 
     for i in range(12):
         ids, mask, roles = tokenizer.render_roles(task[i])
         assert store.ids(i).tolist() == ids
-        assert store.mask(i).tolist() == mask
-        assert (store.mask_bytes(i) >> 1).tolist() == roles
-    said = [store.ids(3)[store.mask(3) == 1], store.ids(11)[store.mask(11) == 1]]
+        assert mask_of(store, i).tolist() == mask
+        assert (bytes_of(store, i) >> 1).tolist() == roles
+    said = [store.ids(3)[mask_of(store, 3) == 1], store.ids(11)[mask_of(store, 11) == 1]]
     assert [tokenizer.decode(ids) for ids in said] == [
         "3!<|assistant_end|>",
         "11!<|assistant_end|>",
@@ -252,17 +270,20 @@ def test_processes_do_not_change_the_store(
     one = conversations_store(task, tokenizer, bad_rows="skip", folder=tmp_path / "one")
     monkeypatch.setattr(token_store, "_PARALLEL_FROM", 10)
     monkeypatch.setattr(token_store, "_SLICE_ROWS", 20)
-    merged = []
-    monkeypatch.setattr(
-        token_store, "merge_stores", lambda *a, **k: merged.append(a) or merge_stores(*a, **k)
-    )
+    slices = []
+
+    def merge(folder: Path, parts: list[Path], **settings: Any) -> TokenStore:
+        slices.extend(parts)
+        return merge_stores(folder, parts, **settings)
+
+    monkeypatch.setattr(token_store, "merge_stores", merge)
     two = conversations_store(
         task, tokenizer, bad_rows="skip", folder=tmp_path / "two", num_workers=2
     )
     for name in ("tokens.bin", "mask.bin", "offsets.npy"):
         assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
     assert one.meta == two.meta
-    assert len(merged[0][1]) == 3  # slices
+    assert len(slices) == 3
     with pytest.raises(UserError, match="row 7"):
         conversations_store(task, tokenizer, folder=tmp_path / "three", num_workers=2)
     assert folders(tmp_path) == ["one", "two"]

@@ -12,6 +12,7 @@ Backends
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -121,17 +122,20 @@ def _varlen(
     groups = H // k.shape[2]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+    boundaries = layout.boundaries
+    if boundaries is None:
+        raise ValueError("a varlen layout needs boundaries")
     out = varlen_attn(
         q.reshape(B * T, H, D),
         k.reshape(B * T, H, D),
         v.reshape(B * T, H, D),
-        layout.boundaries,
-        layout.boundaries,
+        boundaries,
+        boundaries,
         layout.longest,
         layout.longest,
         window_size=(window - 1 if window > 0 else -1, 0),
     )
-    return out.view(B, T, H, D)
+    return cast(torch.Tensor, out).view(B, T, H, D)
 
 
 def _blocked(

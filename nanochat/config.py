@@ -216,7 +216,12 @@ class MidConfig:
     corpus: str = "climbmix"
     """Pretraining corpus that is replayed and on which bits per byte are measured."""
     mix: tuple[str, ...] = (
-        "smoltalk", "mmlu", "gsm8k", "customjson:2", "simplespelling:0.5", "spellingbee:0.5",
+        "smoltalk",
+        "mmlu",
+        "gsm8k",
+        "customjson:2",
+        "simplespelling:0.5",
+        "spellingbee:0.5",
     )
     """Tasks as NAME[:weight] or NAME@size[:weight]; a weight of 2 is two passes per epoch."""
     replay: float = 0.2

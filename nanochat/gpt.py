@@ -13,7 +13,7 @@ weight. Norms, softmax and the loss reduce in float32.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,7 @@ from nanochat.rope import apply_rope, rope_table
 
 NORM_EPS = 1e-6
 LOSS_CHUNK_LOGITS = 2**21
-"""Logits (tokens x vocabulary) that the loss holds at once: 8 MiB in float32, inside an L3 cache."""
+"""Logits (tokens x vocabulary) that the loss holds at once: 8 MiB in float32, in an L3 cache."""
 
 
 @dataclass(frozen=True)
@@ -277,10 +277,10 @@ class GPT(nn.Module):
             total += int(12 * self.config.n_head * self.config.head_dim * keys)
         return total
 
-    def make_layout(self, doc_ids: torch.Tensor | None, shape: tuple[int, int]) -> Layout:
+    def make_layout(self, doc_ids: torch.Tensor | None, shape: Sequence[int]) -> Layout:
         backend = self.backend or choose_backend(self.device, self.compute_dtype)
         windows = tuple(self.config.window(i) for i in range(self.config.n_layer))
-        return make_layout(doc_ids, shape, windows, backend, self.device)
+        return make_layout(doc_ids, (shape[0], shape[1]), windows, backend, self.device)
 
     def _rotary(self, positions: torch.Tensor) -> dict[bool, tuple[torch.Tensor, torch.Tensor]]:
         """Windowed? -> cosines and sines (..., 1, D/2) in the compute dtype."""
@@ -447,7 +447,7 @@ class SoftcappedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: torch.autograd.function.FunctionCtx,
         hidden: torch.Tensor,
         weight: torch.Tensor,
@@ -469,7 +469,7 @@ class SoftcappedLoss(torch.autograd.Function):
         return torch.cat(losses)
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: torch.autograd.function.FunctionCtx, grad_output: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, targets, normalizers = ctx.saved_tensors  # type: ignore[attr-defined]

@@ -6,13 +6,17 @@ B batch, T time, H heads, D head dim
 import torch
 
 
-def inverse_frequencies(head_dim: int, base: float, device: torch.device | None = None) -> torch.Tensor:
+def inverse_frequencies(
+    head_dim: int, base: float, device: torch.device | None = None
+) -> torch.Tensor:
     """(D/2,) float32: radians per position of each rotated pair."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     return base**-exponents
 
 
-def rope_table(positions: torch.Tensor, head_dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_table(
+    positions: torch.Tensor, head_dim: int, base: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines, each positions.shape + (D/2,), float32."""
     angles = positions.float()[..., None] * inverse_frequencies(head_dim, base, positions.device)
     return angles.cos(), angles.sin()

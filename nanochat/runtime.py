@@ -34,8 +34,10 @@ class Runtime:
     local_rank: int = 0
     world_size: int = 1
     console: Console = field(default_factory=Console)
+    stop_signal: bool = False
+    """SIGTERM or SIGINT came, or the time is up, on this rank."""
     stop_requested: bool = False
-    """Set by SIGTERM or SIGINT on this rank; train_step tells the other ranks."""
+    """Some rank's `stop_signal`, agreed on by all in train_step: stop at the end of this step."""
 
     @property
     def is_main(self) -> bool:
@@ -78,12 +80,12 @@ class Runtime:
             torch.cuda.synchronize(self.device)
 
     def watch_signals(self) -> None:
-        """Turn the first SIGTERM or SIGINT into `stop_requested`; a second SIGINT interrupts."""
+        """Turn the first SIGTERM or SIGINT into `stop_signal`; a second SIGINT interrupts."""
 
         def handler(number: int, frame: Any) -> None:
-            if self.stop_requested and number == signal.SIGINT:
+            if self.stop_signal and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.stop_requested = True
+            self.stop_signal = True
             self.print("stopping: saving at the end of this step (press Ctrl-C again to abort)")
 
         signal.signal(signal.SIGTERM, handler)

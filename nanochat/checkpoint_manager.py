@@ -1,0 +1,395 @@
+"""Save, find and load checkpoints; a step folder that exists is complete.
+
+    checkpoints/<stage>/<tag>/step_000500/
+        model.safetensors    float32 weights by parameter name
+        optim/               optimizer state by parameter name: safetensors written and resharded
+                             by torch.distributed.checkpoint
+        meta.json            model and run configuration, train and loader state, metrics, tokenizer
+                             hash, size and SHA-256 of every other file, versions
+
+Everything is built in a temporary folder that is renamed at the end, so a kill, a full disk or a
+power cut leaves the previous checkpoint as the newest. Nothing is ever unpickled. Saving copies the
+state to host memory and writes it on a thread while training goes on.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from nanochat import paths
+from nanochat.config import from_dict, to_dict
+from nanochat.errors import UserError
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import Optimizer
+from nanochat.runtime import Runtime
+from nanochat.tokenizer import Tokenizer
+
+FORMAT = 1
+STAGES = ("base", "mid", "sft", "rl")
+_STEP = re.compile(r"step_(\d{6,})")
+
+
+class CheckpointManager:
+    """Writes the checkpoints of one run, in the background, and prunes old ones."""
+
+    def __init__(self, folder: Path, runtime: Runtime, keep_last: int = 0):
+        self.folder, self.runtime, self.keep_last = folder, runtime, keep_last
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        # The writer's collectives must not mix with the training's on another thread.
+        self._group = dist.new_group(backend="gloo") if runtime.world_size > 1 else None
+        if runtime.is_main and folder.is_dir():
+            for leftover in folder.glob(".*.tmp"):  # of a killed run
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def save(self, step: int, model: GPT, optimizer: Optimizer, meta: dict[str, Any]) -> None:
+        """Copy the state to host memory and start writing it; every rank calls it.
+
+        Waits for a save still under way. Raises what that one failed with, on every rank.
+        """
+        self.wait()
+        weights = {}
+        if self.runtime.is_main:
+            weights = {name: _host_copy(p) for name, p in model.named_parameters()}
+        state = optimizer.state_dict(host_copy=True)
+        meta = {
+            **meta,
+            "format": FORMAT,
+            "step": step,
+            "model_config": to_dict(model.config),
+            "optimizer_steps": optimizer.steps,
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        }
+        self._thread = threading.Thread(
+            target=self._write, args=(step, weights, state, meta), name="checkpoint writer"
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the save under way; raises UserError or OSError where it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(
+        self,
+        step: int,
+        weights: dict[str, torch.Tensor],
+        state: dict[str, torch.Tensor],
+        meta: dict[str, Any],
+    ) -> None:
+        final = self.folder / f"step_{step:06d}"
+        temporary = self.folder / f".step_{step:06d}.tmp"
+        problem: BaseException | None = None
+        try:
+            # Every step is agreed on, so that no rank waits for one that failed.
+            self._agree(lambda: self._prepare(temporary))
+            if self.runtime.is_main:
+                self._attempt(lambda: save_file(weights, temporary / "model.safetensors"))
+            self._attempt(lambda: save_optimizer_state(state, temporary / "optim", self._group))
+            self._agree(lambda: None)
+            if self.runtime.is_main:
+                self._attempt(lambda: self._finish(temporary, final, meta))
+            self._agree(lambda: None)
+        except BaseException as error:  # handed to the training thread by wait()
+            problem = error
+        if problem is not None:
+            if self.runtime.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            self._error = problem
+
+    _failed: str | None = None
+
+    def _attempt(self, action: Any) -> None:
+        """Run an action of this rank, keeping its failure for the next _agree."""
+        if self._failed is None:
+            try:
+                action()
+            except Exception as error:
+                self._failed = f"{type(error).__name__}: {error}"
+
+    def _agree(self, action: Any) -> None:
+        """Run rank 0's action, then fail on every rank where any failed."""
+        if self.runtime.is_main:
+            self._attempt(action)
+        failures: list[str | None] = [self._failed]
+        if self._group is not None:
+            failures = [None] * self.runtime.world_size
+            dist.all_gather_object(failures, self._failed, group=self._group)
+        self._failed = None
+        for rank, failure in enumerate(failures):
+            if failure:
+                raise OSError(
+                    f"saving to {self.folder} failed on rank {rank}: {failure}; "
+                    "the checkpoints before it are whole. Free some space and run with --resume"
+                )
+
+    def _prepare(self, temporary: Path) -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / "optim").mkdir(parents=True)
+
+    def _finish(self, temporary: Path, final: Path, meta: dict[str, Any]) -> None:
+        files = {}
+        for path in sorted(temporary.rglob("*")):
+            if path.is_file():
+                paths.sync_path(path)
+                name = path.relative_to(temporary).as_posix()
+                files[name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+        meta = {**meta, "files": files}
+        meta["digest"] = meta_digest(meta)
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
+        paths.sync_path(temporary / "meta.json")
+        paths.sync_path(temporary / "optim")
+        paths.sync_path(temporary)
+        if final.exists():  # saved before, by a run that was resumed from further back
+            aside = final.with_name(f".{final.name}.old.tmp")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(final, aside)
+        os.replace(temporary, final)
+        paths.sync_path(self.folder)
+        shutil.rmtree(final.with_name(f".{final.name}.old.tmp"), ignore_errors=True)
+        if self.keep_last > 0:
+            for step in list_steps(self.folder)[: -self.keep_last]:
+                # Renamed first, so that a kill while deleting leaves no torn step folder.
+                doomed = self.folder / f".step_{step:06d}.old.tmp"
+                os.replace(self.folder / f"step_{step:06d}", doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def save_optimizer_state(
+    state: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup | None
+) -> None:
+    """Write this rank's share of a state dictionary as safetensors."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        save(
+            state,
+            storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
+            process_group=group,
+            no_dist=group is None,
+        )
+
+
+def load_optimizer_state(
+    state: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup | None
+) -> None:
+    """Fill the tensors of `state` in place from what any number of ranks saved."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load(
+            state,
+            storage_reader=HuggingFaceStorageReader(str(folder)),
+            process_group=group,
+            no_dist=group is None,
+        )
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _sha256_blocks(file)
+        )
+
+
+def _sha256_blocks(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def meta_digest(meta: dict[str, Any]) -> str:
+    """SHA-256 of the metadata without its own digest."""
+    content = {key: value for key, value in meta.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def list_steps(folder: Path) -> list[int]:
+    """The steps saved in a run's folder, in order."""
+    if not folder.is_dir():
+        return []
+    matches = (_STEP.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest step folder of a run, None where there is none."""
+    steps = list_steps(folder)
+    return folder / f"step_{steps[-1]:06d}" if steps else None
+
+
+def find(source: str, step: int | None = None) -> Path:
+    """The step folder `source` means: a stage, stage/tag, a run's folder or a step folder.
+
+    Without a tag it is `default`, or the only tag there is. Without a step it is the newest.
+    """
+    path = Path(source)
+    stage, _, tag = source.partition("/")
+    if stage in STAGES and not path.is_dir():
+        folder = paths.checkpoints_dir(stage, tag or "default")
+        if not tag and not folder.is_dir():
+            tags = sorted(p.name for p in folder.parent.glob("*") if list_steps(p))
+            if len(tags) == 1:
+                folder = folder.parent / tags[0]
+            elif tags:
+                raise UserError(
+                    f"{stage} has several tags ({', '.join(tags)}); name one: {stage}/TAG"
+                )
+    elif _STEP.fullmatch(path.name) and path.is_dir():
+        return path
+    else:
+        folder = path
+    steps = list_steps(folder)
+    if not steps:
+        raise UserError(
+            f"no checkpoint of {source} in {folder}; train that stage first, or name another source"
+        )
+    chosen = steps[-1] if step is None else step
+    if chosen not in steps:
+        raise UserError(f"{folder} has no step {chosen}; it has {', '.join(map(str, steps))}")
+    return folder / f"step_{chosen:06d}"
+
+
+def read_meta(folder: Path, verify: bool = True) -> dict[str, Any]:
+    """The metadata of a step folder, after checking every file's size and digest.
+
+    Raises UserError that names the file which is missing, truncated or changed.
+    """
+    path = folder / "meta.json"
+    remedy = "restore it from a copy, or use an earlier step"
+    try:
+        meta: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; {remedy}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from None
+    if meta.get("format") != FORMAT:
+        raise UserError(
+            f"{path} has format {meta.get('format')}, this version reads {FORMAT}; "
+            "load it with the version of nanochat that wrote it"
+        )
+    if meta.get("digest") != meta_digest(meta):
+        raise UserError(f"{path} was changed after it was written; {remedy}")
+    for name, expected in meta["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise UserError(f"{file} is missing; {remedy}")
+        if file.stat().st_size != expected["size"]:
+            raise UserError(
+                f"{file} has {file.stat().st_size:,} bytes instead of {expected['size']:,}; {remedy}"
+            )
+        if verify and file_sha256(file) != expected["sha256"]:
+            raise UserError(f"{file} is damaged: its SHA-256 is not the recorded one; {remedy}")
+    return meta
+
+
+def load_weights(folder: Path, model: GPT) -> None:
+    """Copy the weights of a step folder into the model."""
+    weights = load_file(folder / "model.safetensors")
+    parameters = dict(model.named_parameters())
+    missing, unknown = set(parameters) - set(weights), set(weights) - set(parameters)
+    wrong = [n for n in set(parameters) & set(weights) if parameters[n].shape != weights[n].shape]
+    if missing or unknown or wrong:
+        raise UserError(
+            f"{folder / 'model.safetensors'} is of another model: "
+            f"missing {sorted(missing)[:3]}, unknown {sorted(unknown)[:3]}, other shape {wrong[:3]}"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+
+
+def restore(folder: Path, model: GPT, optimizer: Optimizer, runtime: Runtime) -> dict[str, Any]:
+    """Load weights and optimizer state for resuming, at any world size; returns the metadata.
+
+    Rank 0 verifies the files; a problem is raised on every rank.
+    """
+    problem: str | None = None
+    if runtime.is_main:
+        try:
+            read_meta(folder)
+        except UserError as error:
+            problem = str(error)
+    problem = runtime.broadcast_object(problem)
+    if problem:
+        raise UserError(problem)
+    meta = read_meta(folder, verify=False)
+    if meta["model_config"] != json.loads(json.dumps(to_dict(model.config))):
+        ours = to_dict(model.config)
+        other = {k: v for k, v in meta["model_config"].items() if _plain(ours.get(k)) != v}
+        raise UserError(
+            f"{folder} holds another model: it has {other}; resume with the same model flags, "
+            "or choose another --tag"
+        )
+    load_weights(folder, model)
+    group = dist.new_group(backend="gloo") if runtime.world_size > 1 else None
+    state = optimizer.state_dict(host_copy=True)
+    load_optimizer_state(state, folder / "optim", group)
+    optimizer.load_state_dict(state)
+    optimizer.steps = meta["optimizer_steps"]
+    return meta
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def load_model(
+    source: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    step: int | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """A model for evaluation or chat, its tokenizer and its metadata.
+
+    Raises UserError where the tokenizer is not the one the model was trained with.
+    """
+    folder = find(source, step)
+    meta = read_meta(folder)
+    config = from_dict(GPTConfig, meta["model_config"], str(folder / "meta.json"))
+    tokenizer = tokenizer or Tokenizer.load()
+    check_tokenizer(meta, tokenizer, folder)
+    with torch.device("meta"):
+        model = GPT(config, dtype)
+    model.to_empty(device=device)
+    load_weights(folder, model)
+    model.eval()
+    return model, tokenizer, meta
+
+
+def check_tokenizer(meta: dict[str, Any], tokenizer: Tokenizer, folder: Path) -> None:
+    if meta["tokenizer_hash"] != tokenizer.hash:
+        raise UserError(
+            f"{folder} was trained with tokenizer {meta['tokenizer_hash'][:12]} and vocabulary "
+            f"{meta['model_config']['vocab_size']}, the one in {paths.tokenizer_dir()} is "
+            f"{tokenizer.hash[:12]} with {tokenizer.vocab_size}; set NANOCHAT_BASE_DIR to where it "
+            "was trained, or train again from the base stage"
+        )

@@ -1,0 +1,214 @@
+"""What a run says: the console, metrics.jsonl, and wandb where the user named a run.
+
+metrics.jsonl holds one JSON object a line with a "kind": start, train, eval, sample or end. A
+resumed run appends; where a step appears twice, the later line counts.
+"""
+
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat import paths
+from nanochat.plan import Plan
+from nanochat.runtime import Runtime
+from nanochat.train import StepStats, TrainState
+
+CONSOLE_EVERY = 5.0
+"""Seconds between progress lines."""
+
+PEAK_FLOPS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "H800": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "4090": 165e12,
+    "3090": 71e12,
+}
+"""Dense bf16 matmul peaks by device name (vendors' data sheets)."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak, None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: of the allocator on CUDA, of the process (resident set) elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0  # not known: the resource module is Unix only
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def commit() -> str | None:
+    """The checkout this code runs from, if it is one."""
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip() or None
+
+
+def describe_runtime(runtime: Runtime) -> dict[str, Any]:
+    cuda = runtime.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(runtime.device) if cuda else str(runtime.device),
+        "dtype": str(runtime.dtype).removeprefix("torch."),
+        "world_size": runtime.world_size,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "commit": commit(),
+    }
+
+
+def duration_text(seconds: float) -> str:
+    """75 -> 1:15; 3700 -> 1:01:40."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class RunLog:
+    """The log of one stage; every rank may call it, rank 0 writes."""
+
+    def __init__(
+        self, stage: str, tag: str, runtime: Runtime, plan: Plan, wandb_run: str | None = None
+    ):
+        self.stage, self.tag, self.runtime, self.plan = stage, tag, runtime, plan
+        self.path = paths.run_dir(stage, tag) / "metrics.jsonl"
+        self.smooth = 0.0
+        self.smooth_steps = 0
+        self.last_print = 0.0
+        self.wandb: Any = None
+        if runtime.is_main and wandb_run:
+            import wandb
+
+            self.wandb = wandb.init(project="nanochat", name=f"{wandb_run}-{stage}")
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if not self.runtime.is_main:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.wandb is not None and record["kind"] in ("train", "eval", "end"):
+            numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
+            self.wandb.log({f"{record['kind']}/{k}": v for k, v in numbers.items()})
+
+    def start(self, config: dict[str, Any], model: dict[str, Any], state: TrainState) -> None:
+        if self.runtime.is_main and state.step == 0:
+            self.path.unlink(missing_ok=True)
+        self._write(
+            {
+                "kind": "start",
+                "stage": self.stage,
+                "tag": self.tag,
+                "step": state.step,
+                "time": time.time(),
+                "config": config,
+                "model": model,
+                "plan": self.plan.as_dict(),
+                "runtime": describe_runtime(self.runtime),
+            }
+        )
+        self.runtime.print(f"{self.stage}/{self.tag}: {self.plan.describe()}")
+        if state.step:
+            self.runtime.print(f"resuming after step {state.step}")
+
+    def train(self, state: TrainState, stats: StepStats, lr_multiplier: float) -> None:
+        """Record a finished step; `state` already counts it."""
+        speed = stats.tokens / stats.seconds
+        record: dict[str, Any] = {
+            "kind": "train",
+            "step": state.step,
+            "loss": stats.loss,
+            "lr": lr_multiplier,
+            "targets": stats.targets,
+            "tokens": state.tokens,
+            "tokens_per_second": speed,
+            "seconds": state.seconds,
+            "memory_bytes": peak_memory_bytes(self.runtime.device),
+        }
+        peak = peak_flops(self.runtime.device)
+        if peak is not None:
+            per_token = self.plan.flops / self.plan.tokens
+            record["mfu"] = per_token * speed / (peak * self.runtime.world_size)
+        if stats.skipped:
+            record["skipped"] = True
+        self._write(record)
+        # A debiased moving average, over the steps this process has seen.
+        self.smooth = 0.95 * self.smooth + 0.05 * stats.loss
+        self.smooth_steps += 1
+        now = time.monotonic()
+        if now - self.last_print < CONSOLE_EVERY and state.step != self.plan.num_steps:
+            return
+        self.last_print = now
+        loss = self.smooth / (1 - 0.95**self.smooth_steps)
+        eta = (self.plan.num_steps - state.step) * state.seconds / max(state.step, 1)
+        mfu = f" | mfu {100 * record['mfu']:.0f} %" if "mfu" in record else ""
+        self.runtime.print(
+            f"step {state.step}/{self.plan.num_steps} | loss {loss:.4f} | "
+            f"lr x{lr_multiplier:.2f} | {speed:,.0f} tok/s{mfu} | eta {duration_text(eta)}"
+        )
+
+    def eval(self, step: int, metrics: dict[str, float]) -> None:
+        self._write({"kind": "eval", "step": step, **metrics})
+        text = " | ".join(
+            f"{name} {value:,.0f}"
+            if float(value).is_integer() and math.fabs(value) >= 100
+            else f"{name} {value:.4f}"
+            for name, value in metrics.items()
+        )
+        self.runtime.print(f"step {step}/{self.plan.num_steps} | validation: {text}")
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        self._write({"kind": "sample", "step": step, "prompt": prompt, "text": text})
+        self.runtime.print(f"sample: {prompt}\N{HORIZONTAL ELLIPSIS}{text}" if prompt else text)
+
+    def end(self, state: TrainState, consumed: dict[str, Any]) -> None:
+        self._write(
+            {
+                "kind": "end",
+                "step": state.step,
+                "seconds": state.seconds,
+                "tokens": state.tokens,
+                "peak_memory_bytes": peak_memory_bytes(self.runtime.device),
+                "consumed": consumed,
+                **state.metrics,
+            }
+        )
+        if self.wandb is not None:
+            self.wandb.finish()
+        self.runtime.print(
+            f"{self.stage}/{self.tag}: {state.step} steps, {state.tokens:,} tokens in "
+            f"{duration_text(state.seconds)}, peak memory "
+            f"{peak_memory_bytes(self.runtime.device) / 2**30:.2f} GiB"
+        )

@@ -1,0 +1,229 @@
+"""What a run will do, known before its first step: tokens, steps, batch, rates, memory.
+
+The scaling rules take the depth dial to everything else; a flag overrides each. Reference model:
+depth 12 at a batch of 2^19 tokens.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from nanochat.config import Batching, Duration, Learning
+from nanochat.errors import UserError
+from nanochat.gpt import GPT, GPTConfig, config_from_depth
+from nanochat.optim import Hypers
+from nanochat.schedule import lr_multiplier, muon_momentum
+
+REFERENCE_BATCH = 2**19
+REFERENCE_DECAY = 0.2
+DEFAULT_RATIO = 12.0
+MINIMAL_LR_SCALE = 0.5
+"""The square-root rule was fitted at large batches and starves small ones; see docs/stages.md."""
+CPU_TOKENS = 4096
+"""Tokens per micro-batch on a CPU: large enough for its matmuls, small enough for its caches."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arithmetic of one training run."""
+
+    num_steps: int
+    total_batch_size: int
+    """Tokens per optimizer step, over all ranks and micro-batches."""
+    device_batch_size: int
+    """Rows per rank and micro-batch."""
+    micro_batches: int
+    sequence_length: int
+    world_size: int
+    tokens: int
+    flops: float
+    lr_scale: float
+    weight_decay: float
+    learning: Learning
+    parameters: dict[str, int]
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.total_batch_size // self.sequence_length
+
+    def hypers(self, step: int) -> Hypers:
+        """The schedule at a step in [0, num_steps)."""
+        learning = self.learning
+        low, high = learning.muon_momentum
+        return Hypers(
+            lr_multiplier=lr_multiplier(
+                step,
+                self.num_steps,
+                warmup=learning.warmup,
+                warmdown=learning.warmdown,
+                final=learning.final_lr,
+            ),
+            momentum=muon_momentum(step, self.num_steps, low=low, high=high),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def describe(self) -> str:
+        """One paragraph for the console."""
+        parts = ", ".join(f"{k} {v:,}" for k, v in self.parameters.items() if v)
+        return (
+            f"{sum(self.parameters.values()):,} parameters ({parts})\n"
+            f"{self.num_steps:,} steps x {self.total_batch_size:,} tokens = {self.tokens:,} tokens, "
+            f"{self.flops:.2e} FLOPs; step = {self.device_batch_size} rows x "
+            f"{self.sequence_length} tokens x {self.micro_batches} micro-batches x "
+            f"{self.world_size} ranks; lr scale {self.lr_scale:.3f}, "
+            f"weight decay {self.weight_decay:.4f}"
+        )
+
+
+def scaled_batch_size(tokens: float, reference_tokens: float) -> int:
+    """Tokens per step: 2^19 (D / D12)^0.383 (arXiv 2505.13738), rounded to a power of two."""
+    return int(2 ** round(math.log2(REFERENCE_BATCH * (tokens / reference_tokens) ** 0.383)))
+
+
+def scaled_lr(total_batch_size: int) -> float:
+    """Factor on every learning rate: sqrt(B / 2^19), bounded from below."""
+    return float(max(MINIMAL_LR_SCALE, math.sqrt(total_batch_size / REFERENCE_BATCH)))
+
+
+def scaled_weight_decay(
+    total_batch_size: int, lr_scale: float, tokens: float, reference_tokens: float
+) -> float:
+    """Muon's decay: the same fraction of a weight forgotten over a run (arXiv 2405.13698).
+
+    lambda = lambda12 (B / B12) (D12 / D) / lr_scale; with the square-root rule for lr_scale that is
+    lambda12 sqrt(B / B12) D12 / D.
+    """
+    share = total_batch_size / REFERENCE_BATCH * reference_tokens / tokens
+    return float(REFERENCE_DECAY * share / lr_scale)
+
+
+def meta_model(config: GPTConfig) -> GPT:
+    """The model without its memory, to count things."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
+def make_plan(
+    model_config: GPTConfig,
+    *,
+    batching: Batching,
+    duration: Duration,
+    learning: Learning,
+    sequence_length: int,
+    world_size: int,
+    device: torch.device,
+    rows_in_epochs: Callable[[int], int] | None = None,
+    memory_limit: int | None = None,
+) -> Plan:
+    """Resolve every "auto" and count the steps.
+
+    rows_in_epochs tells how many rows so many epochs have (for --epochs). Raises UserError for
+    impossible batch arithmetic.
+    """
+    model = meta_model(model_config)
+    parameters = model.num_parameters()
+    scaling = parameters["block_matrices"] + parameters["head"]
+    reference = meta_model(config_from_depth(12, model_config.vocab_size)).num_parameters()
+    reference_tokens = DEFAULT_RATIO * (reference["block_matrices"] + reference["head"])
+    flops_per_token = model.flops_per_token(sequence_length)
+
+    tokens = _token_budget(duration, scaling, flops_per_token)
+    total = batching.total_batch_size
+    rows, micro_batches, total = _batch(
+        batching.device_batch_size,
+        scaled_batch_size(tokens or DEFAULT_RATIO * scaling, reference_tokens)
+        if total == "auto"
+        else total,
+        total == "auto",
+        sequence_length,
+        world_size,
+        device,
+    )
+    if duration.num_steps is not None:
+        num_steps = duration.num_steps
+    elif duration.epochs is not None:
+        if duration.epochs < 1:
+            raise UserError(f"--epochs {duration.epochs} must be at least 1")
+        if rows_in_epochs is None:
+            raise UserError("--epochs needs the encoded data; use --num-steps here")
+        num_steps = math.ceil(rows_in_epochs(duration.epochs) * sequence_length / total)
+    else:
+        num_steps = max(1, round((tokens or 0) / total))
+    if num_steps < 1:
+        raise UserError(f"--num-steps {num_steps} must be at least 1")
+    lr_scale = scaled_lr(total) if learning.lr_scale == "auto" else learning.lr_scale
+    weight_decay = (
+        scaled_weight_decay(total, lr_scale, num_steps * total, reference_tokens)
+        if learning.weight_decay == "auto"
+        else learning.weight_decay
+    )
+    return Plan(
+        num_steps=num_steps,
+        total_batch_size=total,
+        device_batch_size=rows,
+        micro_batches=micro_batches,
+        sequence_length=sequence_length,
+        world_size=world_size,
+        tokens=num_steps * total,
+        flops=float(flops_per_token) * num_steps * total,
+        lr_scale=lr_scale,
+        weight_decay=weight_decay,
+        learning=learning,
+        parameters=parameters,
+    )
+
+
+def _token_budget(duration: Duration, scaling: int, flops_per_token: int) -> float | None:
+    """Tokens to train on, where the duration says so directly; None for steps and epochs."""
+    if duration.num_steps is not None or duration.epochs is not None:
+        return None
+    if duration.target_tokens is not None:
+        tokens = float(duration.target_tokens)
+    elif duration.target_flops is not None:
+        tokens = duration.target_flops / flops_per_token
+    else:
+        tokens = (duration.target_param_data_ratio or DEFAULT_RATIO) * scaling
+    if tokens <= 0:
+        raise UserError(f"a budget of {tokens:,.0f} tokens trains nothing; it must be positive")
+    return tokens
+
+
+def _batch(
+    rows: str | int,
+    total: int,
+    total_is_auto: bool,
+    T: int,
+    world_size: int,
+    device: torch.device,
+) -> tuple[int, int, int]:
+    """Rows per micro-batch, micro-batches per step, and tokens per step."""
+    if isinstance(rows, int) and rows < 1:
+        raise UserError(f"--device-batch-size {rows} must be at least 1")
+    per_row = T * world_size
+    if total_is_auto:
+        total = max(1, total // per_row) * per_row
+    if total < per_row or total % per_row:
+        raise UserError(
+            f"total_batch_size {total} must be a multiple of {per_row} "
+            f"({T} tokens x {world_size} ranks); try {max(1, round(total / per_row)) * per_row}"
+        )
+    rows_per_rank = total // per_row
+    if isinstance(rows, str):
+        largest = CPU_TOKENS if device.type == "cpu" else 65536
+        fits = max(1, largest // T)
+        rows = max(r for r in range(1, min(fits, rows_per_rank) + 1) if rows_per_rank % r == 0)
+    if rows_per_rank % rows:
+        if total_is_auto:
+            total = max(1, rows_per_rank // rows) * rows * per_row
+            rows_per_rank = total // per_row
+        else:
+            raise UserError(
+                f"total_batch_size {total} must be a multiple of {rows * per_row} "
+                f"({rows} rows x {T} tokens x {world_size} ranks)"
+            )
+    return rows, rows_per_rank // rows, total

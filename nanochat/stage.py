@@ -1,0 +1,226 @@
+"""What the training stages share: set-up, evaluation, saving. The loop itself is in each script."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from nanochat import paths
+from nanochat.checkpoint_manager import CheckpointManager, latest, restore
+from nanochat.config import BaseConfig, MidConfig, to_dict
+from nanochat.dataloader import DataLoader, Source
+from nanochat.errors import UserError
+from nanochat.gpt import GPT
+from nanochat.log import RunLog
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.optim import Optimizer, parameter_rules
+from nanochat.plan import Plan, make_plan
+from nanochat.runtime import Runtime, best_dtype
+from nanochat.tokenizer import Tokenizer
+from nanochat.train import LossScale, StepStats, TrainState, check_replicas
+
+
+@dataclass
+class Stage:
+    """One run of one stage: its parts, and what happens around a step."""
+
+    name: str
+    cfg: BaseConfig | MidConfig
+    runtime: Runtime
+    model: GPT
+    tokenizer: Tokenizer
+    plan: Plan
+    loader: DataLoader
+    validation: dict[str, list[Source]]
+    """Held-out sources: "bpb" is measured in bits per byte, others as the mean loss."""
+    optimizer: Optimizer
+    log: RunLog
+    checkpoints: CheckpointManager
+    state: TrainState
+    loss_scale: LossScale | None
+    extra_meta: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def finished(self) -> bool:
+        return self.state.step >= self.plan.num_steps
+
+    def record(self, stats: StepStats) -> None:
+        """Count a finished step, log it, and check what is to be checked after it."""
+        self.state.step += 1
+        self.state.tokens += stats.tokens
+        self.state.seconds += stats.seconds
+        self.log.train(self.state, stats, self.plan.hypers(self.state.step - 1).lr_multiplier)
+        every = self.cfg.run.check_replicas
+        if every and self.state.step % every == 0:
+            check_replicas(self.model, self.runtime)
+        limit = self.cfg.saving.max_hours
+        if limit and time.monotonic() - self.started > limit * 3600:
+            self.runtime.stop_signal = True
+
+    def evaluate(self) -> dict[str, float]:
+        """Measure every validation source from its start: the same rows each time."""
+        metrics: dict[str, float] = {}
+        sizes = torch.as_tensor(self.tokenizer.token_bytes()).to(self.runtime.device)
+        T, rows = self.plan.sequence_length, self.plan.device_batch_size
+        for name, sources in self.validation.items():
+            loader = DataLoader(
+                sources,
+                batch_size=rows,
+                sequence_length=T,
+                rank=self.runtime.rank,
+                world_size=self.runtime.world_size,
+                epochs=1,
+                device=self.runtime.device,
+            )
+            wanted = self.cfg.evaluating.eval_tokens // (T * rows * self.runtime.world_size)
+            available = -(-loader.num_rows(1) // (rows * self.runtime.world_size))
+            batches = (next(loader) for _ in range(max(1, min(wanted, available))))
+            result = evaluate_bpb(self.model, batches, sizes, self.runtime)
+            if name == "bpb":
+                metrics["bpb"] = result["bpb"]
+            else:
+                metrics[name] = result["loss"]
+        self.state.metrics = metrics
+        self.log.eval(self.state.step, metrics)
+        return metrics
+
+    def save(self) -> None:
+        """Start writing a checkpoint of the present state."""
+        if self.loss_scale:
+            self.state.loss_scale = self.loss_scale.state_dict()
+        self.checkpoints.save(
+            self.state.step,
+            self.model,
+            self.optimizer,
+            {
+                "stage": self.name,
+                "tag": self.cfg.run.tag,
+                "run_config": to_dict(self.cfg),
+                "num_steps": self.plan.num_steps,
+                "train_state": self.state.as_dict(),
+                "loader_state": self.loader.state_dict(),
+                "tokenizer_hash": self.tokenizer.hash,
+                **self.extra_meta,
+            },
+        )
+
+    def close(self) -> None:
+        """Wait for the last checkpoint, then write the end of the log."""
+        self.checkpoints.wait()
+        if self.finished:
+            self.log.end(self.state, self.loader.consumed)
+        else:
+            self.runtime.print(
+                f"stopped after step {self.state.step} of {self.plan.num_steps}; "
+                "the same command with --resume goes on from here"
+            )
+
+
+def set_up(
+    name: str,
+    cfg: BaseConfig | MidConfig,
+    runtime: Runtime,
+    model: GPT,
+    tokenizer: Tokenizer,
+    sources: Sequence[Source],
+    validation: dict[str, list[Source]],
+    extra_meta: dict[str, Any] | None = None,
+) -> Stage:
+    """Plan the run, build optimizer and loader, and resume where that is asked for.
+
+    Raises UserError where the tag already holds checkpoints and --resume is not given.
+    """
+    folder = paths.checkpoints_dir(name, cfg.run.tag)
+    newest = latest(folder)
+    if newest and not cfg.run.resume:
+        raise UserError(
+            f"{folder} already holds {newest.name}; continue it with --resume, "
+            "choose another --tag, or delete that folder"
+        )
+    T = model.config.context_length
+
+    def make_loader(rows: int) -> DataLoader:
+        return DataLoader(
+            sources,
+            batch_size=rows,
+            sequence_length=T,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            seed=cfg.run.seed,
+            window=cfg.batching.window,
+            epochs=cfg.duration.epochs if cfg.duration.num_steps is None else None,
+            device=runtime.device,
+        )
+
+    plan = make_plan(
+        model.config,
+        batching=cfg.batching,
+        duration=cfg.duration,
+        learning=cfg.learning,
+        sequence_length=T,
+        world_size=runtime.world_size,
+        device=runtime.device,
+        rows_in_epochs=make_loader(1).num_rows,
+    )
+    model.recompute = cfg.batching.recompute
+    rules = parameter_rules(
+        model,
+        cfg.learning,
+        width=model.config.n_embd,
+        lr_scale=plan.lr_scale,
+        weight_decay=plan.weight_decay,
+    )
+    native = best_dtype(runtime.device)
+    optimizer = Optimizer(
+        model,
+        rules,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        muon_dtype=torch.float32 if native == torch.float16 else native,
+    )
+    loader = make_loader(plan.device_batch_size)
+    state = TrainState()
+    loss_scale = LossScale() if runtime.dtype == torch.float16 else None
+    if newest:
+        meta = restore(newest, model, optimizer, runtime)
+        if meta["tokenizer_hash"] != tokenizer.hash:
+            raise UserError(f"{newest} was trained with another tokenizer than the present one")
+        if meta["num_steps"] != plan.num_steps:
+            runtime.print(
+                f"note: {newest.name} was planned for {meta['num_steps']} steps, "
+                f"this run for {plan.num_steps}: the schedule changes here"
+            )
+        state = TrainState(**meta["train_state"])
+        loader.load_state_dict(json.loads(json.dumps(meta["loader_state"])))
+        if loss_scale:
+            loss_scale.load_state_dict(state.loss_scale)
+    if cfg.run.compile == "on" or (cfg.run.compile == "auto" and runtime.device.type == "cuda"):
+        model.compile_loss()
+    log = RunLog(name, cfg.run.tag, runtime, plan, cfg.run.wandb)
+    checkpoints = CheckpointManager(folder, runtime, cfg.saving.keep_last)
+    stage = Stage(
+        name,
+        cfg,
+        runtime,
+        model,
+        tokenizer,
+        plan,
+        loader,
+        validation,
+        optimizer,
+        log,
+        checkpoints,
+        state,
+        loss_scale,
+        extra_meta or {},
+    )
+    if stage.finished:
+        runtime.print(f"{name}/{cfg.run.tag} is finished: {newest} is its last step")
+        return stage
+    runtime.watch_signals()
+    log.start(to_dict(cfg), to_dict(model.config), state)
+    return stage

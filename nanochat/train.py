@@ -1,0 +1,174 @@
+"""One optimizer step, the same in every stage, and the state a run resumes from.
+
+B batch, T time, N targets of the step over all ranks and micro-batches
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from nanochat.dataloader import Batch
+from nanochat.gpt import GPT
+from nanochat.optim import Hypers, Optimizer
+from nanochat.runtime import Runtime
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss is infinite or not a number; nothing was updated."""
+
+
+class ReplicaDivergence(RuntimeError):
+    """Parameters differ between ranks."""
+
+
+@dataclass
+class TrainState:
+    """What, beside parameters, optimizer and loader, a run resumes from."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The latest evaluation."""
+    loss_scale: dict[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one step did."""
+
+    loss: float
+    """sum(w nll) / N over all ranks and micro-batches."""
+    targets: int
+    """N."""
+    tokens: int
+    """Input positions of the step, padding included."""
+    seconds: float
+    skipped: bool = False
+    """A float16 step whose gradients overflowed: the loss scale was halved instead."""
+
+
+class LossScale:
+    """Dynamic loss scaling for float16 (Micikevicius et al., arXiv 1710.03740)."""
+
+    def __init__(self, scale: float = 2.0**16, growth_interval: int = 2000):
+        self.scale, self.growth_interval, self.good_steps = scale, growth_interval, 0
+
+    def state_dict(self) -> dict[str, float]:
+        return {"scale": self.scale, "good_steps": float(self.good_steps)}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        if state:
+            self.scale, self.good_steps = state["scale"], int(state["good_steps"])
+
+    def update(self, finite: bool) -> None:
+        if not finite:
+            self.scale, self.good_steps = max(1.0, self.scale / 2), 0
+            return
+        self.good_steps += 1
+        if self.good_steps == self.growth_interval:
+            self.scale, self.good_steps = self.scale * 2, 0
+
+
+def due(step: int, every: int, last: bool) -> bool:
+    """Whether something done every so many steps (0: only at the end) is due now."""
+    return last or (every > 0 and step % every == 0)
+
+
+def take(loader: Iterator[Batch], count: int) -> list[Batch]:
+    """The next `count` micro-batches."""
+    return [next(loader) for _ in range(count)]
+
+
+def train_step(
+    model: GPT,
+    optimizer: Optimizer,
+    batches: list[Batch],
+    hypers: Hypers,
+    runtime: Runtime,
+    loss_scale: LossScale | None = None,
+) -> StepStats:
+    """Minimise sum(w nll) / N over this rank's micro-batches; every rank calls it.
+
+    N counts the valid targets of all ranks and micro-batches, so neither accumulation nor the
+    number of ranks changes the result, and a micro-batch without targets is harmless. Raises
+    NonFiniteLoss on every rank, before anything is updated.
+    """
+    start = time.perf_counter()
+    valid = sum((batch.targets >= 0).sum() for batch in batches)
+    counts = torch.stack([torch.as_tensor(valid).cpu(), torch.tensor(int(runtime.stop_signal))]).to(
+        runtime.device
+    )
+    targets, stop = runtime.all_reduce_sum(counts).tolist()
+    runtime.stop_requested = stop > 0
+    scale = loss_scale.scale if loss_scale else 1.0
+
+    total = torch.zeros((), device=runtime.device)
+    for batch in batches:
+        nll = model.nll(batch.inputs, batch.targets, batch.doc_ids)
+        loss = (nll * batch.weights).sum() / max(targets, 1)
+        (loss * scale).backward()
+        total += loss.detach()
+
+    losses = runtime.all_gather(total).tolist()
+    for rank, value in enumerate(losses):
+        if not math.isfinite(value):
+            raise NonFiniteLoss(
+                f"step {optimizer.steps}: the loss of rank {rank} is {value}; nothing was updated. "
+                "Lower the learning rates (--lr-scale) or resume from an earlier checkpoint"
+            )
+    skipped = loss_scale is not None and not _unscale(optimizer, loss_scale, runtime)
+    if not skipped:
+        optimizer.step(hypers)
+    optimizer.zero_grad()
+    runtime.synchronize()
+    return StepStats(
+        loss=sum(losses),
+        targets=targets,
+        tokens=sum(batch.inputs.numel() for batch in batches) * runtime.world_size,
+        seconds=time.perf_counter() - start,
+        skipped=skipped,
+    )
+
+
+def _unscale(optimizer: Optimizer, loss_scale: LossScale, runtime: Runtime) -> bool:
+    """Divide the gradients by the loss scale; False where some rank's are not finite."""
+    finite = torch.stack([unit.gradients.isfinite().all() for unit in optimizer.units]).all()
+    bad = runtime.all_reduce_sum((~finite).float())
+    ok = bad.item() == 0
+    if ok:
+        optimizer.scale_gradients(torch.tensor(1 / loss_scale.scale, device=runtime.device))
+    loss_scale.update(ok)
+    return ok
+
+
+def check_replicas(model: GPT, runtime: Runtime) -> None:
+    """Compare every parameter's bits across ranks; ReplicaDivergence names the first that differs.
+
+    The fingerprint is a position-weighted sum of the raw bits modulo 2^63, so a swap or a single
+    flipped bit shows.
+    """
+    if runtime.world_size == 1:
+        return
+    names, prints = [], []
+    for name, parameter in model.named_parameters():
+        bits = parameter.detach().contiguous().view(torch.int32).flatten().to(torch.int64)
+        places = torch.arange(1, bits.numel() + 1, device=bits.device, dtype=torch.int64)
+        names.append(name)
+        prints.append((bits * (places * 2654435761 | 1)).sum())
+    gathered = runtime.all_gather(torch.stack(prints))  # (W, parameters)
+    different = (gathered != gathered[:1]).any(dim=0).tolist()
+    if any(different):
+        first = different.index(True)
+        ranks = (gathered[:, first] != gathered[0, first]).nonzero().flatten().tolist()
+        raise ReplicaDivergence(
+            f"parameter {names[first]} differs from rank 0 on ranks {ranks} "
+            f"({sum(different)} parameters differ in all); resume from the last checkpoint"
+        )

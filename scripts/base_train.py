@@ -1,0 +1,106 @@
+"""Pretrain a base model on text: `python -m scripts.base_train --depth 4 --corpus bbe`.
+
+Needs the encoded corpus (scripts.tok_encode). On several GPUs:
+`torchrun --nproc_per_node 8 -m scripts.base_train --depth 20`.
+"""
+
+from nanochat.config import BaseConfig
+from nanochat.dataloader import Source
+from nanochat.dataset import open_corpus
+from nanochat.errors import UserError
+from nanochat.gpt import GPT, config_from_depth
+from nanochat.launch import launch
+from nanochat.runtime import Runtime, seed_everything
+from nanochat.stage import Stage, set_up
+from nanochat.token_store import TokenStore
+from nanochat.tokenizer import Tokenizer
+from nanochat.train import due, take, train_step
+
+PROMPTS = ("In the beginning", "The king said to his men,", "And it came about that", "")
+
+
+def open_store(corpus: str, split: str, tokenizer: Tokenizer) -> TokenStore:
+    """The encoded split of a corpus."""
+    folder = open_corpus(corpus).store_folder(split)  # type: ignore[arg-type]
+    if not folder.is_dir():
+        raise UserError(
+            f"{corpus} is not encoded: {folder} is missing; "
+            f"run python -m scripts.tok_encode --corpus {corpus}"
+        )
+    return TokenStore.open(folder, tokenizer.hash)
+
+
+def build_sources(cfg: BaseConfig, tokenizer: Tokenizer, split: str = "train") -> list[Source]:
+    """The corpus, or a mixture of corpora by weight (tokens in those proportions)."""
+    if not cfg.mix:
+        return [Source(open_store(cfg.corpus, split, tokenizer), name=cfg.corpus)]
+    parsed = [part.rpartition(":") for part in cfg.mix]
+    stores = [open_store(name, split, tokenizer) for name, _, _ in parsed]
+    # Shares are of tokens; a source's weight is passes over it, the first source sets the scale.
+    shares = [float(weight) for _, _, weight in parsed]
+    unit = stores[0].num_tokens / shares[0]
+    return [
+        Source(store, weight=round(share * unit / store.num_tokens, 6), name=name)
+        for store, share, (name, _, _) in zip(stores, shares, parsed, strict=True)
+    ]
+
+
+def sample(stage: Stage) -> None:
+    """Greedy continuations of a few beginnings, on rank 0."""
+    from nanochat.engine import Engine, SamplingParams
+
+    if not stage.runtime.is_main:
+        return
+    engine = Engine(stage.model, stage.tokenizer, tools=False)
+    prompts = [[stage.tokenizer.bos, *stage.tokenizer.encode(text)] for text in PROMPTS]
+    params = SamplingParams(temperature=0.8, top_k=50, max_tokens=48, seed=stage.cfg.run.seed)
+    for text, completions in zip(PROMPTS, engine.generate(prompts, params), strict=True):
+        stage.log.sample(stage.state.step, text, completions[0].text)
+
+
+def main(cfg: BaseConfig, runtime: Runtime) -> Stage:
+    seed_everything(cfg.run.seed)
+    tokenizer = Tokenizer.load()
+    config = config_from_depth(
+        cfg.depth,
+        tokenizer.vocab_size,
+        aspect_ratio=cfg.aspect_ratio,
+        head_dim=cfg.head_dim,
+        kv_heads=cfg.kv_heads,
+        context_length=cfg.context_length,
+        window_pattern=cfg.window_pattern,
+        portable=cfg.portable,
+    )
+    model = GPT(config, runtime.dtype).init_weights(cfg.run.seed).to(runtime.device)
+    stage = set_up(
+        "base",
+        cfg,
+        runtime,
+        model,
+        tokenizer,
+        build_sources(cfg, tokenizer),
+        {"bpb": build_sources(cfg, tokenizer, "val")},
+    )
+    if stage.finished:
+        return stage
+    plan, first = stage.plan, stage.state.step
+    for step in range(first, plan.num_steps + 1):
+        last = step == plan.num_steps
+        if due(step, cfg.evaluating.eval_every, last):
+            stage.evaluate()
+        if step > first and due(step, cfg.evaluating.sample_every, last):
+            sample(stage)
+        if step > first and (due(step, cfg.saving.save_every, last) or runtime.stop_requested):
+            stage.save()
+        if last or runtime.stop_requested:
+            break
+        batches, hypers = take(stage.loader, plan.micro_batches), plan.hypers(step)
+        stage.record(
+            train_step(stage.model, stage.optimizer, batches, hypers, runtime, stage.loss_scale)
+        )
+    stage.close()
+    return stage
+
+
+if __name__ == "__main__":
+    launch(main, BaseConfig, __doc__)

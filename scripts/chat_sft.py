@@ -1,0 +1,37 @@
+"""Instruction-tune a mid-trained model: `python -m scripts.chat_sft`.
+
+The same conversations as in mid-training, or others, but only what the assistant says is trained
+(`--prompt-weight 0`), and the learning rate falls to zero over the whole run.
+"""
+
+from nanochat.config import SftConfig
+from nanochat.launch import launch
+from nanochat.runtime import Runtime
+from nanochat.stage import Stage
+from nanochat.train import due, take, train_step
+from scripts.mid_train import prepare
+
+
+def main(cfg: SftConfig, runtime: Runtime) -> Stage:
+    stage = prepare("sft", cfg, runtime)
+    if stage.finished:
+        return stage
+    plan, first = stage.plan, stage.state.step
+    for step in range(first, plan.num_steps + 1):
+        last = step == plan.num_steps
+        if due(step, cfg.evaluating.eval_every, last):
+            stage.evaluate()
+        if step > first and (due(step, cfg.saving.save_every, last) or runtime.stop_requested):
+            stage.save()
+        if last or runtime.stop_requested:
+            break
+        batches, hypers = take(stage.loader, plan.micro_batches), plan.hypers(step)
+        stage.record(
+            train_step(stage.model, stage.optimizer, batches, hypers, runtime, stage.loss_scale)
+        )
+    stage.close()
+    return stage
+
+
+if __name__ == "__main__":
+    launch(main, SftConfig, __doc__)

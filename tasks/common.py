@@ -1,0 +1,471 @@
+"""What every task shares: the `Task` interface, mixtures, loading from the hub, judging answers.
+
+A task is a sequence of conversations (the schema of `nanochat.conversation`) that can judge an
+answer. Next to `messages` a conversation may carry what its task needs for that: `answer`,
+`letters`, `word`.
+"""
+
+import bisect
+import hashlib
+import json
+import math
+import os
+import random
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeAlias
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from nanochat.conversation import parts, validate
+from nanochat.errors import UserError
+from nanochat.packing import MixtureOrder
+from nanochat.paths import base_dir, hub_source
+
+Conversation: TypeAlias = dict[str, Any]
+EvalType = Literal["categorical", "generative"]
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+class Task(ABC):
+    """A named split of conversations.
+
+    Subclasses give `__len__`, `row` and `settings`, and override `evaluate` where an answer can be
+    checked. `eval_type` says how: "categorical" tasks have one right letter among
+    `conversation["letters"]`, "generative" ones are answered freely.
+    """
+
+    eval_type: EvalType = "generative"
+    VERSION: ClassVar[int] = 1
+    """Raise it when the same settings begin to give other rows: stores are then rebuilt."""
+
+    def __init__(self, name: str, split: str):
+        self.name = name
+        self.split = split
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def row(self, index: int) -> Conversation:
+        """The conversation at 0 <= index < len(self); UserError where the data do not fit."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What determines the rows, besides name, split and VERSION; JSON values."""
+
+    def __getitem__(self, index: int) -> Conversation:
+        """The conversation, known to fit the schema. Raises IndexError, or UserError if not."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}/{self.split} has {len(self)} rows, no row {index}")
+        conversation = self.row(index)
+        validate(conversation, self.where(index))
+        return conversation
+
+    def __iter__(self) -> Iterator[Conversation]:
+        return (self[index] for index in range(len(self)))
+
+    def where(self, index: int) -> str:
+        """The row's name in error messages: `gsm8k/train row 17`."""
+        return f"{self.name}/{self.split} row {index}"
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Whether `completion` answers the conversation's last user message rightly."""
+        if self.eval_type == "categorical":
+            return completion.strip() == conversation["answer"]
+        raise UserError(f"{self.name} has no check for answers; evaluate its loss instead")
+
+    def reward(self, conversation: Conversation, completion: str) -> float:
+        """What reinforcement learning maximises: 1.0 for a right answer, else 0.0."""
+        if self.eval_type == "categorical" or type(self).evaluate is Task.evaluate:
+            raise UserError(
+                f"{self.name} has no rewards; use a generative task with checked answers, "
+                "such as gsm8k, arithmetic, spellingbee or simplespelling"
+            )
+        return float(self.evaluate(conversation, completion))
+
+    def fingerprint(self) -> str:
+        """Of name, split, settings, data and code version: the rows are equal where it is."""
+        identity = [type(self).__name__, self.VERSION, self.name, self.split, self.settings()]
+        return digest(json.dumps(identity, sort_keys=True))
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+class TaskSlice(Task):
+    """Rows start, start + step, ... of a task: a quick look, or a part of train held out.
+
+    >>> # every twentieth row for validation during reinforcement learning
+    >>> # TaskSlice(task, 0, None, 20)
+    """
+
+    def __init__(self, task: Task, start: int = 0, stop: int | None = None, step: int = 1):
+        super().__init__(task.name, task.split)
+        self.eval_type = task.eval_type
+        self.task = task
+        self.indices = range(len(task))[start:stop:step]
+        if not self.indices:
+            raise UserError(
+                f"rows {start}:{stop}:{step} of {task.name}/{task.split} are none: "
+                f"it has {len(task)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def row(self, index: int) -> Conversation:
+        return self.task[self.indices[index]]
+
+    def where(self, index: int) -> str:
+        return self.task.where(self.indices[index])
+
+    def settings(self) -> dict[str, Any]:
+        rows = self.indices
+        return {"task": self.task.fingerprint(), "rows": [rows.start, rows.stop, rows.step]}
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return self.task.evaluate(conversation, completion)
+
+    def reward(self, conversation: Conversation, completion: str) -> float:
+        return self.task.reward(conversation, completion)
+
+
+class _Joined(Task):
+    """Several tasks seen as one. A row remembers its task, which judges its answers."""
+
+    def __init__(self, name: str, tasks: Sequence[Task]):
+        if not tasks:
+            raise UserError(f"a {name} needs at least one task")
+        splits = {task.split for task in tasks}
+        super().__init__(name, splits.pop() if len(splits) == 1 else "+".join(sorted(splits)))
+        self.tasks = list(tasks)
+        # One categorical task suffices: asking for free answers to it would be wrong.
+        if any(task.eval_type == "categorical" for task in tasks):
+            self.eval_type = "categorical"
+
+    @abstractmethod
+    def locate(self, index: int) -> tuple[int, int]:
+        """(number of the task, row in that task)."""
+
+    def row(self, index: int) -> Conversation:
+        number, inner = self.locate(index)
+        conversation = self.tasks[number][inner]
+        return {**conversation, "source": (number, conversation.get("source"))}
+
+    def where(self, index: int) -> str:
+        number, inner = self.locate(index)
+        return self.tasks[number].where(inner)
+
+    def _unwrap(self, conversation: Conversation) -> tuple[Task, Conversation]:
+        number, inner = conversation["source"]
+        return self.tasks[number], {**conversation, "source": inner}
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        task, conversation = self._unwrap(conversation)
+        return task.evaluate(conversation, completion)
+
+    def reward(self, conversation: Conversation, completion: str) -> float:
+        task, conversation = self._unwrap(conversation)
+        return task.reward(conversation, completion)
+
+
+class TaskMixture(_Joined):
+    """Tasks shuffled into each other, `weight` passes over each per epoch.
+
+    The order of epoch e is a keyed permutation computed row by row (`MixtureOrder`), so ten million
+    rows cost no memory, and any row can be asked for directly. Epochs differ in order, and where a
+    weight is a fraction also in rows: over epochs 0..k-1 a task of n rows gives floor(k*w*n).
+    """
+
+    def __init__(self, tasks: Sequence[tuple[Task, float]], seed: int = 0, epoch: int = 0):
+        super().__init__("mixture", [task for task, _ in tasks])
+        self.weights = [float(weight) for _, weight in tasks]
+        for task, weight in tasks:
+            if not (math.isfinite(weight) and weight > 0):
+                raise UserError(
+                    f"weight {weight} of {task.name} must be above 0; leave the task out instead"
+                )
+        self.seed = seed
+        self.epoch = epoch
+        self.order = MixtureOrder([len(task) for task in self.tasks], self.weights, seed)
+
+    def __len__(self) -> int:
+        return self.order.epoch_length(self.epoch)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        return self.order.locate(self.epoch, index)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "tasks": [task.fingerprint() for task in self.tasks],
+            "weights": self.weights,
+            "seed": self.seed,
+            "epoch": self.epoch,
+        }
+
+
+class TaskSequence(_Joined):
+    """Tasks one after the other, unshuffled: a curriculum."""
+
+    def __init__(self, tasks: Sequence[Task]):
+        super().__init__("sequence", tasks)
+        self.ends: list[int] = []
+        for task in self.tasks:
+            self.ends.append((self.ends[-1] if self.ends else 0) + len(task))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def locate(self, index: int) -> tuple[int, int]:
+        number = bisect.bisect_right(self.ends, index)
+        return number, index - (self.ends[number - 1] if number else 0)
+
+    def settings(self) -> dict[str, Any]:
+        return {"tasks": [task.fingerprint() for task in self.tasks]}
+
+
+# Data sets from the hub
+
+
+class HubTask(Task):
+    """A task whose rows come from a data set in the hub's layout, online or in a folder."""
+
+    def __init__(self, name: str, split: str, repo_id: str, config: str | None, hub_split: str):
+        super().__init__(name, split)
+        self.rows, self.data = load_hub(repo_id, config, hub_split, f"{name}/{split}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def settings(self) -> dict[str, Any]:
+        return {"data": self.data}
+
+
+def load_hub(repo_id: str, config: str | None, split: str, where: str) -> tuple[Any, str]:
+    """A `datasets.Dataset` and its fingerprint, from `NANOCHAT_HUB_DIR/<repo_id>` or the hub.
+
+    The prepared copy lies under NANOCHAT_BASE_DIR, like every artifact, unless HF_HOME or
+    HF_DATASETS_CACHE say otherwise. Raises UserError when it cannot be had or has no rows.
+    """
+    import datasets  # takes seconds to import, and the tasks that generate their rows need it not
+
+    source = hub_source(repo_id)
+    cache: Path | None = base_dir() / "datasets"
+    state = ""
+    hidden = datasets.are_progress_bars_disabled()
+    if source != repo_id:
+        # `datasets` 5.2 does not see that a file of such a folder changed and would serve the old
+        # rows: the prepared copy is kept per state of the folder.
+        state = _folder_state(Path(source))
+        cache = base_dir() / "datasets" / state
+        datasets.disable_progress_bars()  # a folder is read in no time
+    elif os.environ.get("HF_HOME") or os.environ.get("HF_DATASETS_CACHE"):
+        cache = None
+    try:
+        cache_dir = str(cache) if cache else None
+        rows = datasets.load_dataset(source, config, split=split, cache_dir=cache_dir)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if source != repo_id:
+            remedy = "the folder must be laid out like the data set's repository"
+        elif os.environ.get("NANOCHAT_HUB_DIR"):
+            remedy = f"NANOCHAT_HUB_DIR has no folder {repo_id}"
+        else:
+            remedy = (
+                f"without a network, put a copy of the repository in a folder D/{repo_id} and set "
+                "NANOCHAT_HUB_DIR=D"
+            )
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{where}: cannot load {source} (config {config}, split {split}): {reason}; {remedy}"
+        ) from error
+    finally:
+        if not hidden:
+            datasets.enable_progress_bars()
+    if len(rows) == 0:
+        raise UserError(f"{where}: {source} (config {config}) has no rows in its split {split}")
+    return rows, rows._fingerprint + state
+
+
+def _folder_state(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    stats = [(str(path.relative_to(folder)), path.stat()) for path in files]
+    return digest(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]))
+
+
+def field(row: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
+    """`row[key]`, or a UserError that says what is wrong with it. Blank strings are wrong too."""
+    if key not in row:
+        raise UserError(f"{where}: has no field '{key}', only {', '.join(map(str, row))}")
+    value = row[key]
+    if not isinstance(value, kind):
+        raise UserError(f"{where}: '{key}' is {str(value)[:60]!r}, expected {kind.__name__}")
+    if isinstance(value, str) and not value.strip():
+        raise UserError(f"{where}: '{key}' is blank")
+    return value
+
+
+# Multiple choice
+
+
+def choice_conversation(
+    question: str, choices: Sequence[str], answer: int, where: str
+) -> Conversation:
+    """A question with lettered options, answered with the right option's letter and nothing else.
+
+    The letter follows its option, so that at the answer's position attention has to find the right
+    option and copy what comes next. `->` has two characters for the split pattern's sake: a single
+    mark before a letter would be merged with it (`=A`), a space too (` A`), and neither is the
+    token `A` that the answer begins with.
+    """
+    if not 2 <= len(choices) <= len(LETTERS):
+        raise UserError(f"{where}: has {len(choices)} options, expected 2 to {len(LETTERS)}")
+    if not 0 <= answer < len(choices):
+        raise UserError(f"{where}: the answer is option {answer} of {len(choices)}")
+    for number, choice in enumerate(choices):
+        if not isinstance(choice, str):
+            raise UserError(f"{where}: option {number} is {choice!r}, expected a string")
+    letters = list(LETTERS[: len(choices)])
+    options = [f"- {choice} ->{letter}" for choice, letter in zip(choices, letters, strict=True)]
+    prompt = "\n".join([question, *options, "Answer with the letter of the right option."])
+    return {
+        "messages": [
+            {"role": "user", "content": prompt},
+            {"role": "assistant", "content": letters[answer]},
+        ],
+        "letters": letters,
+        "choices": list(choices),
+        "answer": letters[answer],
+    }
+
+
+# Answers that are numbers
+
+_NUMBER = re.compile(
+    r"(?<![0-9.,])([-+−]?)\s?[$€£]?\s?([-−]?)"  # -$5 and $-5
+    r"((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+    r"(?:/([0-9]+))?(?!,?[0-9])"
+)
+_MAX_DIGITS = 100
+
+
+def parse_number(text: str) -> Fraction | None:
+    """The first number in `text`, exactly; None if there is none.
+
+    A currency or percent sign is a unit and is dropped, like any word after the number.
+
+    >>> [str(parse_number(t)) for t in ("10.0", "$1,234.50", "-3", "50%", "42.", "none")]
+    ['10', '2469/2', '-3', '50', '42', 'None']
+    """
+    match = _NUMBER.search(text)
+    if match is None or len(match.group()) > _MAX_DIGITS:
+        return None
+    before, after, digits, denominator = match.groups()
+    value = Fraction(digits.replace(",", ""))
+    if denominator is not None:
+        if int(denominator) == 0:
+            return None
+        value /= int(denominator)
+    return -value if before in ("-", "−") or after else value
+
+
+def final_answer(completion: str) -> Fraction | None:
+    """The number behind the last `####`, on the same line."""
+    _, marker, tail = completion.rpartition("####")
+    return parse_number(tail.split("\n")[0]) if marker else None
+
+
+def same_number(answer: Fraction | None, expected: Fraction | None) -> bool:
+    """Equal up to the noise of binary floats (0.30000000000000004); None equals nothing."""
+    if answer is None or expected is None:
+        return False
+    return abs(answer - expected) <= Fraction(1, 10**12) * max(Fraction(1), abs(expected))
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """The unbiased estimate of P(at least one of k samples is right), arXiv 2107.03374.
+
+    1 - C(samples - correct, k) / C(samples, k), exactly. Needs 1 <= k <= samples.
+    """
+    if not 1 <= k <= samples:
+        raise UserError(f"pass@{k} needs at least {k} samples of each prompt, got {samples}")
+    if not 0 <= correct <= samples:
+        raise UserError(f"{correct} correct of {samples} samples")
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+# Rows that are made, not loaded
+
+
+def row_random(*key: object) -> random.Random:
+    """The generator of one row: equal keys give equal numbers on every machine.
+
+    The key is seeded as text, which is hashed whole: integer seeds drop their sign, so that
+    `random.seed(-1)` gives the numbers of `random.seed(1)`.
+    """
+    return random.Random(repr(key))
+
+
+def split_of(content: str) -> str:
+    """The split that generated content belongs to: train (85 %), val (5 %) or test (10 %).
+
+    A hash of the content alone, so whatever the seed, size or word list of two tasks, nothing in
+    the one's train split is in the other's test split.
+    """
+    bucket = int(hashlib.sha256(content.encode()).hexdigest(), 16) % 20
+    return {17: "val", 18: "test", 19: "test"}.get(bucket, "train")
+
+
+def check_generated(name: str, split: str, size: int | None) -> int:
+    """The number of rows: `size`, by default 10,000 for train and 256 for val and test."""
+    if split not in ("train", "val", "test"):
+        raise UserError(f"{name} has no split '{split}', only train, val and test")
+    if size is None:
+        return 10_000 if split == "train" else 256
+    if size < 1:
+        raise UserError(f"{name}: size {size} must be at least 1")
+    return size
+
+
+def file_digest(path: Path) -> str:
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            sha.update(block)
+    return sha.hexdigest()[:32]
+
+
+# Looking at rows
+
+_STYLES = {"text": "green", "python": "bold cyan", "python_output": "yellow"}
+
+
+def show(task: Task, count: int = 3, console: Console | None = None) -> None:
+    """Print the first rows: what the assistant must say in green, its tool calls in cyan."""
+    console = console or Console()
+    for index in range(min(count, len(task))):
+        conversation = task[index]
+        body = Text()
+        for message in conversation["messages"]:
+            body.append(f"{message['role']}: ", style="bold")
+            for part in parts(message):
+                style = _STYLES[part["type"]] if message["role"] == "assistant" else ""
+                text = part["text"]
+                if part["type"] != "text":
+                    text = f"[{part['type']}: {text}]"
+                body.append(text, style=style)
+            body.append("\n")
+        body.rstrip()
+        extra = {k: v for k, v in conversation.items() if k in ("answer", "letters", "word")}
+        subtitle = ", ".join(f"{key}: {value}" for key, value in extra.items())
+        console.print(
+            Panel(body, title=Text(task.where(index)), subtitle=Text(subtitle), title_align="left")
+        )
+    console.print(f"{task.name}/{task.split}: {len(task):,} rows, {task.eval_type}")

@@ -1,0 +1,113 @@
+"""Tasks by name, as scripts take them: `--task arc:easy`, `--mix spellingbee:3000:0.5`.
+
+A spec is a name, then options separated by colons: `key=value`, or a bare value for the one option
+that the table below names. In a mixture the last part, if it is a number, is the weight.
+
+    gsm8k    arc:challenge    arithmetic:2000:level=2    customjson:my/chats.jsonl
+    --mix gsm8k:2    --mix arithmetic:2000:level=2:0.5
+"""
+
+import argparse
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from nanochat.errors import UserError
+from tasks.arc import ARC
+from tasks.arithmetic import Arithmetic
+from tasks.common import Task, TaskMixture, show
+from tasks.customjson import CustomJSON
+from tasks.gsm8k import GSM8K
+from tasks.humaneval import HumanEval
+from tasks.mmlu import MMLU
+from tasks.smoltalk import SmolTalk
+from tasks.spellingbee import SimpleSpelling, SpellingBee
+
+# name: (constructor, the option that a bare value means)
+TASKS: dict[str, tuple[Callable[..., Task], str | None]] = {
+    "arc": (ARC, "subset"),
+    "arithmetic": (Arithmetic, "size"),
+    "customjson": (CustomJSON, "path"),
+    "gsm8k": (GSM8K, None),
+    "humaneval": (HumanEval, None),
+    "mmlu": (MMLU, None),
+    "simplespelling": (SimpleSpelling, "size"),
+    "smoltalk": (SmolTalk, None),
+    "spellingbee": (SpellingBee, "size"),
+}
+MAX_WEIGHT = 100.0
+
+
+def build(spec: str, split: str, **options: Any) -> Task:
+    """The task of a spec; `options` are constructor arguments that the spec leaves open.
+
+    An option that the task does not take is an error in the spec and ignored in `options`, so that
+    a script can hand its word list to all tasks alike.
+    """
+    name, _, rest = spec.partition(":")
+    if name not in TASKS:
+        raise UserError(f"unknown task '{name}'; there are {', '.join(sorted(TASKS))}")
+    constructor, bare = TASKS[name]
+    known = list(inspect.signature(constructor).parameters)
+    known.remove("split")
+    arguments = {key: value for key, value in options.items() if key in known}
+    for part in _option_parts(rest):
+        key, equals, value = part.partition("=")
+        if not equals:
+            key, value = bare or "", part
+        if key not in known:
+            takes = f"options: {', '.join(known)}" if known else "no options"
+            raise UserError(f"task '{spec}': cannot read '{part}'; {name} takes {takes}")
+        arguments[key] = int(value) if value.isdecimal() else value
+    return constructor(split, **arguments)
+
+
+def _option_parts(text: str) -> list[str]:
+    """Split at colons, but not at the one behind a Windows drive letter."""
+    parts: list[str] = []
+    for part in text.split(":") if text else []:
+        if parts and len(parts[-1].rpartition("=")[2]) == 1 and part[:1] in ("\\", "/"):
+            parts[-1] += ":" + part
+        else:
+            parts.append(part)
+    return parts
+
+
+def split_weight(spec: str) -> tuple[str, float]:
+    """`"arc:easy:2"` -> `("arc:easy", 2.0)`; without a number at the end the weight is 1."""
+    head, colon, tail = spec.rpartition(":")
+    try:
+        weight = float(tail)
+    except ValueError:
+        return spec, 1.0
+    if not colon:
+        return spec, 1.0
+    if not 0 < weight <= MAX_WEIGHT:
+        raise UserError(
+            f"mixture '{spec}': weight {tail} must be above 0 and at most {MAX_WEIGHT:g}; "
+            f"if {tail} is a number of rows, write '{spec}:1'"
+        )
+    return head, weight
+
+
+def build_mixture(specs: Sequence[str], split: str, seed: int = 0, **options: Any) -> TaskMixture:
+    weighted = [split_weight(spec) for spec in specs]
+    return TaskMixture([(build(spec, split, **options), w) for spec, w in weighted], seed)
+
+
+def main(*names: str) -> None:
+    """`python -m tasks.<name> [OPTION ...]`: print a few rows of each named task."""
+    parser = argparse.ArgumentParser(description=f"Show rows of {', '.join(names)}.")
+    parser.add_argument("option", nargs="*", help="what follows the name in a spec: easy, level=2")
+    parser.add_argument("--split", help="default: train, where there is such a split")
+    parser.add_argument("-n", "--count", type=int, default=3, help="rows to show")
+    arguments = parser.parse_args()
+    try:
+        for name in names:
+            default = inspect.signature(TASKS[name][0]).parameters["split"].default
+            only = default if isinstance(default, str) else "train"
+            task = build(":".join([name, *arguments.option]), arguments.split or only)
+            show(task, arguments.count)
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,335 @@
+"""Spelling words and counting their letters: what a model that reads tokens cannot simply see.
+
+The tokenizer hands the model pieces, not letters, so it must learn the letters of every piece.
+Words of the train and test split are disjoint, hence a held-out word can be spelled only if its
+*pieces* were learned from other words. Three choices make that possible:
+
+- **Words stand in quotes in most prompts.** `Spell the word: banished` begins the word with a
+  space, and a corpus' frequent words are one token with their space: of the embedded corpus' words
+  a third at vocabulary 4096. Nobody can say which letters an unseen token has. In `"banished"`
+  there is no space, so the word is cut into pieces that many words share (`ban|is|hed`); for the
+  split pattern a quote is a piece of its own. Prompts without quotes are asked as well, a sixth of
+  them, since people do write that way. Capitals alone would not help: `Banished` also starts
+  sentences.
+- **Letters are answered as `b a n i s h e d`.** A space and a letter are one token at the start of
+  most words, so every letter is one token whatever its neighbours. `b-a-n` would take two tokens a
+  letter, and of `ban` or `b,a,n` a tokenizer may merge parts again.
+- **Half of the training words are made up**, the beginning of one training word and the end of
+  another (`banthing`, `wiished`): pieces meet in ever new neighbourhoods, so that learning their
+  letters is less work than learning words by heart. What is tested are real words only.
+
+SpellingBee counts along while spelling, then asks Python, whose output the engine inserts: the
+answer is right if the call is, for which word and letter must be copied. The call has double quotes
+because the split pattern cuts `'s`, `'t`, `'d`, `'m` off as if they were contractions, which would
+give a word in single quotes other pieces than the prompt has.
+"""
+
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from nanochat.dataset import Corpus, open_corpus
+from nanochat.errors import UserError
+from nanochat.packing import Permutation, make_key
+from nanochat.paths import atomic_write, base_dir
+from tasks.common import (
+    Conversation,
+    Task,
+    check_generated,
+    digest,
+    final_answer,
+    row_random,
+    same_number,
+    split_of,
+)
+
+MIN_LETTERS, MAX_LETTERS = 3, 15
+MADE_UP_SHARE = 0.5
+
+# {word} stands in double quotes or single ones (see _quoted), {plain} as it is.
+SPELLING_PROMPTS = (
+    "Spell the word {word}.",
+    "Spell the word: {word}",
+    "Spell {word}.",
+    "Spell {word}",
+    "spell {word}",
+    "Spell out {word}.",
+    "Please spell {word}.",
+    "Please spell the word {word} for me.",
+    "Can you spell {word}?",
+    "Could you spell the word {word}?",
+    "How do you spell {word}?",
+    "How do I spell the word {word}?",
+    "How is {word} spelled?",
+    "How is the word {word} written?",
+    "What is the spelling of {word}?",
+    "What are the letters of {word}?",
+    "Which letters are in {word}, in order?",
+    "Write {word} letter by letter.",
+    "Say the letters of {word} one by one.",
+    "Give me the letters of the word {word}.",
+    "Take the word {word} to pieces, letter by letter.",
+    "Spell this word:\n{plain}",
+    "Spell the word: {plain}",
+    "Spell the word {plain}.",
+    "Spell {plain}",
+    "How do you spell {plain}?",
+)
+COUNTING_PROMPTS = (
+    "How many {letter} are in {word}?",
+    "How many {letter} are there in {word}?",
+    "How many {letter} are in the word {word}?",
+    "How many {letter} does {word} have?",
+    "How many {letter}'s are in {word}?",
+    "How many {letter}'s are there in the word {word}?",
+    "how many {letter} in {word}",
+    "How many times does {letter} come in {word}?",
+    "How many times does the letter {letter} appear in {word}?",
+    "How many times is {letter} used in the word {word}?",
+    "How often is there a {letter} in {word}?",
+    "How often does the letter {letter} come up in {word}?",
+    "Count the {letter} in {word}.",
+    "Count the letter {letter} in {word}.",
+    "Count how many times {letter} is in the word {word}.",
+    "Please count the {letter}'s in {word}.",
+    "Give me the number of {letter} in {word}.",
+    "What is the number of {letter} in the word {word}?",
+    "In {word}, how many {letter} are there?",
+    "The word is {word}. How many {letter} has it?",
+    "How many {letter} are in {plain}?",
+    "How many {letter} are there in the word {plain}?",
+    "How many times does {letter} appear in {plain}?",
+    "Count the {letter} in {plain}.",
+)
+
+
+class _WordTask(Task):
+    """Row i of a split: a prompt about a word, a pure function of (words, seed, split, i).
+
+    `words`: a .txt with a word per line, a .zip with such a file in it, the words themselves, or
+    None for those of the corpus (`NANOCHAT_BASE_DIR/words.txt`, see `write_words`). A split goes
+    through its words in a keyed order, pass after pass, each pass in another one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        size: int | None,
+        words: str | Path | Sequence[str] | None,
+        seed: int,
+    ):
+        super().__init__(name, split)
+        self.seed = seed
+        all_words = load_words(words)
+        self.words = [word for word in all_words if split_of(word) == split]
+        if not self.words:
+            raise UserError(
+                f"{name}: none of {len(all_words)} words belongs to the split {split}; "
+                "give a list of a few hundred words at least"
+            )
+        self.size = check_generated(name, split, size)
+        if size is None and split != "train":
+            self.size = min(self.size, len(self.words))  # each word once
+
+    def __len__(self) -> int:
+        return self.size
+
+    def settings(self) -> dict[str, Any]:
+        return {"size": self.size, "seed": self.seed, "words": digest("\n".join(self.words))}
+
+    def pick(self, index: int) -> tuple[Random, str]:
+        """The row's random numbers and its word."""
+        random = row_random(self.name, self.split, self.seed, index)
+        if self.split == "train" and random.random() < MADE_UP_SHARE:
+            return random, made_up_word(self.words, random)
+        turn, place = divmod(index, len(self.words))
+        return random, self.words[Permutation(len(self.words), make_key(self.seed, turn))[place]]
+
+
+class SimpleSpelling(_WordTask):
+    """`Spell the word "banished".` -> `b a n i s h e d`"""
+
+    def __init__(
+        self,
+        split: str,
+        size: int | None = None,
+        words: str | Path | Sequence[str] | None = None,
+        seed: int = 0,
+    ):
+        super().__init__("simplespelling", split, size, words, seed)
+
+    def row(self, index: int) -> Conversation:
+        random, word = self.pick(index)
+        prompt = _fill(random.choice(SPELLING_PROMPTS), word, random)
+        return {
+            "messages": [
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": " ".join(word)},
+            ],
+            "word": word,
+        }
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Right: the word's letters, each on its own, whatever marks and case."""
+        letters = re.split(r"[\s,.\-]+", completion.strip(" \n.").lower())
+        return letters == list(conversation["word"])
+
+
+class SpellingBee(_WordTask):
+    """`How many "r" are in "strawberry"?` -> spelled, counted, checked by Python, `#### 3`."""
+
+    def __init__(
+        self,
+        split: str,
+        size: int | None = None,
+        words: str | Path | Sequence[str] | None = None,
+        seed: int = 0,
+    ):
+        super().__init__("spellingbee", split, size, words, seed)
+
+    def row(self, index: int) -> Conversation:
+        random, word = self.pick(index)
+        # One letter in ten is any letter, most often one that the word has not.
+        source = word if random.random() < 0.9 else random.choice(self.words)
+        letter = random.choice(source)
+        shown = f'"{letter}"' if random.random() < 0.5 else letter
+        prompt = _fill(random.choice(COUNTING_PROMPTS), word, random).replace("{letter}", shown)
+        count = str(word.count(letter))
+        content = [
+            {"type": "text", "text": f"{count_along(word, letter)}\nPython says "},
+            {"type": "python", "text": f'"{word}".count("{letter}")'},
+            {"type": "python_output", "text": count},
+            {"type": "text", "text": f"{count}.\n#### {count}"},
+        ]
+        return {
+            "messages": [
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": content},
+            ],
+            "word": word,
+            "letter": letter,
+            "answer": count,
+        }
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        expected = conversation["word"].count(conversation["letter"])
+        return same_number(final_answer(completion), expected)
+
+
+def count_along(word: str, letter: str) -> str:
+    """The letters, the running count behind those that are counted.
+
+    >>> count_along("strawberry", "r")
+    's t r:1 a w b e r:2 r:3 y'
+    """
+    spelled = []
+    count = 0
+    for character in word:
+        count += character == letter
+        spelled.append(f"{character}:{count}" if character == letter else character)
+    return " ".join(spelled)
+
+
+def made_up_word(words: Sequence[str], random: Random) -> str:
+    """The beginning of one word and the end of another, 3 to 15 letters, in no split but train."""
+    while True:
+        first, second = random.choice(words), random.choice(words)
+        word = first[: random.randint(1, len(first))] + second[random.randrange(len(second)) :]
+        if MIN_LETTERS <= len(word) <= MAX_LETTERS and split_of(word) == "train":
+            return word
+
+
+def _fill(template: str, word: str, random: Random) -> str:
+    quote = "'" if random.random() < 0.25 else '"'
+    return template.replace("{word}", quote + word + quote).replace("{plain}", word)
+
+
+# Word lists
+
+
+def words_path() -> Path:
+    return base_dir() / "words.txt"
+
+
+def usable(word: str) -> bool:
+    return MIN_LETTERS <= len(word) <= MAX_LETTERS and word.isalpha() and word.islower()
+
+
+def corpus_words(documents: Iterable[str], max_characters: int = 100_000_000) -> list[str]:
+    """The words that occur at least twice in lower case (so names are none), sorted.
+
+    Reads the first `max_characters` characters: a web corpus has no more words worth spelling.
+    """
+    counts: Counter[str] = Counter()
+    read = 0
+    for text in documents:
+        # Not the parts of "don't" and "o'clock".
+        counts.update(re.findall(r"(?<![\w'’])[^\W\d_]+(?![\w'’])", text))
+        read += len(text)
+        if read >= max_characters:
+            break
+    return sorted(word for word, count in counts.items() if count >= 2 and usable(word))
+
+
+def write_words(corpus: Corpus) -> Path:
+    """Make the words of this corpus the default word list."""
+    words = corpus_words(corpus.documents("train"))
+    if not words:
+        raise UserError(f"corpus {corpus.name}: no lower-case word occurs twice in its train split")
+    lines = [f"# words of the corpus {corpus.name}", *words]
+    atomic_write(words_path(), "\n".join(lines) + "\n")
+    return words_path()
+
+
+def load_words(source: str | Path | Sequence[str] | None) -> tuple[str, ...]:
+    """The usable words of a list (see `_WordTask`), sorted, each once."""
+    if source is None:
+        # The embedded corpus stands in where no stage has noted its own corpus' words.
+        path = words_path() if words_path().is_file() else write_words(open_corpus("bbe"))
+    elif isinstance(source, str | Path):
+        path = Path(source).expanduser()
+    else:
+        return _chosen(source, "the given words")
+    if not path.is_file():
+        raise UserError(f"{path} is not a file; give a .txt with a word per line, or a .zip of it")
+    return _read_words(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=4)
+def _read_words(path: Path, modified: int) -> tuple[str, ...]:
+    """Cached, for 370,000 words are read for each split of each task; `modified` is in the key."""
+    try:
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path) as archive:
+                members = [name for name in archive.namelist() if name.endswith(".txt")]
+                if len(members) != 1:
+                    raise UserError(f"{path} holds {len(members)} .txt files, expected one")
+                text = archive.read(members[0]).decode()
+        else:
+            text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is no word list: {error}; expected UTF-8 text") from error
+    lines = [line.strip() for line in text.splitlines()]
+    return _chosen([line for line in lines if not line.startswith("#")], str(path))
+
+
+def _chosen(words: Iterable[str], where: str) -> tuple[str, ...]:
+    chosen = tuple(sorted({word for word in words if usable(word)}))
+    if not chosen:
+        raise UserError(
+            f"{where} has no usable word: lower-case letters only, "
+            f"{MIN_LETTERS} to {MAX_LETTERS} of them, one word per line"
+        )
+    return chosen
+
+
+if __name__ == "__main__":
+    from tasks.registry import main
+
+    main("simplespelling", "spellingbee")

@@ -24,6 +24,8 @@ from nanochat.progress import Bar, progress_bar
 _ATTEMPTS = 6  # in a row without a new byte, before giving up
 _FIRST_WAIT = 1.0  # seconds before the second attempt, doubled from one to the next
 _LONGEST_WAIT = 30.0
+_CHUNK = 1 << 20  # bytes, the most that a dropped connection costs
+_SHA256 = re.compile(r"[0-9a-f]{64}$")
 
 
 def _endpoint() -> str | None:
@@ -54,6 +56,7 @@ def fetch_files(repository: str, files: list[str], folder: Path, workers: int) -
     a row without a new byte it is a `UserError`; what was fetched is kept under `folder/.partial`
     and continued by the next call.
     """
+    from huggingface_hub import constants
     from huggingface_hub.utils import (
         are_progress_bars_disabled,
         disable_progress_bars,
@@ -65,6 +68,10 @@ def fetch_files(repository: str, files: list[str], folder: Path, workers: int) -
     level, quiet = logger.level, are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)
     disable_progress_bars()
+    # The client hands on whole chunks only, 10 MB by default: a connection that breaks more often
+    # than that would never get anywhere.
+    chunk = constants.DOWNLOAD_CHUNK_SIZE
+    constants.DOWNLOAD_CHUNK_SIZE = _CHUNK
     try:
         with progress_bar(f"downloading {repository}", 0) as bar:
             fetcher = _Fetcher(repository, folder, bar, len(files))
@@ -79,6 +86,7 @@ def fetch_files(repository: str, files: list[str], folder: Path, workers: int) -
                     raise
     finally:
         logger.setLevel(level)
+        constants.DOWNLOAD_CHUNK_SIZE = chunk
         if not quiet:
             enable_progress_bars()
 
@@ -196,6 +204,13 @@ class _Fetcher:
                         headers=build_hf_headers(),
                         expected_size=size,
                     )
+                except OSError as error:
+                    # A response that ended well at the wrong length is not what was asked for (a
+                    # proxy's error page, say). Only a digest could tell what of it is of use.
+                    if type(error) is OSError and error.errno is None and not _SHA256.match(etag):
+                        counted.seek(0)
+                        counted.truncate()
+                    raise
                 finally:
                     opened.flush()
                     os.fsync(opened.fileno())
@@ -218,7 +233,7 @@ def _verify(path: Path, size: int | None, etag: str) -> str:
     length = path.stat().st_size
     if size is not None and length != size:
         return f"{length} bytes instead of {size}"
-    if re.fullmatch(r"[0-9a-f]{64}", etag):  # large files are tagged with their SHA-256
+    if _SHA256.match(etag):  # large files are tagged with their SHA-256
         digest = hashlib.sha256()
         with path.open("rb") as file:
             while block := file.read(1 << 20):

@@ -181,9 +181,6 @@ class _Transcript:
         self._pending = ""
         self._open = False
 
-    def current(self) -> str:
-        return self.parts[-1]["text"]
-
     def take(self) -> list[tuple[str, str]]:
         fresh, self.fresh = self.fresh, []
         return fresh
@@ -655,7 +652,6 @@ class Engine:
         row.next_id = token
         self.completion_tokens += 1
         name = self._special.get(token)
-        called = False
         if name is None:
             transcript.feed(token)
         elif token in self._terminal:
@@ -664,11 +660,11 @@ class Engine:
             transcript.switch("python")
         elif name == "<|output_start|>":
             transcript.switch("python_output")
-        elif name in ("<|python_end|>", "<|output_end|>"):
+        elif name in ("<|python_end|>", "<|output_end|>") and transcript.type != "text":
             called = name == "<|python_end|>" and transcript.type == "python"
             transcript.end()
             if called:
-                self._call(row, transcript.current())
+                self._call(row, transcript.parts[-1]["text"])
             transcript.switch("text")
         if transcript.stopped:
             completion.finish_reason = "stop"

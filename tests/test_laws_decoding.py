@@ -1,0 +1,188 @@
+"""Law 8: decoding with a key/value cache computes what reading everything anew computes.
+
+And the engine's own law: a sample depends on nothing but its prompt, its parameters and the name of
+its random stream.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import ToolCaller, tiny_model, tiny_tokenizer
+
+from nanochat.engine import Completion, Engine, SamplingParams
+from nanochat.gpt import GPT
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "portable": {
+        "windows": (),
+        "value_embeddings": False,
+        "residual_scalars": False,
+        "n_kv_head": 4,
+    },
+    "one kv head, long-context base": {"n_kv_head": 1, "rope_base": 60000.0},
+    "no windows": {"windows": ()},
+}
+
+
+def random_ids(length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 300, (length,), generator=generator).tolist()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("seed", range(3))
+def test_cached_equals_full_for_ragged_chunks(variant: str, seed: int) -> None:
+    """Rows of different lengths, fed in random chunks with random padding."""
+    model = tiny_model(**VARIANTS[variant])
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [37, 1, 20, 52]
+    rows = [random_ids(n, seed * 10 + i) for i, n in enumerate(lengths)]
+    cache = model.new_cache(len(rows), max(lengths))
+    done = [0] * len(rows)
+    got: list[list[torch.Tensor]] = [[] for _ in rows]
+    with torch.no_grad():
+        while any(d < n for d, n in zip(done, lengths, strict=True)):
+            T = int(torch.randint(1, 12, (), generator=generator))
+            counts = [
+                min(n - d, int(torch.randint(0, T + 1, (), generator=generator)))
+                for d, n in zip(done, lengths, strict=True)
+            ]
+            ids = torch.full((len(rows), T), 7)
+            for i, (d, c) in enumerate(zip(done, counts, strict=True)):
+                ids[i, :c] = torch.tensor(rows[i][d : d + c], dtype=torch.int64)
+            logits = model(ids, cache=cache, counts=torch.tensor(counts))
+            for i, c in enumerate(counts):
+                got[i].append(logits[i, :c])
+                done[i] += c
+        assert cache.lengths.tolist() == lengths
+        for i, row in enumerate(rows):
+            torch.testing.assert_close(
+                torch.cat(got[i]), model(torch.tensor([row]))[0], atol=2e-4, rtol=0
+            )
+
+
+def recomputed(model: GPT, prompt: list[int], completion: Completion) -> torch.Tensor:
+    """Log-probabilities (len(completion.ids),) from one pass over everything."""
+    with torch.no_grad():
+        logp = model(torch.tensor([prompt + completion.ids])).log_softmax(dim=-1)[0]
+    return logp[len(prompt) - 1 : -1].gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_engine_equals_full_recomputation(variant: str) -> None:
+    """Prompts of any length, chunked prefill, shared prompts, rows that come and go, tool turns."""
+    model = tiny_model(kind=ToolCaller, **VARIANTS[variant])
+    engine = Engine(model, tiny_tokenizer(), max_slots=5, prefill_tokens=16)
+    prompts = [random_ids(n, n) for n in (3, 50, 17, 1, 16, 33, 70)]
+    params = [SamplingParams(max_tokens=n, seed=1) for n in (40, 9, 25, 30, 1, 60, 90)]
+    calls = 0
+    for prompt, samples in zip(prompts, engine.generate(prompts, params, 2), strict=True):
+        for completion in samples:
+            sampled = torch.tensor(completion.mask, dtype=torch.bool)
+            expected = recomputed(model, prompt, completion).masked_fill(~sampled, 0.0)
+            torch.testing.assert_close(
+                torch.tensor(completion.logprobs), expected, atol=2e-4, rtol=0
+            )
+            calls += sum(part["type"] == "python_output" for part in completion.parts)
+            forced = [t for t, m in zip(completion.ids, completion.mask, strict=True) if not m]
+            assert bool(forced) == ("python_output" in {p["type"] for p in completion.parts})
+            assert len(prompt) + len(completion.ids) <= model.config.context_length
+    assert calls >= 10  # the model did use its tool
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_sample_does_not_depend_on_its_company(temperature: float) -> None:
+    """Alone, among others, in any slot, at any batch size, in chunks or not: the same tokens."""
+    model = tiny_model(kind=ToolCaller)
+    tokenizer = tiny_tokenizer()
+    prompts = [random_ids(n, n) for n in (5, 40, 12, 1, 30, 8)]
+    company = [
+        {"top_k": 5},
+        {"top_p": 0.8},
+        {"min_p": 0.05},
+        {"repetition_penalty": 1.3},
+        {"top_k": 50, "top_p": 0.9, "temperature": 0.7},
+        {},
+    ]
+    params = [
+        SamplingParams(max_tokens=10 + 6 * i, seed=9, **{"temperature": temperature, **settings})
+        for i, settings in enumerate(company)
+    ]
+    together = Engine(model, tokenizer, max_slots=32).generate(prompts, params, 3)
+    for slots, chunk in ((1, 512), (2, 7), (4, 16)):
+        assert Engine(model, tokenizer, max_slots=slots, prefill_tokens=chunk).generate(
+            prompts, params, 3
+        ) == Nearly(together)
+    alone = [
+        Engine(model, tokenizer).generate([prompt], p, 3, indices=[i])[0]
+        for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))
+    ]
+    assert alone == Nearly(together)
+    if temperature:
+        firsts = {sample.ids[0] for samples in together[5:] for sample in samples}
+        assert len(firsts) > 1  # samples of a prompt do not share their first token
+
+
+class Nearly:
+    """Completions are equal up to the rounding of their log-probabilities."""
+
+    def __init__(self, expected: list[list[Completion]]):
+        self.expected = expected
+
+    def __eq__(self, other: object) -> bool:
+        assert isinstance(other, list)
+        for mine, theirs in zip(self.expected, other, strict=True):
+            for a, b in zip(mine, theirs, strict=True):
+                assert (a.ids, a.mask, a.finish_reason, a.parts) == (
+                    b.ids,
+                    b.mask,
+                    b.finish_reason,
+                    b.parts,
+                )
+                assert a.logprobs == pytest.approx(b.logprobs, abs=2e-4)
+        return True
+
+
+def test_reduced_precision_decodes_like_its_model() -> None:
+    """bfloat16: the decoding copy's weights are those the model casts to anyway."""
+    model = tiny_model(torch.bfloat16)
+    prompts = [random_ids(n, n) for n in (4, 21)]
+    engine = Engine(model, tiny_tokenizer())
+    for prompt, (completion,) in zip(
+        prompts, engine.generate(prompts, SamplingParams(max_tokens=20)), strict=True
+    ):
+        expected = recomputed(model, prompt, completion)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=0.15, rtol=0)
+
+
+def test_decoding_follows_the_weights() -> None:
+    """A training step between two calls (RL) is seen, also where weights are copied."""
+    model = tiny_model(torch.bfloat16)
+    engine = Engine(model, tiny_tokenizer())
+    before = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=30))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.7)
+    after = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=30))
+    fresh = Engine(model, tiny_tokenizer()).generate([[1, 2, 3]], SamplingParams(max_tokens=30))
+    assert after == fresh != before
+
+
+def test_a_prompt_is_read_once_for_all_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    read = 0
+    original = GPT.next_logits
+
+    def counting(self: GPT, ids: torch.Tensor, cache: Any, counts: Any = None) -> torch.Tensor:
+        nonlocal read
+        if ids.shape[1] > 1:
+            read += ids.numel()
+        return original(self, ids, cache, counts)
+
+    monkeypatch.setattr(GPT, "next_logits", counting)
+    engine = Engine(model, tiny_tokenizer(), max_slots=3)
+    engine.generate([random_ids(40, 0)], SamplingParams(max_tokens=3), num_samples=8)
+    assert read == 40
+    assert engine.prompt_tokens == 40

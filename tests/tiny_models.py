@@ -1,0 +1,54 @@
+"""A tiny tokenizer and tiny random models for the decoding tests."""
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.tokenizer import Tokenizer
+
+TEXT = "the king went to the sea and said 12 + 34 = 46. what is a word? naïve café 東京 🙂\n"
+
+
+@cache
+def tiny_tokenizer() -> Tokenizer:
+    return Tokenizer.train([TEXT] * 3, 320)
+
+
+def tiny_model(
+    dtype: torch.dtype = torch.float32, seed: int = 0, kind: type[GPT] = GPT, **overrides: Any
+) -> GPT:
+    """Every parameter is random: the initialisation's zeros would switch half of the model off."""
+    settings: dict[str, Any] = {
+        "vocab_size": tiny_tokenizer().vocab_size,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_kv_head": 2,
+        "n_embd": 32,
+        "head_dim": 8,
+        "context_length": 96,
+        "windows": (8, 0, 5),
+    }
+    model = kind(GPTConfig(**{**settings, **overrides}), dtype).init_weights(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 0.3 if parameter.ndim > 1 else 0.1
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+    return model.eval()
+
+
+class ToolCaller(GPT):
+    """Likes to call the tool: the tokens around a call get likelier."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        tokenizer = tiny_tokenizer()
+        bias = torch.zeros(self.config.vocab_size)
+        bias[tokenizer.special("<|python_start|>")] = 6.0
+        bias[tokenizer.special("<|python_end|>")] = 6.0
+        bias[tokenizer.encode("1")] = 3.0
+        bias[tokenizer.encode("+")] = 2.0
+        for name in ("<|assistant_end|>", "<|bos|>"):
+            bias[tokenizer.special(name)] = -20.0
+        return super().logits(hidden) + bias

@@ -230,7 +230,21 @@ class DataLoader:
 
     def __next__(self) -> Batch:
         """The next micro-batch of this rank."""
-        mine: list[list[list[int]]] = []  # this rank's rows, as pieces
+        return self._gather(self._advance()).to(self.device)
+
+    def peek(self) -> list[list[list[int]]]:
+        """What the next micro-batch is made of; the position stays.
+
+        For each row its pieces: [number of the source, document, start, stop].
+        """
+        state = self.state_dict()
+        rows = self._advance()
+        self.load_state_dict(state)
+        return rows
+
+    def _advance(self) -> list[list[list[int]]]:
+        """Go on by one micro-batch of all ranks; this rank's rows of it, as pieces."""
+        mine: list[list[list[int]]] = []
         needed = self.batch_size * self.world_size
         done = 0
         while done < needed and not self.finished:
@@ -242,7 +256,7 @@ class DataLoader:
             done += stop - self._row
             self._row = stop
             self._settle()
-        return self._gather(mine).to(self.device)
+        return mine
 
     def _gather(self, rows: list[list[list[int]]]) -> Batch:
         """Read the tokens of `rows` and fill up with empty rows."""

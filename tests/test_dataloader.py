@@ -152,6 +152,27 @@ def test_short_documents_get_larger_windows(tmp_path: Path) -> None:
     assert DataLoader([Source(store)], batch_size=8, sequence_length=32).window == 1024
 
 
+def test_peek_tells_what_comes_next(tmp_path: Path) -> None:
+    sources = [
+        Source(numbered_store(tmp_path / "a", [9, 4, 30])),
+        Source(numbered_store(tmp_path / "b", [7, 12], first=500)),
+    ]
+    for rank in range(2):
+        loader = DataLoader(
+            sources, batch_size=2, sequence_length=10, rank=rank, world_size=2, epochs=2
+        )
+        while not loader.finished:
+            state, rows = loader.state_dict(), loader.peek()
+            assert loader.state_dict() == state
+            batch = next(loader)
+            for b, pieces in enumerate(rows):
+                ids = [sources[s].store.ids(*span) for s, *span in pieces]
+                expected = np.concatenate(ids)[:10]
+                assert batch.inputs[b, : len(expected)].tolist() == expected.tolist()
+                assert (batch.inputs[b, len(expected) :] == 0).all()
+        assert loader.peek() == []
+
+
 def test_consumed_counts_what_all_ranks_read(tmp_path: Path) -> None:
     a = numbered_store(tmp_path / "a", [3] * 40)
     b = numbered_store(tmp_path / "b", [30] * 5, first=1000)

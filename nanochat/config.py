@@ -208,7 +208,9 @@ class MidConfig:
     run: Run = field(default_factory=Run)
     batching: Batching = field(default_factory=Batching)
     duration: Duration = field(default_factory=lambda: Duration(epochs=1))
-    learning: Learning = field(default_factory=lambda: Learning(warmup=0.0, warmdown=0.2))
+    learning: Learning = field(
+        default_factory=lambda: Learning(warmup=0.0, warmdown=0.2, weight_decay=0.0)
+    )
     evaluating: Evaluating = field(default_factory=Evaluating)
     saving: Saving = field(default_factory=Saving)
     source: str = "base"
@@ -239,7 +241,7 @@ class SftConfig(MidConfig):
     """Instruction tuning: conversations and tasks, the assistant's tokens trained."""
 
     learning: Learning = field(
-        default_factory=lambda: Learning(warmup=0.0, warmdown=1.0, lr_scale="auto")
+        default_factory=lambda: Learning(warmup=0.0, warmdown=1.0, weight_decay=0.0)
     )
     source: str = "mid"
     replay: float = 0.0

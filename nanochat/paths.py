@@ -84,7 +84,9 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         temporary.chmod(0o755)
         if final.exists():
             # A folder cannot be renamed over a non-empty one: move the old one aside first.
-            aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
+            aside = Path(
+                tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent)
+            )
             os.replace(final, aside / "old")
             os.replace(temporary, final)
             shutil.rmtree(aside, ignore_errors=True)

@@ -91,15 +91,16 @@ def scaled_lr(total_batch_size: int) -> float:
 
 
 def scaled_weight_decay(
-    total_batch_size: int, lr_scale: float, tokens: float, reference_tokens: float
+    total_batch_size: int, lr: float, lr_scale: float, tokens: float, reference_tokens: float
 ) -> float:
     """Muon's decay: the same fraction of a weight forgotten over a run (arXiv 2405.13698).
 
     lambda = lambda12 (B / B12) (D12 / D) / lr_scale; with the square-root rule for lr_scale that is
-    lambda12 sqrt(B / B12) D12 / D.
+    lambda12 sqrt(B / B12) D12 / D. Bounded so that a step never takes more than 2 % of a weight: a
+    run of a handful of steps would otherwise ask for more than all of it.
     """
     share = total_batch_size / REFERENCE_BATCH * reference_tokens / tokens
-    return float(REFERENCE_DECAY * share / lr_scale)
+    return float(min(REFERENCE_DECAY * share / lr_scale, 0.02 / (lr * lr_scale)))
 
 
 def meta_model(config: GPTConfig) -> GPT:
@@ -158,7 +159,9 @@ def make_plan(
         raise UserError(f"--num-steps {num_steps} must be at least 1")
     lr_scale = scaled_lr(total) if learning.lr_scale == "auto" else learning.lr_scale
     weight_decay = (
-        scaled_weight_decay(total, lr_scale, num_steps * total, reference_tokens)
+        scaled_weight_decay(
+            total, learning.matrix_lr, lr_scale, num_steps * total, reference_tokens
+        )
         if learning.weight_decay == "auto"
         else learning.weight_decay
     )

@@ -7,6 +7,7 @@ Needs the encoded corpus (scripts.tok_encode). On several GPUs:
 from nanochat.config import BaseConfig
 from nanochat.dataloader import Source
 from nanochat.dataset import open_corpus
+from nanochat.engine import Engine, SamplingParams
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.launch import launch
@@ -45,17 +46,18 @@ def build_sources(cfg: BaseConfig, tokenizer: Tokenizer, split: str = "train") -
     ]
 
 
-def sample(stage: Stage) -> None:
-    """Greedy continuations of a few beginnings, on rank 0."""
-    from nanochat.engine import Engine, SamplingParams
-
-    if not stage.runtime.is_main:
-        return
-    engine = Engine(stage.model, stage.tokenizer, tools=False)
-    prompts = [[stage.tokenizer.bos, *stage.tokenizer.encode(text)] for text in PROMPTS]
-    params = SamplingParams(temperature=0.8, top_k=50, max_tokens=48, seed=stage.cfg.run.seed)
-    for text, completions in zip(PROMPTS, engine.generate(prompts, params), strict=True):
-        stage.log.sample(stage.state.step, text, completions[0].text)
+def sample_texts(
+    model: GPT, tokenizer: Tokenizer, temperature: float, seed: int = 0
+) -> list[tuple[str, str]]:
+    """(beginning, continuation) of a few texts."""
+    engine = Engine(model, tokenizer)
+    prompts = [[tokenizer.bos, *tokenizer.encode(text)] for text in PROMPTS]
+    room = model.config.context_length - max(len(prompt) for prompt in prompts)
+    params = SamplingParams(
+        temperature=temperature, top_k=50, max_tokens=max(1, min(48, room)), seed=seed
+    )
+    answers = engine.generate(prompts, params)
+    return [(text, samples[0].text) for text, samples in zip(PROMPTS, answers, strict=True)]
 
 
 def main(cfg: BaseConfig, runtime: Runtime) -> Stage:
@@ -88,8 +90,9 @@ def main(cfg: BaseConfig, runtime: Runtime) -> Stage:
         last = step == plan.num_steps
         if due(step, cfg.evaluating.eval_every, last):
             stage.evaluate()
-        if step > first and due(step, cfg.evaluating.sample_every, last):
-            sample(stage)
+        if step > first and runtime.is_main and due(step, cfg.evaluating.sample_every, last):
+            for prompt, text in sample_texts(model, tokenizer, 0.8, cfg.run.seed):
+                stage.log.sample(step, prompt, text)
         if step > first and (due(step, cfg.saving.save_every, last) or runtime.stop_requested):
             stage.save()
         if last or runtime.stop_requested:

@@ -1,0 +1,111 @@
+"""Evaluate a model on text: bits per byte, samples, and the CORE metric where its bundle is.
+
+python -m scripts.base_eval --source base
+python -m scripts.base_eval --hf PATH         the CORE metric of any Hugging Face causal LM
+
+CORE (arXiv 2406.11794) needs its task files in NANOCHAT_BASE_DIR/eval_bundle or `--bundle`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat import paths
+from nanochat.checkpoint_manager import load_model
+from nanochat.core_eval import describe_core, evaluate_core, load_hf
+from nanochat.dataloader import DataLoader, Source
+from nanochat.errors import UserError
+from nanochat.gpt import GPT
+from nanochat.launch import launch
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.runtime import Runtime
+from nanochat.scoring import record_evaluation
+from nanochat.tokenizer import Tokenizer
+from scripts.base_train import open_store, sample_texts
+
+
+@dataclass(frozen=True)
+class Config:
+    source: str = "base"
+    """A stage (base, mid, sft, rl), stage/tag, or a checkpoint folder."""
+    step: int | None = None
+    """The checkpoint's step; default: the newest."""
+    corpus: str = "climbmix"
+    """Corpus for bits per byte."""
+    eval_tokens: int = 2**20
+    """Tokens of each split that are measured, at least one batch."""
+    batch_size: int = 16
+    """Rows computed at once."""
+    bundle: Path | None = None
+    """CORE's task files; default: NANOCHAT_BASE_DIR/eval_bundle, skipped where it is missing."""
+    max_per_task: int | None = None
+    """A quick look at CORE: at most so many items of each task."""
+    hf: str | None = None
+    """Measure CORE of this Hugging Face model instead (a folder or a hub id)."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    dtype: str = "auto"
+    """Activation dtype: auto, float32, bfloat16 or float16."""
+
+
+def bits_per_byte(
+    model: GPT, tokenizer: Tokenizer, cfg: Config, split: str, runtime: Runtime
+) -> float:
+    """Bits per byte of one split of the corpus, from its beginning."""
+    loader = DataLoader(
+        [Source(open_store(cfg.corpus, split, tokenizer))],
+        batch_size=cfg.batch_size,
+        sequence_length=model.config.context_length,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        epochs=1,
+        device=runtime.device,
+    )
+    per_batch = cfg.batch_size * model.config.context_length * runtime.world_size
+    available = -(-loader.num_rows(1) // (cfg.batch_size * runtime.world_size))
+    count = max(1, min(available, cfg.eval_tokens // per_batch))
+    sizes = torch.as_tensor(tokenizer.token_bytes()).to(runtime.device)
+    batches = (next(loader) for _ in range(count))
+    return evaluate_bpb(model, batches, sizes, runtime)["bpb"]
+
+
+def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
+    bundle = cfg.bundle or paths.eval_bundle_dir()
+    if cfg.hf:
+        if not bundle.is_dir():
+            raise UserError(f"{bundle} is missing; put CORE's task files there, or give --bundle")
+        scorer, encoder = load_hf(cfg.hf, runtime)
+        result = evaluate_core(scorer, encoder, bundle, runtime, cfg.max_per_task)
+        runtime.print(describe_core(result))
+        return {"core": result}
+
+    model, tokenizer, meta = load_model(
+        cfg.source, device=runtime.device, dtype=runtime.dtype, step=cfg.step
+    )
+    values: dict[str, Any] = {"bpb": {}}
+    for split in ("train", "val"):
+        values["bpb"][split] = bits_per_byte(model, tokenizer, cfg, split, runtime)
+        runtime.print(f"{cfg.source}: {values['bpb'][split]:.4f} bits per byte on {split}")
+    if runtime.is_main:
+        values["samples"] = [
+            {"prompt": prompt, "text": text}
+            for prompt, text in sample_texts(model, tokenizer, temperature=0.0)
+        ]
+        for sample in values["samples"]:
+            runtime.print(f"  {sample['prompt']} |{sample['text']}")
+    if bundle.is_dir():
+        core = evaluate_core(model, tokenizer, bundle, runtime, cfg.max_per_task)
+        runtime.print(describe_core(core))
+        key = "core" if "core" in core else "core_partial"
+        values |= {key: core[key], "core_tasks": core}
+    else:
+        runtime.print(f"CORE is not measured: {bundle} is missing")
+    if runtime.is_main:
+        record_evaluation(meta["stage"], meta["tag"], meta["step"], **values)
+    return values
+
+
+if __name__ == "__main__":
+    launch(main, Config, __doc__)

@@ -1,0 +1,386 @@
+"""Measure a chat model on tasks: `python -m scripts.chat_eval --source sft --task gsm8k`.
+
+Categorical tasks are answered by the most likely option, generative ones by decoding, with the
+calculator. Without --task all tasks that have answers to check are measured. On several GPUs:
+`torchrun --nproc_per_node 8 -m scripts.chat_eval --source sft`.
+
+The result goes to report/eval_<stage>-<tag>.json under NANOCHAT_BASE_DIR, next to what is known of
+the same checkpoint.
+"""
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import tyro
+from rich.table import Table
+
+from nanochat.checkpoint_manager import load_model
+from nanochat.conversation import parts
+from nanochat.engine import Engine, Request, SamplingParams
+from nanochat.errors import UserError
+from nanochat.gpt import GPT
+from nanochat.launch import launch
+from nanochat.progress import Bar, progress_bar
+from nanochat.runtime import Runtime
+from nanochat.scoring import (
+    GPTScorer,
+    crop,
+    evaluation_path,
+    length_blocks,
+    read_evaluation,
+    record_evaluation,
+    task_result,
+)
+from nanochat.tokenizer import SystemStyle, Tokenizer
+from tasks.common import Conversation, Task, pass_at_k
+from tasks.registry import build
+
+ALL_TASKS = (
+    "arc:easy",
+    "arc:challenge",
+    "mmlu",
+    "gsm8k",
+    "humaneval",
+    "simplespelling",
+    "spellingbee",
+    "arithmetic",
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    source: str = "sft"
+    """A stage (base, mid, sft, rl), stage/tag, or a checkpoint folder."""
+    step: int | None = None
+    """The checkpoint's step; default: the newest."""
+    task: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Task to measure, such as gsm8k or arc:easy; may be repeated. Default: all of them."""
+    split: str = "test"
+    """Split of the tasks."""
+    max_problems: int | None = None
+    """At most so many problems of each task, evenly spread over it; default: all."""
+    num_samples: int = 1
+    """Answers drawn to each problem of a generative task; the accuracy is their mean."""
+    temperature: float = 0.0
+    """Of sampling; 0 takes the most likely token."""
+    top_k: int = 0
+    """Sample among the k most likely tokens; 0 = all."""
+    max_tokens: int = 512
+    """Longest answer."""
+    pass_at: tuple[int, ...] = (1, 10, 100)
+    """Also estimate the chance that one of k answers is right, for each k up to --num-samples."""
+    batch_size: int = 32
+    """Problems (categorical) or samples (generative) computed at once."""
+    show: int = 0
+    """Print so many problems of each task with the answers and the verdicts."""
+    seed: int = 1337
+    """Of sampling."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    dtype: str = "auto"
+    """Activation dtype: auto, float32, bfloat16 or float16."""
+
+
+@dataclass
+class Answers:
+    """What one rank found out about its problems of a task."""
+
+    right: dict[int, int] = field(default_factory=dict)
+    """Problem -> how many of its samples are right."""
+    options: dict[int, int] = field(default_factory=dict)
+    """Problem -> how many options it has, in a categorical task."""
+    truncated: int = 0
+    """Problems whose prompt did not fit the context; its beginning was cut off."""
+    shown: list[str] = field(default_factory=list)
+
+
+def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
+    """Returns what is known of the checkpoint now: the content of its report file."""
+    for name, value in (
+        ("max-problems", cfg.max_problems),
+        ("num-samples", cfg.num_samples),
+        ("batch-size", cfg.batch_size),
+    ):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value} must be at least 1")
+    if cfg.num_samples > 1 and cfg.temperature == 0:
+        raise UserError(
+            f"--num-samples {cfg.num_samples} at --temperature 0 gives equal samples; "
+            "set a temperature such as 0.8"
+        )
+    tasks = {spec: build(spec, cfg.split) for spec in cfg.task or ALL_TASKS}
+    for spec, task in tasks.items():
+        check_task(task, spec)
+    model, tokenizer, meta = load_model(
+        cfg.source, step=cfg.step, device=runtime.device, dtype=runtime.dtype
+    )
+    stage, tag, step = meta["stage"], meta["tag"], int(meta["step"])
+    runtime.print(f"{stage}/{tag} step {step}: {', '.join(tasks)}")
+    system: SystemStyle = meta.get("run_config", {}).get("system", "tokens")
+    results = {
+        spec: evaluate_task(model, tokenizer, task, cfg, runtime, label=spec, system=system)
+        for spec, task in tasks.items()
+    }
+    record: dict[str, Any] = {}
+    if runtime.is_main:
+        settings = {
+            "split": cfg.split,
+            "max_problems": cfg.max_problems,
+            "num_samples": cfg.num_samples,
+            "temperature": cfg.temperature,
+            "seed": cfg.seed,
+        }
+        results = {spec: {**result, **settings} for spec, result in results.items()}
+        # Over all that is known of this checkpoint: tasks may be measured in several runs.
+        known = {**read_evaluation(stage, tag, step).get("results", {}), **results}
+        chat_core = math.fsum(result["centered"] for result in known.values()) / len(known)
+        record = record_evaluation(stage, tag, step, results, chat_core=chat_core)
+        runtime.console.print(make_table(results, f"{stage}/{tag} step {step}"))
+        runtime.print(
+            f"ChatCORE {chat_core:.4f}: mean centred accuracy of {', '.join(known)}\n"
+            f"written to {evaluation_path(stage, tag)}"
+        )
+    return cast(dict[str, Any], runtime.broadcast_object(record))
+
+
+def check_task(task: Task, spec: str) -> None:
+    """A UserError for what cannot be measured."""
+    if len(task) == 0:
+        raise UserError(f"{spec}: the split '{task.split}' is empty; choose another --split")
+    if task.eval_type == "generative" and type(task).evaluate is Task.evaluate:
+        raise UserError(f"{spec} has no answers to check; leave it out")
+
+
+def evaluate_task(
+    model: GPT,
+    tokenizer: Tokenizer,
+    task: Task,
+    cfg: Config,
+    runtime: Runtime,
+    *,
+    label: str | None = None,
+    system: SystemStyle = "tokens",
+) -> dict[str, Any]:
+    """The result of a task over all ranks, the same on every rank.
+
+    Problem i and its samples have random streams of their own, so the result depends neither on
+    the batch size nor on the number of ranks (up to the rounding of matrix products).
+    """
+    label = label or task.name
+    check_task(task, label)
+    count = min(len(task), cfg.max_problems or len(task))
+    # Spread over the task: many are sorted by subject.
+    chosen = [k * len(task) // count for k in range(count)]
+    categorical = task.eval_type == "categorical"
+    samples = 1 if categorical else cfg.num_samples
+    measure = _answer_categorical if categorical else _answer_generative
+    with progress_bar(label, 1) if runtime.is_main else nullcontext() as bar:
+        answers = measure(model, tokenizer, task, chosen, cfg, runtime, system, bar)
+    for text in answers.shown:
+        runtime.print(text)
+
+    right = torch.zeros(count, dtype=torch.int64)
+    options = torch.zeros(count, dtype=torch.int64)
+    for k in answers.right:
+        right[k], options[k] = answers.right[k], answers.options.get(k, 0)
+    truncated = torch.tensor([answers.truncated])
+    # int64 sums are exact, in whatever order the ranks are added.
+    hits, num_options, (num_truncated,) = (
+        runtime.all_reduce_sum(counts.to(runtime.device)).tolist()
+        for counts in (right, options, truncated)
+    )
+    chance = math.fsum(1 / n for n in num_options) / count if categorical else 0.0
+    more: dict[str, Any] = {"truncated": num_truncated, "eval_type": task.eval_type}
+    if samples > 1:
+        more["samples"] = samples
+        more["pass_at"] = {
+            str(k): math.fsum(pass_at_k(samples, n, k) for n in hits) / count
+            for k in cfg.pass_at
+            if k <= samples
+        }
+    correct = sum(hits) if samples == 1 else sum(hits) / samples
+    return task_result(correct, count, chance, **more)
+
+
+def _answer_categorical(
+    model: GPT,
+    tokenizer: Tokenizer,
+    task: Task,
+    chosen: Sequence[int],
+    cfg: Config,
+    runtime: Runtime,
+    system: SystemStyle,
+    bar: Bar | None,
+) -> Answers:
+    """Choose the most likely of each problem's options."""
+    answers = Answers()
+    scorer = GPTScorer(model)
+    # Cheap to know for all problems without encoding them.
+    lengths = [sum(len(str(m["content"])) for m in task[i]["messages"]) for i in chosen]
+    blocks = length_blocks(lengths, cfg.batch_size)[runtime.rank :: runtime.world_size]
+    if bar is not None:
+        bar.resize(sum(len(block) for block in blocks))
+    for block in blocks:
+        conversations = [task[chosen[k]] for k in block]
+        prompts, options = [], []
+        for conversation in conversations:
+            prompt = tokenizer.render_for_completion(conversation, system)
+            encoded = encode_options(tokenizer, conversation["letters"])
+            prompt, encoded, cut = _crop_chat(prompt, encoded, scorer.context_length)
+            answers.truncated += cut
+            prompts.append(prompt)
+            options.append(encoded)
+        for k, conversation, scored in zip(
+            block, conversations, scorer.score(prompts, options), strict=True
+        ):
+            values = [option.logprob for option in scored]
+            answer = conversation["letters"][values.index(max(values))]
+            answers.right[k] = int(task.evaluate(conversation, answer))
+            answers.options[k] = len(scored)
+            if len(answers.shown) < cfg.show:
+                chances = ", ".join(
+                    f"{letter} {math.exp(value):.3f}"
+                    for letter, value in zip(conversation["letters"], values, strict=True)
+                )
+                verdict = "right" if answers.right[k] else f"wrong: {conversation.get('answer')}"
+                answers.shown.append(
+                    _shown(task, chosen[k], conversation, [f"{answer} ({verdict}; {chances})"])
+                )
+        if bar is not None:
+            bar.set(len(answers.right))
+    return answers
+
+
+def encode_options(tokenizer: Tokenizer, letters: Sequence[str]) -> list[list[int]]:
+    """The options as the assistant would write them.
+
+    If one has several tokens, each ends with `<|assistant_end|>`: what is compared are then whole
+    answers, and a short one is not favoured over a longer one that begins with it.
+    """
+    options = [tokenizer.encode(letter) for letter in letters]
+    if max(len(option) for option in options) > 1:
+        end = tokenizer.special("<|assistant_end|>")
+        options = [[*option, end] for option in options]
+    return options
+
+
+def _crop_chat(
+    prompt: list[int], options: list[list[int]], context_length: int
+) -> tuple[list[int], list[list[int]], bool]:
+    """`crop`, but `<|bos|>` stays where there is room: no conversation was ever seen without it."""
+    short, fitting, cut = crop(prompt, options, context_length)
+    if cut and len(short) > 1:
+        short = [prompt[0], *short[1:]]
+    return list(short), [list(option) for option in fitting], cut
+
+
+def _answer_generative(
+    model: GPT,
+    tokenizer: Tokenizer,
+    task: Task,
+    chosen: Sequence[int],
+    cfg: Config,
+    runtime: Runtime,
+    system: SystemStyle,
+    bar: Bar | None,
+) -> Answers:
+    """Decode answers and judge them, in threads: judging may run programs."""
+    answers = Answers()
+    params = SamplingParams(
+        temperature=cfg.temperature, top_k=cfg.top_k, max_tokens=cfg.max_tokens, seed=cfg.seed
+    )
+    engine = Engine(model, tokenizer, max_slots=cfg.batch_size)
+    mine = range(len(chosen))[runtime.rank :: runtime.world_size]
+    # A longer prompt is cut, to leave the answer a quarter of the context (or all it may have).
+    room = min(cfg.max_tokens, max(1, engine.context_length // 4))
+    conversations: dict[int, Conversation] = {}
+    prompts: dict[int, list[int]] = {}
+    for k in mine:
+        conversations[k] = task[chosen[k]]
+        prompt = tokenizer.render_for_completion(conversations[k], system)
+        limit = max(1, engine.context_length - room)
+        if len(prompt) > limit:
+            answers.truncated += 1
+            prompt = [prompt[0], *prompt[len(prompt) - limit + 1 :]] if limit > 1 else prompt[-1:]
+        prompts[k] = prompt
+    requests: dict[Request, int] = {}
+    # The longest first: prompts that are read side by side are then of similar length.
+    for k in sorted(mine, key=lambda k: (-len(prompts[k]), k)):
+        requests[engine.submit(prompts[k], params, cfg.num_samples, index=chosen[k])] = k
+
+    if bar is not None:
+        bar.resize(len(mine) * cfg.num_samples)
+    verdicts: dict[int, list[Future[bool]]] = {}
+    with ThreadPoolExecutor(thread_name_prefix="judge") as pool:
+        while not engine.idle:
+            for event in engine.step():
+                if not event.finished:
+                    continue
+                k = requests[event.request]
+                if event.request.finished:
+                    verdicts[k] = [
+                        pool.submit(task.evaluate, conversations[k], completion.text)
+                        for completion in event.request.completions
+                    ]
+                if bar is not None:
+                    bar.advance(1)
+        for k, futures in verdicts.items():
+            answers.right[k] = sum(bool(future.result()) for future in futures)
+    by_problem = {k: request for request, k in requests.items()}
+    for k in list(mine)[: cfg.show]:
+        texts = []
+        for completion, future in zip(by_problem[k].completions, verdicts[k], strict=True):
+            said = "".join(
+                part["text"] if part["type"] == "text" else f"[{part['type']}: {part['text']}]"
+                for part in completion.parts
+            )
+            verdict = "right" if future.result() else "wrong"
+            texts.append(f"{said} ({verdict}, {completion.finish_reason})")
+        answers.shown.append(_shown(task, chosen[k], conversations[k], texts))
+    return answers
+
+
+def _shown(task: Task, index: int, conversation: Conversation, answers: list[str]) -> str:
+    """A problem for the console; under torchrun rank 0 shows its own ones."""
+    messages = list(conversation["messages"])
+    if messages[-1]["role"] == "assistant":
+        messages.pop()
+    lines = [f"--- {task.where(index)}"]
+    for message in messages:
+        lines.append(f"{message['role']}: {''.join(part['text'] for part in parts(message))}")
+    return "\n".join([*lines, *(f"answer: {answer}" for answer in answers)])
+
+
+def make_table(results: dict[str, dict[str, Any]], title: str) -> Table:
+    table = Table(title=title)
+    table.add_column("task")
+    for name in ("accuracy", "95 %", "chance", "centred", "problems"):
+        table.add_column(name, justify="right", no_wrap=True)
+    notes = {}
+    for spec, result in results.items():
+        notes[spec] = [f"pass@{k} {value:.4f}" for k, value in result.get("pass_at", {}).items()]
+        if result["truncated"]:
+            notes[spec].append(f"{result['truncated']} prompts truncated to fit the context")
+    if any(notes.values()):
+        table.add_column("notes")
+    for spec, result in results.items():
+        low, high = result["ci"]
+        table.add_row(
+            spec,
+            f"{result['accuracy']:.4f}",
+            f"{low:.3f}-{high:.3f}",
+            f"{result['chance']:.3f}",
+            f"{result['centered']:.4f}",
+            f"{result['total']:,}",
+            *([", ".join(notes[spec])] if any(notes.values()) else []),
+        )
+    return table
+
+
+if __name__ == "__main__":
+    launch(main, Config, __doc__)

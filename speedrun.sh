@@ -1,0 +1,105 @@
+#!/usr/bin/env bash
+# From a bare machine to a chat model: install, tokenizer, base, mid, SFT, evaluation, report, chat.
+#
+#   bash speedrun.sh                          picks a profile by itself: gpu where CUDA is, else cpu
+#   SPEEDRUN_PROFILE=cpu|gpu|smoke bash speedrun.sh
+#   DEPTH=24 bash speedrun.sh                 gpu: the one dial (default 20)
+#   bash speedrun.sh --corpus ./my_texts      cpu: your own .txt, .jsonl or .parquet files
+#
+# Run it again after an interruption: it continues where it stopped, finished stages are not
+# repeated. Everything is written under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
+set -euo pipefail
+cd "$(dirname "$0")"
+
+corpus=""
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --corpus) corpus="${2:?--corpus needs a folder or a name}"; shift 2 ;;
+        *) echo "error: unknown argument $1; see the head of speedrun.sh" >&2; exit 2 ;;
+    esac
+done
+
+source scripts/setup.sh
+install_into_venv
+
+profile="${SPEEDRUN_PROFILE:-}"
+if [ -z "$profile" ]; then
+    profile="$(python -c 'import torch; print("gpu" if torch.cuda.is_available() else "cpu")')"
+fi
+export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+mkdir -p "$NANOCHAT_BASE_DIR"
+echo "profile $profile, artifacts in $NANOCHAT_BASE_DIR"
+
+run() { echo; echo "> $*"; "$@"; }
+
+if [ "$profile" = gpu ]; then
+    depth="${DEPTH:-20}"
+    gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
+    corpus="${corpus:-climbmix}"
+    train() { run torchrun --standalone --nproc_per_node "$gpus" -m "$@"; }
+
+    # Enough shards for the token budget of this depth; the first few suffice for the tokenizer.
+    shards="$(python -m scripts.plan --depth "$depth" --gpus "$gpus" --print num_shards)"
+    run python -m nanochat.dataset "$corpus" -n 8
+    python -m nanochat.dataset "$corpus" -n "$shards" > "$NANOCHAT_BASE_DIR/download.log" 2>&1 &
+    download=$!
+    run python -m scripts.tok_train --corpus "$corpus" --vocab-size 65536 --max-chars 2000000000
+    run python -m scripts.tok_eval --corpus "$corpus"
+    echo "waiting for the download of $shards shards"
+    wait "$download" || { tail "$NANOCHAT_BASE_DIR/download.log" >&2; exit 1; }
+    run python -m scripts.tok_encode --corpus "$corpus"
+    train scripts.base_train --depth "$depth" --corpus "$corpus" --save-every 1000 --resume
+    train scripts.base_eval --corpus "$corpus"
+    train scripts.mid_train --corpus "$corpus" --save-every 500 --resume
+    train scripts.chat_sft --corpus "$corpus" --save-every 500 --resume
+    for stage in base mid sft; do
+        train scripts.chat_eval --source "$stage" --task mmlu --task arc:easy --task arc:challenge \
+            --task gsm8k --task humaneval --task simplespelling --task spellingbee
+    done
+else
+    corpus="${corpus:-bbe}"
+    case "$profile" in
+        cpu)
+            vocabulary=4096 problems=200
+            base=(--depth 4 --context-length 256 --num-steps 560 --total-batch-size 4096
+                --save-every 140 --eval-every 140)
+            mid=(--epochs 1 --save-every 100 --eval-every 0)
+            sft=(--epochs 1 --save-every 100 --eval-every 0)
+            words=3000 sums=3000
+            ;;
+        smoke)
+            vocabulary=512 problems=4
+            base=(--depth 1 --context-length 64 --num-steps 4 --total-batch-size 256
+                --save-every 2 --eval-every 2 --eval-tokens 1024)
+            mid=(--num-steps 3 --eval-every 0 --eval-tokens 1024)
+            sft=(--num-steps 3 --eval-every 0 --eval-tokens 1024)
+            words=50 sums=50
+            ;;
+        *) echo "error: SPEEDRUN_PROFILE=$profile; choose cpu, gpu or smoke" >&2; exit 2 ;;
+    esac
+    tasks=(simplespelling spellingbee arithmetic)
+
+    run python -m scripts.tok_train --corpus "$corpus" --vocab-size "$vocabulary"
+    run python -m scripts.tok_eval --corpus "$corpus"
+    run python -m scripts.tok_encode --corpus "$corpus"
+    # Small shapes: heads of 64, every layer sees the whole (short) row.
+    run python -m scripts.base_train --corpus "$corpus" --head-dim 64 --window-pattern L \
+        "${base[@]}" --resume
+    run python -m scripts.base_eval --corpus "$corpus"
+    run python -m scripts.mid_train --corpus "$corpus" --replay 0.3 --total-batch-size 4096 \
+        --mix customjson:2 "simplespelling:$words:1" "spellingbee:$words:1" "arithmetic:$sums:1" \
+        "${mid[@]}" --resume
+    run python -m scripts.chat_sft --corpus "$corpus" --total-batch-size 4096 \
+        --mix customjson:2 "simplespelling:$words:1" "spellingbee:$words:1" "arithmetic:$sums:1" \
+        "${sft[@]}" --resume
+    for stage in base mid sft; do
+        run python -m scripts.chat_eval --source "$stage" --max-problems "$problems" \
+            "${tasks[@]/#/--task=}"
+    done
+fi
+
+run python -m scripts.report
+run python -m scripts.chat_cli --source sft -p "Who are you?"
+echo
+echo "report: $NANOCHAT_BASE_DIR/report/report.html"
+echo "talk to it: .venv/bin/python -m scripts.chat_cli"

@@ -115,8 +115,9 @@ class DataLoader:
     completed on all ranks alike. `for batch in loader` stops at the end of the data, at the same
     micro-batch on every rank. `num_rows(E)` tells in advance how many rows there are.
 
-    `window` is the number of documents packed together; by default 1,024, or more where documents
-    are so short that these would fill few rows.
+    `window` is the number of documents packed together, up to twice that many so that an epoch
+    divides evenly; by default 1,024, or more where documents are so short that these would fill
+    few rows.
     """
 
     def __init__(
@@ -168,10 +169,15 @@ class DataLoader:
 
     # The order of rows
 
+    def _num_windows(self, epoch: int) -> int:
+        """An epoch is cut into equal windows: a short one at its end would pack badly."""
+        length = self.order.epoch_length(epoch)
+        return max(1, length // self.window) if length else 0
+
     def _located(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Sources, documents and lengths of a window's documents."""
-        start = window * self.window
-        stop = min(start + self.window, self.order.epoch_length(epoch))
+        length, windows = self.order.epoch_length(epoch), self._num_windows(epoch)
+        start, stop = window * length // windows, (window + 1) * length // windows
         sources, documents = self.order.locate_many(epoch, start, stop)
         lengths = np.empty_like(documents)
         for i, source in enumerate(self.sources):
@@ -191,7 +197,7 @@ class DataLoader:
     def _settle(self) -> None:
         """Go on to the next window while there is no row left in this one."""
         while not self.finished:
-            if self._window * self.window >= self.order.epoch_length(self._epoch):
+            if self._window >= self._num_windows(self._epoch):
                 self._epoch, self._window = self._epoch + 1, 0
             elif self._row >= len(self._current()):
                 self._window, self._row = self._window + 1, 0
@@ -214,10 +220,9 @@ class DataLoader:
 
     def _count_epoch(self, epoch: int) -> int:
         if epoch not in self._rows_of_epoch:
-            windows = -(-self.order.epoch_length(epoch) // self.window)
             self._rows_of_epoch[epoch] = sum(
                 count_rows(self._located(epoch, window)[2], self.sequence_length + 1)
-                for window in range(windows)
+                for window in range(self._num_windows(epoch))
             )
         return self._rows_of_epoch[epoch]
 

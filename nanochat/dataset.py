@@ -506,6 +506,8 @@ class NamedSource:
     name: str
     repository: str
     train_shards: int
+    total_tokens: float
+    """Of all shards together, in a GPT-2-like tokenization; plans divide it by the shards."""
     licence: str
     pattern: str = "shard_{:05d}.parquet"
     column: str = "text"
@@ -519,8 +521,8 @@ class NamedSource:
 NAMED = {
     source.name: source
     for source in (
-        NamedSource("climbmix", "karpathy/climbmix-400b-shuffle", 6542, "CC BY-NC 4.0"),
-        NamedSource("fineweb-edu", "karpathy/fineweb-edu-100b-shuffle", 1822, "ODC-By 1.0"),
+        NamedSource("climbmix", "karpathy/climbmix-400b-shuffle", 6542, 400e9, "CC BY-NC 4.0"),
+        NamedSource("fineweb-edu", "karpathy/fineweb-edu-100b-shuffle", 1822, 100e9, "ODC-By 1.0"),
     )
 }
 

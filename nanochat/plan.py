@@ -13,7 +13,7 @@ import torch
 
 from nanochat.config import Batching, Duration, Learning
 from nanochat.errors import UserError
-from nanochat.gpt import GPT, GPTConfig, config_from_depth
+from nanochat.gpt import GPT, LOSS_CHUNK_LOGITS, GPTConfig, config_from_depth
 from nanochat.optim import Hypers
 from nanochat.schedule import lr_multiplier, muon_momentum
 
@@ -72,8 +72,8 @@ class Plan:
         parts = ", ".join(f"{k} {v:,}" for k, v in self.parameters.items() if v)
         return (
             f"{sum(self.parameters.values()):,} parameters ({parts})\n"
-            f"{self.num_steps:,} steps x {self.total_batch_size:,} tokens = {self.tokens:,} tokens, "
-            f"{self.flops:.2e} FLOPs; step = {self.device_batch_size} rows x "
+            f"{self.num_steps:,} steps x {self.total_batch_size:,} tokens = {self.tokens:,} tokens"
+            f", {self.flops:.2e} FLOPs; step = {self.device_batch_size} rows x "
             f"{self.sequence_length} tokens x {self.micro_batches} micro-batches x "
             f"{self.world_size} ranks; lr scale {self.lr_scale:.3f}, "
             f"weight decay {self.weight_decay:.4f}"
@@ -109,6 +109,84 @@ def meta_model(config: GPTConfig) -> GPT:
         return GPT(config)
 
 
+def estimate_memory(
+    config: GPTConfig,
+    *,
+    rows: int,
+    sequence_length: int,
+    world_size: int,
+    dtype: torch.dtype,
+    device_type: str,
+    recompute: bool = False,
+) -> dict[str, int]:
+    """Bytes a rank needs in training, by kind; "total" last.
+
+    Activations are what autograd keeps, counted by hand from gpt.py per token and layer:
+    22 widths (of them 8 in the MLP) and, where attention is not a fused kernel, its probabilities.
+    """
+    model = meta_model(config)
+    counts = model.num_parameters()
+    parameters = sum(counts.values())
+    matrices = counts["block_matrices"]
+    half = dtype.itemsize
+    C, H, K, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
+    tokens = rows * sequence_length
+    # Inputs and outputs of the norms, residual scalars and MLP; queries, keys and values before
+    # and after rotation and norm; attention's output.
+    layer = tokens * half * (14 * C + 4 * H * D + 4 * K * D)
+    if device_type == "cpu":
+        # Probabilities and a mask over the causal half, in blocks of queries.
+        causal = (sequence_length + 128) / (2 * sequence_length)
+        layer += int(tokens * sequence_length * H * causal * (half + 1))
+    layers = layer + config.n_layer * tokens * half * C if recompute else config.n_layer * layer
+    # Casts of all matrices to the activation dtype, kept for the backward pass.
+    casts = 0 if dtype == torch.float32 else half * (matrices + counts["head"])
+    # The largest temporaries of the optimizer: one stack of the MLP's matrices.
+    stack = 4 * C * C * config.n_layer
+    muon = 3 * 4 * stack // world_size
+    memory = {
+        "weights": 4 * parameters,
+        "gradients": 4 * parameters,
+        "optimizer shard": 4 * (matrices + 2 * (parameters - matrices)) // world_size,
+        "optimizer temporaries": muon + (4 * parameters // world_size if world_size > 1 else 0),
+        "weight casts": casts,
+        "activations": layers + tokens * (3 * half * C + 4 * 8),
+        "logits chunk": 3 * 4 * max(64 * config.vocab_size, LOSS_CHUNK_LOGITS),
+        "runtime": 320 * 2**20 if device_type == "cpu" else 2**30,
+    }
+    memory["total"] = sum(memory.values())
+    return memory
+
+
+def largest_batch(
+    config: GPTConfig,
+    *,
+    limit: int,
+    sequence_length: int,
+    world_size: int,
+    dtype: torch.dtype,
+    device_type: str,
+    recompute: bool = False,
+) -> int:
+    """The largest power of two of rows that fits `limit` bytes; 0 where not even one does."""
+    rows = 0
+    trial = 1
+    while trial <= 4096:
+        memory = estimate_memory(
+            config,
+            rows=trial,
+            sequence_length=sequence_length,
+            world_size=world_size,
+            dtype=dtype,
+            device_type=device_type,
+            recompute=recompute,
+        )
+        if memory["total"] > limit:
+            break
+        rows, trial = trial, trial * 2
+    return rows
+
+
 def make_plan(
     model_config: GPTConfig,
     *,
@@ -117,14 +195,15 @@ def make_plan(
     learning: Learning,
     sequence_length: int,
     world_size: int,
-    device: torch.device,
-    rows_in_epochs: Callable[[int], int] | None = None,
+    device_type: str,
+    dtype: torch.dtype,
     memory_limit: int | None = None,
+    rows_in_epochs: Callable[[int], int] | None = None,
 ) -> Plan:
     """Resolve every "auto" and count the steps.
 
-    rows_in_epochs tells how many rows so many epochs have (for --epochs). Raises UserError for
-    impossible batch arithmetic.
+    memory_limit: bytes a rank may use, None for no limit. rows_in_epochs tells how many rows so
+    many epochs have (for --epochs). Raises UserError for impossible batch arithmetic.
     """
     model = meta_model(model_config)
     parameters = model.num_parameters()
@@ -135,6 +214,23 @@ def make_plan(
 
     tokens = _token_budget(duration, scaling, flops_per_token)
     total = batching.total_batch_size
+    fits = largest_batch(
+        model_config,
+        limit=memory_limit or 2**62,
+        sequence_length=sequence_length,
+        world_size=world_size,
+        dtype=dtype,
+        device_type=device_type,
+        recompute=batching.recompute,
+    )
+    if fits == 0:
+        raise UserError(
+            f"not even one row of {sequence_length} tokens fits into "
+            f"{(memory_limit or 0) / 2**30:.1f} GiB; use --recompute, a smaller --depth or a "
+            "shorter --context-length"
+        )
+    if device_type == "cpu":
+        fits = min(fits, max(1, CPU_TOKENS // sequence_length))
     rows, micro_batches, total = _batch(
         batching.device_batch_size,
         scaled_batch_size(tokens or DEFAULT_RATIO * scaling, reference_tokens)
@@ -143,7 +239,7 @@ def make_plan(
         total == "auto",
         sequence_length,
         world_size,
-        device,
+        fits,
     )
     if duration.num_steps is not None:
         num_steps = duration.num_steps
@@ -202,7 +298,7 @@ def _batch(
     total_is_auto: bool,
     T: int,
     world_size: int,
-    device: torch.device,
+    fits: int,
 ) -> tuple[int, int, int]:
     """Rows per micro-batch, micro-batches per step, and tokens per step."""
     if isinstance(rows, int) and rows < 1:
@@ -217,8 +313,6 @@ def _batch(
         )
     rows_per_rank = total // per_row
     if isinstance(rows, str):
-        largest = CPU_TOKENS if device.type == "cpu" else 65536
-        fits = max(1, largest // T)
         rows = max(r for r in range(1, min(fits, rows_per_rank) + 1) if rows_per_rank % r == 0)
     if rows_per_rank % rows:
         if total_is_auto:

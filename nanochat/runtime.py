@@ -74,6 +74,12 @@ class Runtime:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def memory_limit(self) -> int | None:
+        """Bytes this rank may plan with: 90 % of the GPU's memory, None where it is not known."""
+        if self.device.type != "cuda":
+            return None
+        return int(0.9 * torch.cuda.get_device_properties(self.device).total_memory)
+
     def synchronize(self) -> None:
         """Wait for the device's queue, so that a clock read next is honest."""
         if self.device.type == "cuda":

@@ -163,7 +163,9 @@ def set_up(
         learning=cfg.learning,
         sequence_length=T,
         world_size=runtime.world_size,
-        device=runtime.device,
+        device_type=runtime.device.type,
+        dtype=runtime.dtype,
+        memory_limit=runtime.memory_limit(),
         rows_in_epochs=make_loader(1).num_rows,
     )
     model.recompute = cfg.batching.recompute

@@ -249,11 +249,12 @@ class _Prefill:
     ids: torch.Tensor
     lengths: torch.Tensor
     longest: int
-    logits: torch.Tensor
-    """(len(requests), V) after each prompt's last token, valid once `start` reaches `longest`."""
-    start: int = 0
-    samples: deque[tuple[int, int]] = field(default_factory=deque)
+    samples: deque[tuple[int, int]]
     """(which prompt, which sample) that still wait for a row."""
+    start: int = 0
+    """Tokens read so far; all once it is `longest`."""
+    logits: torch.Tensor | None = None
+    """(len(requests), V) after the tokens read so far."""
 
 
 class Engine:
@@ -482,17 +483,13 @@ class Engine:
         if prefill is None:
             return
         if prefill.start < prefill.longest:
-            width = min(
-                max(1, self.prefill_tokens // len(prefill.requests)),
-                prefill.longest - prefill.start,
-            )
-            end = prefill.start + width
-            counts = (prefill.lengths - prefill.start).clamp(0, width)
+            end = min(prefill.start + self.prefill_tokens // len(prefill.requests), prefill.longest)
+            counts = (prefill.lengths - prefill.start).clamp(max=end - prefill.start)
             logits = self._model_for_decoding().next_logits(
                 prefill.ids[:, prefill.start : end], prefill.cache, counts
             )
-            # A row's logits are those of the chunk its prompt ends in.
-            prefill.logits = torch.where(counts[:, None] > 0, logits, prefill.logits)
+            # Only a prompt that is read alone takes several chunks: the last one's logits count.
+            prefill.logits = logits
             prefill.start = end
             if end < prefill.longest:
                 return
@@ -527,8 +524,7 @@ class Engine:
             torch.from_numpy(ids).to(self.device),
             lengths.to(self.device),
             longest,
-            torch.zeros(len(requests), self.vocab_size, device=self.device),
-            samples=deque(
+            deque(
                 (i, sample)
                 for i, request in enumerate(requests)
                 for sample in range(len(request.completions))
@@ -550,6 +546,7 @@ class Engine:
             self._rows.append(_Row(request, sample, transcript, key, len(request.prompt)))
         self._reserve()
         assert self._cache is not None
+        assert prefill.logits is not None
         self._cache.copy_rows(
             prefill.cache,
             [which for which, _ in taken],

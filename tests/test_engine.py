@@ -378,6 +378,9 @@ def test_a_slow_tool_does_not_hold_up_other_rows() -> None:
     engine.step()
     assert engine.completion_tokens > before  # some wait, some go on
     assert not caller.finished
+    assert engine._cache is not None
+    held = engine._cache.lengths[: engine.num_rows].tolist()
+    assert [row.position for row in engine._rows] == held
     gate.set()
     while not engine.idle:
         engine.step()

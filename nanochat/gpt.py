@@ -55,7 +55,7 @@ class GPTConfig:
     softcap: float = 15.0
 
     def __post_init__(self) -> None:
-        if self.n_head % self.n_kv_head:
+        if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
             raise UserError(
                 f"n_kv_head {self.n_kv_head} must divide n_head {self.n_head}; "
                 "choose a divisor with --kv-heads"
@@ -96,8 +96,14 @@ def config_from_depth(
     portable: bool = False,
 ) -> GPTConfig:
     """The one dial: width is 64 per layer, rounded up to the head size."""
-    if depth < 1:
-        raise UserError(f"--depth {depth} must be at least 1")
+    for flag, value in (
+        ("depth", depth),
+        ("aspect-ratio", aspect_ratio),
+        ("head-dim", head_dim),
+        ("context-length", context_length),
+    ):
+        if value < 1:
+            raise UserError(f"--{flag} {value} must be at least 1")
     if not window_pattern or set(window_pattern) - set("SL"):
         raise UserError(f"--window-pattern {window_pattern!r} may hold only S and L")
     width = -(-depth * aspect_ratio // head_dim) * head_dim
@@ -109,7 +115,7 @@ def config_from_depth(
         vocab_size=vocab_size,
         n_layer=depth,
         n_head=width // head_dim,
-        n_kv_head=kv_heads or width // head_dim,
+        n_kv_head=width // head_dim if kv_heads is None else kv_heads,
         n_embd=width,
         head_dim=head_dim,
         context_length=context_length,

@@ -1,0 +1,33 @@
+"""What holds for every test: one thread, no ranks from outside, artifacts in a temporary folder."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before torch is imported, and inherited by every process that a test starts.
+os.environ["OMP_NUM_THREADS"] = "1"
+for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NANOCHAT_HUB_DIR"):
+    os.environ.pop(_name, None)
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A test that forgets to set NANOCHAT_BASE_DIR shall not touch the user's artifacts."""
+    folder = tmp_path_factory.mktemp("nanochat")
+    os.environ["NANOCHAT_BASE_DIR"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoded() -> Path:
+    """A base folder with a tokenizer and a tiny encoded corpus; copy it, don't write to it."""
+    import tiny_runs
+
+    folder = Path(tempfile.mkdtemp(prefix="nanochat-tiny-"))
+    tiny_runs.encode_corpus(folder)
+    return folder

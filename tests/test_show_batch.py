@@ -98,6 +98,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_whole_and_nothing_in_it_is_live(tokenizer: Tokenizer) -> None:
+    tokenizer = Tokenizer([*tokenizer.ranks, b"<s"])  # byte for byte there would be no tag
     view = view_of(tokenizer, 0.5, text='<script>alert("x")</script>')
     page = Page(render_html(view))
     assert page.open == []

@@ -184,7 +184,7 @@ class _Fetcher:
         # The content's tag is part of the name: what was fetched of another version is no start.
         part = partial / f"{_safe(file)}.{_safe(etag)[:16]}.part"
         done = part.stat().st_size if part.exists() else 0
-        if size is None or done > size:
+        if size is None:  # where to go on could not be checked
             part.unlink(missing_ok=True)
             self.bar.advance(-done if file in self._sizes else 0)
             done = 0

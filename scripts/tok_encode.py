@@ -14,8 +14,8 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, BrokenExecutor, ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -151,21 +151,34 @@ def _encode_shards(
                 before += shard.size
         return
     context = multiprocessing.get_context("spawn")  # forking a process with threads can deadlock
-    positions: Any = context.Array(ctypes.c_longlong, len(shards), lock=False)
+    # How far each shard is, and a flag that stops all workers.
+    positions: Any = context.Array(ctypes.c_longlong, len(shards) + 1, lock=False)
     job = (corpus, split, shards, slices, tokenizer, threads)
+    # Unlike multiprocessing.Pool, it notices a worker that dies (of memory, say).
     with (
         progress_bar(label, total) as bar,
-        context.Pool(processes, _start_worker, (positions, job)) as pool,
+        ProcessPoolExecutor(processes, context, _start_worker, (positions, job)) as pool,
     ):
-        results = pool.imap_unordered(_work, range(len(shards)))
-        for _ in shards:
-            while True:
-                try:
-                    results.next(timeout=0.5)
-                    break
-                except multiprocessing.TimeoutError:
-                    bar.set(sum(positions))
-            bar.set(sum(positions))
+        pending = {pool.submit(_work, index) for index in range(len(shards))}
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                bar.set(sum(positions[:-1]))
+        except BrokenExecutor as error:
+            raise UserError(
+                "a process died while encoding, most likely for want of memory; "
+                "run it again with fewer --workers, finished shards are kept"
+            ) from error
+        except BaseException:
+            positions[-1] = 1
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+class _Stopped(Exception):
+    """Another process failed."""
 
 
 _positions: Any
@@ -174,13 +187,18 @@ _job: tuple[Corpus, Split, list[Shard], Path, Tokenizer, int]
 
 def _start_worker(positions: Any, job: Any) -> None:
     global _positions, _job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
     _positions, _job = positions, job
 
 
 def _work(index: int) -> None:
     corpus, split, shards, slices, tokenizer, threads = _job
-    report = partial(_positions.__setitem__, index)
+
+    def report(position: int) -> None:
+        if _positions[-1]:
+            raise _Stopped
+        _positions[index] = position
+
     _encode_shard(corpus, split, shards[index], slices, tokenizer, threads, report)
     report(shards[index].size)
 

@@ -203,6 +203,9 @@ def test_small_corpora_have_both_splits(tmp_path: Path, count: int) -> None:
     assert train
     assert val
     assert sorted(train + val) == sorted(str(i) for i in range(count))
+    hashes = {dataset._split_hash("a.jsonl", i): str(i) for i in range(count)}
+    by_hash = {text for key, text in hashes.items() if key % 20 == 0}
+    assert set(val) == (by_hash or {hashes[min(hashes)]})
 
 
 def test_one_document_cannot_be_split(tmp_path: Path) -> None:
@@ -271,10 +274,10 @@ def test_dictionary_encoded_and_large_strings(tmp_path: Path) -> None:
 
 def test_fingerprint_changes_with_the_content(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    write_jsonl(path, [str(i) for i in range(50)])
+    write_jsonl(path, [str(i) for i in range(10, 60)])
     first = open_corpus(str(tmp_path)).fingerprint("train")
     assert open_corpus(str(tmp_path)).fingerprint("train") == first
-    write_jsonl(path, [str(i + 1) for i in range(50)])
+    write_jsonl(path, [str(i) for i in range(11, 61)])  # of the same size
     os.utime(path, ns=(1, 1))
     second = open_corpus(str(tmp_path)).fingerprint("train")
     assert second != first
@@ -369,9 +372,12 @@ def test_null_rows_in_parquet(tmp_path: Path) -> None:
     assert (sorted(texts), skipped) == (["x"] * 29 + ["y"], 1)
 
 
-def test_undecodable_parquet_row(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_undecodable_parquet_row(tmp_path: Path, dictionary: bool) -> None:
     raw = pa.array([b"x"] * 29 + [b"\xff", b"y"], pa.binary())
     text = pa.Array.from_buffers(pa.string(), len(raw), raw.buffers())
+    if dictionary:
+        text = pa.DictionaryArray.from_arrays(pa.array(range(len(text)), pa.int32()), text)
     pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet row 29: byte 0xff at offset 0 is not UTF-8"):
         everything(tmp_path)
@@ -414,7 +420,7 @@ def test_damaged_parquet(tmp_path: Path) -> None:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> NamedSource:
-    source = NamedSource("tiny", "org/tiny", train_shards=5, licence="CC0")
+    source = NamedSource("tiny", "org/tiny", train_shards=5, total_tokens=1e4, licence="CC0")
     monkeypatch.setitem(dataset.NAMED, "tiny", source)
     return source
 
@@ -715,6 +721,26 @@ def test_hopeless_answers_are_not_repeated(filled: Hub, tiny: NamedSource) -> No
     filled.files[tiny.file(1)] = filled.files[tiny.file(0)]
     with pytest.raises(UserError, match="answers 403"):
         dataset.download("tiny", 3)
+
+
+def test_attempts_that_bring_something_do_not_count(
+    filled: Hub, tiny: NamedSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "_ATTEMPTS", 2)
+    filled.faults = {tiny.file(0): ["drop", "busy", "drop", "busy"]}
+    check_complete(filled, dataset.download("tiny", 1))
+
+
+def test_verification(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet.tag.part"
+    path.write_bytes(parquet_bytes(0, tmp_path))
+    size, sha = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
+    assert download._verify(path, size, sha) == ""
+    assert download._verify(path, None, "no digest") == ""
+    assert download._verify(path, size + 1, sha) == f"{size} bytes instead of {size + 1}"
+    assert "SHA-256" in download._verify(path, size, sha[::-1])
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert "parquet footer" in download._verify(path, size, "")
 
 
 def test_no_server(

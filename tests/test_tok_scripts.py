@@ -1,6 +1,7 @@
 """tok_train, tok_encode and tok_eval: reuse what is there, resume what was interrupted."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def corpus_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The named corpus `tiny` with two of its training shards."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.delenv("NANOCHAT_HUB_DIR", raising=False)
-    monkeypatch.setitem(dataset.NAMED, "tiny", NamedSource("tiny", "org/tiny", 5, "CC0"))
+    monkeypatch.setitem(dataset.NAMED, "tiny", NamedSource("tiny", "org/tiny", 5, 1e4, "CC0"))
     folder = tmp_path / "base" / "corpora" / "tiny"
     folder.mkdir(parents=True)
     for shard in (0, 1, 5):
@@ -73,13 +74,17 @@ def encoded_shards(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # tok_train
 
 
-def test_trains_on_the_training_split_only(corpus_folder: Path) -> None:
-    pq.write_table(pa.table({"text": ["zzzz " * 1000]}), corpus_folder / "shard_00005.parquet")
-    tokenizer = train()
+def test_trains_on_the_training_split_only(tmp_path: Path) -> None:
+    folder = tmp_path / "books"
+    folder.mkdir()
+    is_val = [dataset._split_hash("a.jsonl", row) % 20 == 0 for row in range(100)]
+    lines = (json.dumps({"text": "zzzz " * 99 if val else "a row "}) for val in is_val)
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    tokenizer = train(corpus=str(folder))
     assert not any(b"zz" in token for token in tokenizer.ranks)
     assert any(b"row" in token for token in tokenizer.ranks)
     assert Tokenizer.load().hash == tokenizer.hash
-    assert tokenizer.training["documents"] == 60
+    assert tokenizer.training["documents"] == is_val.count(False) < 100
 
 
 def test_same_settings_keep_the_tokenizer(
@@ -157,10 +162,12 @@ def test_stores_hold_the_documents_in_order() -> None:
 
 def test_second_run_encodes_nothing(encoded_shards: list[str]) -> None:
     train()
-    encode()
+    folder = encode()["train"].folder
     assert encoded_shards == ["shard_00005", "shard_00000", "shard_00001"]
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     encode()
     assert len(encoded_shards) == 3
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
 def test_new_shards_are_appended(corpus_folder: Path, encoded_shards: list[str]) -> None:
@@ -252,6 +259,17 @@ def test_error_in_a_process_names_the_row(tmp_path: Path) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
     train(corpus=str(folder), bad_rows="skip")
     with pytest.raises(UserError, match=r"[ab]\.jsonl line 41: the field 'text' is a number"):
+        encode(str(folder), workers=2)
+
+
+def test_death_of_a_process_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for name in ("a", "b"):
+        (folder / f"{name}.jsonl").write_text("\n".join([json.dumps({"text": "x"})] * 40))
+    train(corpus=str(folder))
+    monkeypatch.setattr(tok_encode, "_work", os._exit)
+    with pytest.raises(UserError, match="a process died.*fewer --workers"):
         encode(str(folder), workers=2)
 
 

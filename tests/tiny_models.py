@@ -1,11 +1,13 @@
 """A tiny tokenizer and tiny random models for the decoding tests."""
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.kv_cache import KVCache
 from nanochat.tokenizer import Tokenizer
 
 TEXT = "the king went to the sea and said 12 + 34 = 46. what is a word? naïve café 東京 🙂\n"
@@ -52,3 +54,42 @@ class ToolCaller(GPT):
         for name in ("<|assistant_end|>", "<|bos|>"):
             bias[tokenizer.special(name)] = -20.0
         return super().logits(hidden) + bias
+
+
+class Scripted(GPT):
+    """Writes its script after the prompt, then repeats the last token.
+
+    By place in the context: what a tool forces takes the place of as many tokens of the script.
+    """
+
+    script: tuple[int, ...] = ()
+    prompt: tuple[int, ...] | list[int] = ()
+    """The last one that was read."""
+
+    def next_logits(
+        self, ids: torch.Tensor, cache: KVCache, counts: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if counts is not None and cache.longest == 0:  # a prompt
+            self.prompt = ids[0, : int(counts[0])].tolist()
+        logits = super().next_logits(ids, cache, counts) * 0
+        for row, length in enumerate(cache.lengths.tolist()):
+            at = min(length - len(self.prompt), len(self.script) - 1)
+            logits[row, self.script[at]] = 100.0
+        return logits
+
+
+def scripted_model(items: Sequence[int | str], **overrides: Any) -> Scripted:
+    """items: token ids, names of special tokens, and texts."""
+    tokenizer = tiny_tokenizer()
+    script: list[int] = []
+    for item in items:
+        if isinstance(item, int):
+            script.append(item)
+        elif item.startswith("<|"):
+            script.append(tokenizer.special(item))
+        else:
+            script += tokenizer.encode(item)
+    model = tiny_model(kind=Scripted, **overrides)
+    assert isinstance(model, Scripted)
+    model.script = tuple(script)
+    return model

@@ -269,7 +269,7 @@ def test_death_of_a_process_is_noticed(tmp_path: Path, monkeypatch: pytest.Monke
         (folder / f"{name}.jsonl").write_text("\n".join([json.dumps({"text": "x"})] * 40))
     train(corpus=str(folder))
     monkeypatch.setattr(tok_encode, "_work", os._exit)
-    with pytest.raises(UserError, match="a process died.*fewer --workers"):
+    with pytest.raises(UserError, match=r"a process died.*fewer --workers"):
         encode(str(folder), workers=2)
 
 

@@ -95,26 +95,41 @@ class Batching:
     """Rows per rank and micro-batch; auto: the largest that fits and divides the total."""
     total_batch_size: Literal["auto"] | int = "auto"
     """Tokens per optimizer step over all ranks; auto: from the scaling rule."""
-    window: int = 1024
-    """Documents that are packed together; larger packs tighter and shuffles wider."""
+    window: int | None = None
+    """Documents that are packed together, at least 1,024 and enough to fill 256 rows by default;
+    larger packs tighter and shuffles wider."""
     recompute: bool = False
     """Recompute each block's activations in the backward pass: less memory, about 30 % slower."""
 
 
 @dataclass(frozen=True)
 class Duration:
-    """When training stops: the first of these that is set, in this order."""
+    """When training stops: the first of these that is set, in this order.
+
+    Epochs come last, since they are the default of some stages and must not overrule a flag.
+    """
 
     num_steps: int | None = None
     """Optimizer steps."""
-    epochs: int | None = None
-    """Passes over all sources; an epoch covers every row exactly once."""
     target_tokens: int | None = None
     """Training tokens."""
     target_flops: float | None = None
     """Training FLOPs, e.g. 1e18."""
     target_param_data_ratio: float | None = None
     """Tokens per parameter of the block matrices and the head."""
+    epochs: int | None = None
+    """Passes over all sources; an epoch covers every row exactly once."""
+
+    @property
+    def counts_epochs(self) -> bool:
+        """Whether the epochs decide."""
+        others = (
+            self.num_steps,
+            self.target_tokens,
+            self.target_flops,
+            self.target_param_data_ratio,
+        )
+        return self.epochs is not None and all(other is None for other in others)
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,8 @@ def scaled_weight_decay(
     lambda12 sqrt(B / B12) D12 / D. Bounded so that a step never takes more than 2 % of a weight: a
     run of a handful of steps would otherwise ask for more than all of it.
     """
+    if lr * lr_scale == 0:  # frozen matrices
+        return 0.0
     share = total_batch_size / REFERENCE_BATCH * reference_tokens / tokens
     return float(min(REFERENCE_DECAY * share / lr_scale, 0.02 / (lr * lr_scale)))
 
@@ -243,7 +245,7 @@ def make_plan(
     )
     if duration.num_steps is not None:
         num_steps = duration.num_steps
-    elif duration.epochs is not None:
+    elif duration.counts_epochs and duration.epochs is not None:
         if duration.epochs < 1:
             raise UserError(f"--epochs {duration.epochs} must be at least 1")
         if rows_in_epochs is None:
@@ -279,14 +281,15 @@ def make_plan(
 
 def _token_budget(duration: Duration, scaling: int, flops_per_token: int) -> float | None:
     """Tokens to train on, where the duration says so directly; None for steps and epochs."""
-    if duration.num_steps is not None or duration.epochs is not None:
+    if duration.num_steps is not None or duration.counts_epochs:
         return None
     if duration.target_tokens is not None:
         tokens = float(duration.target_tokens)
     elif duration.target_flops is not None:
         tokens = duration.target_flops / flops_per_token
     else:
-        tokens = (duration.target_param_data_ratio or DEFAULT_RATIO) * scaling
+        ratio = duration.target_param_data_ratio
+        tokens = (DEFAULT_RATIO if ratio is None else ratio) * scaling
     if tokens <= 0:
         raise UserError(f"a budget of {tokens:,.0f} tokens trains nothing; it must be positive")
     return tokens

@@ -152,7 +152,7 @@ def set_up(
             world_size=runtime.world_size,
             seed=cfg.run.seed,
             window=cfg.batching.window,
-            epochs=cfg.duration.epochs if cfg.duration.num_steps is None else None,
+            epochs=cfg.duration.epochs if cfg.duration.counts_epochs else None,
             device=runtime.device,
         )
 

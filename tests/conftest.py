@@ -9,8 +9,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NANOCHAT_HUB_DIR"):
     os.environ.pop(_name, None)
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -3,6 +3,7 @@
 B batch, T time, H query heads, K key/value heads, D head dim
 """
 
+import itertools
 import math
 from typing import Any
 
@@ -94,7 +95,8 @@ def output_and_gradients(function: Any, tensors: list[torch.Tensor]) -> list[tor
 def test_forward_and_gradients_equal_the_reference(
     backend: str, heads: tuple[int, int], layout: str
 ) -> None:
-    assert T > QUERY_BLOCK and T % QUERY_BLOCK
+    assert T > QUERY_BLOCK
+    assert T % QUERY_BLOCK
     q, k, v = random_heads(*heads)
     doc_ids = LAYOUTS[layout](T)
     made = make_layout(doc_ids, (B, T), WINDOWS, backend, torch.device("cpu"))
@@ -172,7 +174,7 @@ def test_varlen_boundaries_are_the_documents() -> None:
     assert layout.boundaries is not None
     assert layout.boundaries.dtype == torch.int32
     ends = layout.boundaries.tolist()
-    lengths = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    lengths = [b - a for a, b in itertools.pairwise(ends)]
     documents = [5, T - 7, 2] + [11] * (T // 11) + [T % 11]
     assert [n for n in lengths if n] == documents
     assert lengths[: len(documents)] == documents, "empty documents are the padding at the end"

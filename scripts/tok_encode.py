@@ -13,11 +13,14 @@ import multiprocessing
 import os
 import shutil
 import signal
+from array import array
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, BrokenExecutor, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from nanochat.dataset import Corpus, Shard, Split, combined_fingerprint, open_corpus
 from nanochat.errors import UserError
@@ -222,7 +225,9 @@ def _encode_shard(
 
         def encode(texts: list[str]) -> None:
             for ids in tokenizer.encode_batch(texts, threads):
-                writer.add([tokenizer.bos, *ids])
+                ids.insert(0, tokenizer.bos)
+                # array reads a list about three times as fast as numpy does.
+                writer.add(np.frombuffer(array("I", ids), dtype=np.uintc))
 
         texts: list[str] = []
         size = 0

@@ -2,7 +2,7 @@
 
 A task is a sequence of conversations (the schema of `nanochat.conversation`) that can judge an
 answer. Next to `messages` a conversation may carry what its task needs for that: `answer`,
-`letters`, `word`.
+`letters`, `words`.
 """
 
 import bisect
@@ -463,7 +463,7 @@ def show(task: Task, count: int = 3, console: Console | None = None) -> None:
                 body.append(text, style=style)
             body.append("\n")
         body.rstrip()
-        extra = {k: v for k, v in conversation.items() if k in ("answer", "letters", "word")}
+        extra = {k: v for k, v in conversation.items() if k in ("answer", "letters")}
         subtitle = ", ".join(f"{key}: {value}" for key, value in extra.items())
         console.print(
             Panel(body, title=Text(task.where(index)), subtitle=Text(subtitle), title_align="left")

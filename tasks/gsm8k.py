@@ -2,6 +2,7 @@
 
 import re
 
+from nanochat.calculator import CalculatorError, calculate
 from nanochat.errors import UserError
 from tasks.common import Conversation, HubTask, field, final_answer, parse_number, same_number
 
@@ -37,6 +38,7 @@ def solution_parts(solution: str) -> list[dict[str, str]]:
 
     `48/2 = <<48/2=24>>24 clips` becomes the text `48/2 = `, the call `48/2`, its output `24` and
     the text `24 clips`: the number stays in the text, for the output is not shown to the reader.
+    The output is what the engine will insert when the model makes the same call.
     """
     parts: list[dict[str, str]] = []
     pieces = _ANNOTATION.split(solution)
@@ -47,11 +49,20 @@ def solution_parts(solution: str) -> list[dict[str, str]]:
             elif piece:
                 parts.append({"type": "text", "text": piece})
             continue
-        expression, equals, result = piece.rpartition("=")
-        if equals and expression.strip():  # else it says nothing to compute: drop it
-            parts.append({"type": "python", "text": expression.strip()})
-            parts.append({"type": "python_output", "text": result.strip()})
+        expression, *results = (side.strip() for side in piece.split("="))
+        if expression and results:  # else it says nothing to compute: drop it
+            parts.append({"type": "python", "text": expression})
+            parts.append({"type": "python_output", "text": _as_calculated(expression, results[-1])})
     return parts
+
+
+def _as_calculated(expression: str, result: str) -> str:
+    """The result as the calculator tool writes it (`.5` is `0.5`), if it finds the same number."""
+    try:
+        calculated = calculate(expression)
+    except CalculatorError:
+        return result
+    return calculated if same_number(parse_number(calculated), parse_number(result)) else result
 
 
 if __name__ == "__main__":

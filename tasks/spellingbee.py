@@ -2,7 +2,7 @@
 
 The tokenizer hands the model pieces, not letters, so it must learn the letters of every piece.
 Words of the train and test split are disjoint, hence a held-out word can be spelled only if its
-*pieces* were learned from other words. Three choices make that possible:
+*pieces* were learned from other words. Four choices make that possible:
 
 - **Words stand in quotes in most prompts.** `Spell the word: banished` begins the word with a
   space, and a corpus' frequent words are one token with their space: of the embedded corpus' words
@@ -14,6 +14,8 @@ Words of the train and test split are disjoint, hence a held-out word can be spe
 - **Letters are answered as `b a n i s h e d`.** A space and a letter are one token at the start of
   most words, so every letter is one token whatever its neighbours. `b-a-n` would take two tokens a
   letter, and of `ban` or `b,a,n` a tokenizer may merge parts again.
+- **Half of the training rows ask for several words**: more letters to learn from per token, since
+  most of a single word's conversation is the prompt.
 - **Half of the training words are made up**, the beginning of one training word and the end of
   another (`banthing`, `wiished`): pieces meet in ever new neighbourhoods, so that learning their
   letters is less work than learning words by heart. What is tested are real words only.
@@ -50,8 +52,10 @@ from tasks.common import (
 
 MIN_LETTERS, MAX_LETTERS = 3, 15
 MADE_UP_SHARE = 0.5
+LIST_SHARE = 0.5
+MAX_WORDS = 6
 
-# {word} stands in double quotes or single ones (see _quoted), {plain} as it is.
+# {word} stands in double quotes or single ones, {plain} as it is.
 SPELLING_PROMPTS = (
     "Spell the word {word}.",
     "Spell the word: {word}",
@@ -79,6 +83,19 @@ SPELLING_PROMPTS = (
     "Spell the word {plain}.",
     "Spell {plain}",
     "How do you spell {plain}?",
+)
+# {words}: quoted, with commas between; {lines}: as they are, a line each.
+LIST_PROMPTS = (
+    "Spell {words}.",
+    "Spell the words {words}.",
+    "Spell the words: {words}",
+    "How do you spell {words}?",
+    "Can you spell {words}?",
+    "Please spell {words} for me.",
+    "Write {words} letter by letter.",
+    "Spell these words:\n{lines}",
+    "Spell the words:\n{lines}",
+    "How are these words spelled?\n{lines}",
 )
 COUNTING_PROMPTS = (
     "How many {letter} are in {word}?",
@@ -143,17 +160,19 @@ class _WordTask(Task):
     def settings(self) -> dict[str, Any]:
         return {"size": self.size, "seed": self.seed, "words": digest("\n".join(self.words))}
 
-    def pick(self, index: int) -> tuple[Random, str]:
-        """The row's random numbers and its word."""
-        random = row_random(self.name, self.split, self.seed, index)
+    def random(self, index: int) -> Random:
+        return row_random(self.name, self.split, self.seed, index)
+
+    def word(self, index: int, random: Random) -> str:
+        """The next word in the order, or in the train split a made-up one."""
         if self.split == "train" and random.random() < MADE_UP_SHARE:
-            return random, made_up_word(self.words, random)
+            return made_up_word(self.words, random)
         turn, place = divmod(index, len(self.words))
-        return random, self.words[Permutation(len(self.words), make_key(self.seed, turn))[place]]
+        return self.words[Permutation(len(self.words), make_key(self.seed, turn))[place]]
 
 
 class SimpleSpelling(_WordTask):
-    """`Spell the word "banished".` -> `b a n i s h e d`"""
+    """`Spell the word "banished".` -> `b a n i s h e d`, several words on a line each."""
 
     def __init__(
         self,
@@ -165,20 +184,25 @@ class SimpleSpelling(_WordTask):
         super().__init__("simplespelling", split, size, words, seed)
 
     def row(self, index: int) -> Conversation:
-        random, word = self.pick(index)
-        prompt = _fill(random.choice(SPELLING_PROMPTS), word, random)
+        random = self.random(index)
+        words = [self.word(index, random)]
+        if self.split == "train" and random.random() < LIST_SHARE:
+            for _ in range(random.randint(1, MAX_WORDS - 1)):
+                words.append(self.word(random.randrange(len(self.words)), random))
+        prompt = _spelling_prompt(words, random)
         return {
             "messages": [
                 {"role": "user", "content": prompt},
-                {"role": "assistant", "content": " ".join(word)},
+                {"role": "assistant", "content": "\n".join(" ".join(word) for word in words)},
             ],
-            "word": word,
+            "words": words,
         }
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Right: the word's letters, each on its own, whatever marks and case."""
-        letters = re.split(r"[\s,.\-]+", completion.strip(" \n.").lower())
-        return letters == list(conversation["word"])
+        """Right: each word's letters, one by one, on its own line; whatever marks and case."""
+        lines = completion.strip().lower().split("\n")
+        spelled = [re.split(r"[\s,.\-]+", line.strip(" .")) for line in lines]
+        return spelled == [list(word) for word in conversation["words"]]
 
 
 class SpellingBee(_WordTask):
@@ -194,12 +218,14 @@ class SpellingBee(_WordTask):
         super().__init__("spellingbee", split, size, words, seed)
 
     def row(self, index: int) -> Conversation:
-        random, word = self.pick(index)
+        random = self.random(index)
+        word = self.word(index, random)
         # One letter in ten is any letter, most often one that the word has not.
         source = word if random.random() < 0.9 else random.choice(self.words)
         letter = random.choice(source)
         shown = f'"{letter}"' if random.random() < 0.5 else letter
-        prompt = _fill(random.choice(COUNTING_PROMPTS), word, random).replace("{letter}", shown)
+        prompt = random.choice(COUNTING_PROMPTS).replace("{letter}", shown)
+        prompt = prompt.replace("{word}", _quoted(word, random)).replace("{plain}", word)
         count = str(word.count(letter))
         content = [
             {"type": "text", "text": f"{count_along(word, letter)}\nPython says "},
@@ -245,9 +271,18 @@ def made_up_word(words: Sequence[str], random: Random) -> str:
             return word
 
 
-def _fill(template: str, word: str, random: Random) -> str:
-    quote = "'" if random.random() < 0.25 else '"'
-    return template.replace("{word}", quote + word + quote).replace("{plain}", word)
+def _spelling_prompt(words: list[str], random: Random) -> str:
+    quoted = [_quoted(word, random) for word in words]
+    if len(words) == 1:
+        prompt = random.choice(SPELLING_PROMPTS)
+        return prompt.replace("{word}", quoted[0]).replace("{plain}", words[0])
+    comma_list = ", ".join(quoted[:-1]) + " and " + quoted[-1]
+    prompt = random.choice(LIST_PROMPTS)
+    return prompt.replace("{words}", comma_list).replace("{lines}", "\n".join(words))
+
+
+def _quoted(word: str, random: Random) -> str:
+    return f"'{word}'" if random.random() < 0.25 else f'"{word}"'
 
 
 # Word lists

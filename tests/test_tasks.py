@@ -403,12 +403,21 @@ def test_gsm8k(home: Path):
 
 def test_odd_calculator_annotations():
     assert solution_parts("a <<>>b <<5>>c") == [{"type": "text", "text": "a b c"}]
-    assert solution_parts("<<1+1=2>><<2>2=0>>x")[:4] == [
-        {"type": "python", "text": "1+1"},
-        {"type": "python_output", "text": "2"},
+    assert solution_parts("<<6/2=3=3>><< 2>2 = 0 >>x")[:4] == [
+        {"type": "python", "text": "6/2"},
+        {"type": "python_output", "text": "3"},
         {"type": "python", "text": "2>2"},
         {"type": "python_output", "text": "0"},
     ]
+
+
+def test_outputs_are_written_as_the_calculator_writes_them():
+    def output(annotation: str) -> str:
+        return solution_parts(annotation)[1]["text"]
+
+    assert output("<<1/2=.50>>") == "0.5"
+    assert output("<<10/3=3>>") == "3"  # rounded in the solution, which goes on with it
+    assert output("<<x+1=3>>") == "3"
 
 
 def test_smoltalk(home: Path):

@@ -39,6 +39,10 @@ def make(kind: str, split: str, **options: Any) -> Task:
     return {"simple": SimpleSpelling, "bee": SpellingBee}[kind](split, words=WORDS, **options)
 
 
+def asked(conversation: Conversation) -> list[str]:
+    return conversation["words"] if "words" in conversation else [conversation["word"]]
+
+
 def said(conversation: Conversation) -> str:
     """All the assistant says, as the engine gives it back: tool outputs included."""
     return "".join(part["text"] for part in parts(conversation["messages"][-1]))
@@ -110,9 +114,10 @@ def test_tool_outputs_are_what_the_calculator_says(kind: str):
 def test_no_word_is_in_two_splits_whatever_seed_and_task(kind: str):
     seen = {
         split: {
-            conversation["word"]
+            word
             for seed in (0, 1, -1)
             for conversation in make(kind, split, size=400, seed=seed)
+            for word in asked(conversation)
         }
         for split in SPLITS
     }
@@ -129,22 +134,37 @@ def test_a_held_out_word_comes_once_before_any_comes_again():
     words = sorted(word for word in WORDS if split_of(word) == "test")
     task = SimpleSpelling("test", words=WORDS)
     assert len(task) == len(words)
-    assert sorted(conversation["word"] for conversation in task) == words
+    assert sorted(asked(conversation) for conversation in task) == [[word] for word in words]
     twice = SimpleSpelling("test", size=2 * len(words), words=WORDS)
-    assert Counter(conversation["word"] for conversation in twice) == dict.fromkeys(words, 2)
+    assert Counter(asked(conversation)[0] for conversation in twice) == dict.fromkeys(words, 2)
 
 
-def test_every_prompt_names_the_word_and_most_quote_it():
-    for task, templates in [
-        (SimpleSpelling("train", 600, WORDS), SPELLING_PROMPTS),
-        (SpellingBee("train", 600, WORDS), COUNTING_PROMPTS),
-    ]:
-        prompts = [(c["messages"][0]["content"], c["word"]) for c in task]
-        assert all(word in prompt for prompt, word in prompts)
-        quoted = sum(re.search(f"[\"']{word}[\"']", prompt) is not None for prompt, word in prompts)
-        assert 0.7 < quoted / len(prompts) < 0.95
-        shapes = {prompt.replace(word, "W").replace("'W'", '"W"') for prompt, word in prompts}
-        assert len(shapes) >= len(templates)
+@pytest.mark.parametrize(
+    ("kind", "templates"), [("simple", SPELLING_PROMPTS), ("bee", COUNTING_PROMPTS)]
+)
+def test_every_prompt_names_its_word_and_most_quote_it(kind: str, templates: tuple[str, ...]):
+    prompts = [
+        (row["messages"][0]["content"], asked(row)[0])
+        for row in make(kind, "test", size=600)
+        if len(asked(row)) == 1
+    ]
+    assert all(word in prompt for prompt, word in prompts)
+    quoted = sum(re.search(f"[\"']{word}[\"']", prompt) is not None for prompt, word in prompts)
+    assert 0.7 < quoted / len(prompts) < 0.95
+    shapes = {prompt.replace(word, "W").replace("'W'", '"W"') for prompt, word in prompts}
+    assert len(shapes) >= len(templates)
+
+
+def test_training_asks_for_several_words_too_and_tests_for_one():
+    rows = list(make("simple", "train", size=300))
+    counts = Counter(len(asked(row)) for row in rows)
+    assert set(counts) == {1, 2, 3, 4, 5, 6}
+    assert 100 < counts[1] < 200
+    for row in rows:
+        prompt, reply = row["messages"][0]["content"], row["messages"][1]["content"]
+        assert reply == "\n".join(" ".join(word) for word in row["words"])
+        assert re.search(".*".join(row["words"]), prompt, re.DOTALL), "not in this order"
+    assert {len(asked(row)) for split in ("val", "test") for row in make("simple", split)} == {1}
 
 
 @pytest.mark.parametrize(
@@ -164,7 +184,10 @@ def test_every_prompt_names_the_word_and_most_quote_it():
 )
 def test_spelling_is_letters_one_by_one(completion: str, right: bool):
     task = SimpleSpelling("train", words=WORDS)
-    assert task.evaluate({"word": "banished"}, completion) is right
+    assert task.evaluate({"words": ["banished"]}, completion) is right
+    two = {"words": ["ox", "banished"]}
+    assert task.evaluate(two, f"o x\n{completion}") is right
+    assert not task.evaluate(two, completion)
 
 
 def test_counting():

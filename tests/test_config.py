@@ -54,6 +54,18 @@ def test_a_wrong_flag_ends_the_program(argv: list[str], capsys: pytest.CaptureFi
     assert argv[0] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+def test_help_lists_the_flags_of_every_group(
+    cls: type[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(cls, ["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for flag in ("--tag", "--device-batch-size", "--num-steps", "--matrix-lr", "--save-every"):
+        assert flag in text
+
+
 def test_stages_differ_where_they_should() -> None:
     assert (MidConfig().prompt_weight, SftConfig().prompt_weight) == (1.0, 0.0)
     assert (MidConfig().source, SftConfig().source) == ("base", "mid")

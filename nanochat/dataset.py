@@ -191,7 +191,7 @@ def split_chapters(text: str) -> list[str]:
 # Files of one's own
 
 _EXTENSIONS = (".txt", ".jsonl", ".parquet")
-_SECTION = 16_384  # characters of a section of a long text file, at least
+_SECTION = 8_192  # bytes of a section of a long text file, at least
 _WHOLE = 65_536  # bytes up to which a text file is one document
 _VAL_ONE_IN = 20
 _TXT_SHARD = "txt"
@@ -211,7 +211,7 @@ class _Row(NamedTuple):
 class FolderCorpus(Corpus):
     """The .txt, .jsonl and .parquet files of a folder and its sub-folders, or one such file.
 
-    Documents: a .txt file (one of more than 64 KiB is cut into sections of about 16,000 characters
+    Documents: a .txt file (one of more than 64 KiB is cut into sections of about 8,000 bytes
     at blank lines), a line of a .jsonl file, a row of a .parquet file; the text is in the field or
     column `column`. Rows with nothing but white space are left out.
 

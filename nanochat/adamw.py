@@ -1,6 +1,11 @@
 """AdamW (arXiv 1711.05101) as a pure function on tensors."""
 
+from collections.abc import Iterator
+
 import torch
+
+BLOCK = 2**16
+"""Elements updated at once on a CPU: with both moments and the gradient 1 MiB in float32."""
 
 
 def adamw_update(
@@ -20,8 +25,18 @@ def adamw_update(
     step counts from 1. Equal to torch.optim.AdamW with the same settings.
     """
     beta1, beta2 = betas
-    parameter.mul_(1 - lr * weight_decay)
-    first_moment.lerp_(gradient, 1 - beta1)
-    second_moment.lerp_(gradient.square(), 1 - beta2)
-    denominator = (second_moment / (1 - beta2**step)).sqrt_().add_(eps)
-    parameter.addcdiv_(first_moment, denominator, value=-lr / (1 - beta1**step))
+    for p, g, first, second in _blocks(parameter, gradient, first_moment, second_moment):
+        if weight_decay:
+            p.mul_(1 - lr * weight_decay)
+        first.lerp_(g, 1 - beta1)
+        second.lerp_(g.square(), 1 - beta2)
+        denominator = (second / (1 - beta2**step)).sqrt_().add_(eps)
+        p.addcdiv_(first, denominator, value=-lr / (1 - beta1**step))
+
+
+def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The tensors, on CPUs in blocks of which all operations stay in the cache."""
+    if tensors[0].device.type != "cpu" or not all(t.is_contiguous() for t in tensors):
+        yield tensors
+        return
+    yield from zip(*(t.view(-1).split(BLOCK) for t in tensors), strict=True)

@@ -154,7 +154,7 @@ class Learning:
     """AdamW's moment decay rates."""
     muon_momentum: tuple[float, float] = (0.85, 0.95)
     """Muon's momentum: at the start, and after its warm-up."""
-    warmup: float = 0.02
+    warmup: float = 0.04
     """Fraction of the steps with a rising learning rate."""
     warmdown: float = 0.5
     """Fraction of the steps, at the end, with a falling learning rate."""

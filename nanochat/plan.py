@@ -20,8 +20,10 @@ from nanochat.schedule import lr_multiplier, muon_momentum
 REFERENCE_BATCH = 2**19
 REFERENCE_DECAY = 0.2
 DEFAULT_RATIO = 12.0
-MINIMAL_LR_SCALE = 0.5
-"""The square-root rule was fitted at large batches and starves small ones; see docs/stages.md."""
+MINIMAL_LR_SCALE = 1.0
+"""The square-root rule was fitted at large batches and starves small ones: with 4,096 tokens a step
+(where it says 0.09) a depth-4 model reached 1.354, 1.252 and 1.144 bits per byte after 200 steps
+at scales of 0.1, 0.3 and 1."""
 CPU_TOKENS = 4096
 """Tokens per micro-batch on a CPU: large enough for its matmuls, small enough for its caches."""
 

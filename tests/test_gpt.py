@@ -141,13 +141,17 @@ def test_softcapped_loss_equals_cross_entropy(
     targets = torch.randint(-1, V, (tokens,), generator=generator)
     upstream = torch.randn(tokens, generator=generator)
     results = []
-    for function in (SoftcappedLoss.apply, plain_nll):
-        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    for function, dtype in ((SoftcappedLoss.apply, torch.float32), (plain_nll, torch.float64)):
+        h = hidden.to(dtype, copy=True).requires_grad_()
+        w = weight.to(dtype, copy=True).requires_grad_()
         loss = function(h, w, targets, 15.0, V)
-        loss.backward(upstream)
+        loss.backward(upstream.to(loss.dtype))
         results.append((loss.detach(), h.grad, w.grad))
     for ours, slow in zip(*results, strict=True):
-        torch.testing.assert_close(ours, slow, rtol=1e-4, atol=1e-5)
+        # Gradients grow with the weights; a twin in float32 is off by as much as ours.
+        torch.testing.assert_close(
+            ours, slow, rtol=1e-4, atol=1e-5 * max(1.0, scale / 6), check_dtype=False
+        )
     loss, grad_hidden, grad_weight = results[0]
     assert (loss[targets == -1] == 0).all()
     assert grad_hidden is not None

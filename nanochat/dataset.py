@@ -681,6 +681,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; what was fetched is kept", file=sys.stderr)
+        sys.exit(130)
     size = sum(file.stat().st_size for file in files)
     licence = NAMED[arguments.corpus].licence if arguments.corpus in NAMED else "see its page"
     print(f"{len(files)} files, {size / 1e6:.1f} MB, in {files[0].parent} (licence: {licence})")

@@ -315,31 +315,29 @@ def _answer_generative(
 
     if bar is not None:
         bar.resize(len(mine) * cfg.num_samples)
-    verdicts: dict[int, list[Future[bool]]] = {}
+    verdicts: dict[int, dict[int, Future[bool]]] = {k: {} for k in mine}  # by sample
     with ThreadPoolExecutor(thread_name_prefix="judge") as pool:
         while not engine.idle:
             for event in engine.step():
                 if not event.finished:
                     continue
                 k = requests[event.request]
-                if event.request.finished:
-                    verdicts[k] = [
-                        pool.submit(task.evaluate, conversations[k], completion.text)
-                        for completion in event.request.completions
-                    ]
+                verdicts[k][event.sample] = pool.submit(
+                    task.evaluate, conversations[k], event.completion.text
+                )
                 if bar is not None:
                     bar.advance(1)
         for k, futures in verdicts.items():
-            answers.right[k] = sum(bool(future.result()) for future in futures)
+            answers.right[k] = sum(bool(future.result()) for future in futures.values())
     by_problem = {k: request for request, k in requests.items()}
     for k in list(mine)[: cfg.show]:
         texts = []
-        for completion, future in zip(by_problem[k].completions, verdicts[k], strict=True):
+        for sample, completion in enumerate(by_problem[k].completions):
             said = "".join(
                 part["text"] if part["type"] == "text" else f"[{part['type']}: {part['text']}]"
                 for part in completion.parts
             )
-            verdict = "right" if future.result() else "wrong"
+            verdict = "right" if verdicts[k][sample].result() else "wrong"
             texts.append(f"{said} ({verdict}, {completion.finish_reason})")
         answers.shown.append(_shown(task, chosen[k], conversations[k], texts))
     return answers

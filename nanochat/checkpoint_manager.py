@@ -98,13 +98,10 @@ class CheckpointManager:
         try:
             # Every step is agreed on, so that no rank waits for one that failed.
             self._agree(lambda: self._prepare(temporary))
-            if self.runtime.is_main:
-                self._attempt(lambda: save_file(weights, temporary / "model.safetensors"))
+            self._agree(lambda: save_file(weights, temporary / "model.safetensors"))
             self._attempt(lambda: save_optimizer_state(state, temporary / "optim", self._group))
             self._agree(lambda: None)
-            if self.runtime.is_main:
-                self._attempt(lambda: self._finish(temporary, final, meta))
-            self._agree(lambda: None)
+            self._agree(lambda: self._finish(temporary, final, meta))
         except BaseException as error:  # handed to the training thread by wait()
             problem = error
         if problem is not None:
@@ -119,8 +116,12 @@ class CheckpointManager:
         if self._failed is None:
             try:
                 action()
-            except Exception as error:
-                self._failed = f"{type(error).__name__}: {error}"
+            except BaseException as error:  # torch.distributed.checkpoint's is no Exception
+                rank = self.runtime.rank
+                by_rank = getattr(error, "failures", None)
+                if by_rank:  # every rank gets this one: name the rank it happened on
+                    rank, (error, _) = next(iter(by_rank.items()))
+                self._failed = f"rank {rank}: {type(error).__name__}: {error}"
 
     def _agree(self, action: Any) -> None:
         """Run rank 0's action, then fail on every rank where any failed."""
@@ -131,10 +132,10 @@ class CheckpointManager:
             failures = [None] * self.runtime.world_size
             dist.all_gather_object(failures, self._failed, group=self._group)
         self._failed = None
-        for rank, failure in enumerate(failures):
+        for failure in failures:
             if failure:
                 raise OSError(
-                    f"saving to {self.folder} failed on rank {rank}: {failure}; "
+                    f"saving to {self.folder} failed on {failure}; "
                     "the checkpoints before it are whole. Free some space and run with --resume"
                 )
 
@@ -251,7 +252,7 @@ def find(source: str, step: int | None = None) -> Path:
     """
     path = Path(source)
     stage, _, tag = source.partition("/")
-    if stage in STAGES and not path.is_dir():
+    if stage in STAGES and not list_steps(path) and not _STEP.fullmatch(path.name):
         folder = paths.checkpoints_dir(stage, tag or "default")
         if not tag and not folder.is_dir():
             tags = sorted(p.name for p in folder.parent.glob("*") if list_steps(p))
@@ -289,6 +290,8 @@ def read_meta(folder: Path, verify: bool = True) -> dict[str, Any]:
         raise UserError(f"{path} is missing; {remedy}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from None
+    if not isinstance(meta, dict):
+        raise UserError(f"{path} is not the metadata of a checkpoint; {remedy}")
     if meta.get("format") != FORMAT:
         raise UserError(
             f"{path} has format {meta.get('format')}, this version reads {FORMAT}; "
@@ -300,10 +303,9 @@ def read_meta(folder: Path, verify: bool = True) -> dict[str, Any]:
         file = folder / name
         if not file.is_file():
             raise UserError(f"{file} is missing; {remedy}")
-        if file.stat().st_size != expected["size"]:
-            raise UserError(
-                f"{file} has {file.stat().st_size:,} bytes instead of {expected['size']:,}; {remedy}"
-            )
+        size = file.stat().st_size
+        if size != expected["size"]:
+            raise UserError(f"{file} has {size:,} bytes instead of {expected['size']:,}; {remedy}")
         if verify and file_sha256(file) != expected["sha256"]:
             raise UserError(f"{file} is damaged: its SHA-256 is not the recorded one; {remedy}")
     return meta
@@ -340,9 +342,10 @@ def restore(folder: Path, model: GPT, optimizer: Optimizer, runtime: Runtime) ->
     if problem:
         raise UserError(problem)
     meta = read_meta(folder, verify=False)
-    if meta["model_config"] != json.loads(json.dumps(to_dict(model.config))):
+    saved = from_dict(GPTConfig, meta["model_config"], str(folder / "meta.json"))
+    if saved != model.config:
         ours = to_dict(model.config)
-        other = {k: v for k, v in meta["model_config"].items() if _plain(ours.get(k)) != v}
+        other = {k: v for k, v in to_dict(saved).items() if ours[k] != v}
         raise UserError(
             f"{folder} holds another model: it has {other}; resume with the same model flags, "
             "or choose another --tag"
@@ -354,10 +357,6 @@ def restore(folder: Path, model: GPT, optimizer: Optimizer, runtime: Runtime) ->
     optimizer.load_state_dict(state)
     optimizer.steps = meta["optimizer_steps"]
     return meta
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def load_model(

@@ -50,8 +50,13 @@ def finish(process: Any) -> int:
 
 
 def _quiet(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
+    _like_conftest()
     function(*args)
+
+
+def _like_conftest() -> None:
+    torch.set_num_threads(1)
+    os.fsync = lambda descriptor: None  # type: ignore[assignment]
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
@@ -105,7 +110,7 @@ def _rank(
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    torch.set_num_threads(1)
+    _like_conftest()
     try:
         result = True, function(_join(rank, world_size, store), *args)
     except BaseException:

@@ -29,21 +29,22 @@ def evaluate_bpb(
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64)  # nats of byte tokens, bytes, nats, targets
     for batch in batches:
-        nll = model.nll(batch.inputs, batch.targets, batch.doc_ids).double()
-        valid = batch.targets >= 0
-        size = torch.where(valid, token_bytes[batch.targets.clamp(min=0)], 0)
+        nll = model.nll(batch.inputs, batch.targets, batch.doc_ids)
+        nll, targets = nll.cpu().double(), batch.targets.cpu()  # not every device has float64
+        valid = targets >= 0
+        size = torch.where(valid, token_bytes.cpu()[targets.clamp(min=0)], 0)
         totals += torch.stack(
             [(nll * (size > 0)).sum(), size.sum().double(), nll.sum(), valid.sum().double()]
-        ).cpu()
+        )
     model.train(was_training)
     totals = runtime.all_reduce_sum(totals.to(runtime.device if _has_float64(runtime) else "cpu"))
-    nats, size_sum, all_nats, targets = totals.tolist()
-    if size_sum == 0 or targets == 0:
+    nats, size_sum, all_nats, count = totals.tolist()
+    if size_sum == 0 or count == 0:
         raise UserError("the evaluation saw no text: the validation split is empty")
     return {
         "bpb": nats / math.log(2) / size_sum,
-        "loss": all_nats / targets,
-        "tokens": int(targets),
+        "loss": all_nats / count,
+        "tokens": int(count),
     }
 
 

@@ -296,13 +296,13 @@ class Optimizer:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor import DTensor, Shard
 
-        mesh = self._meshes.setdefault(
-            local.device.type, init_device_mesh(local.device.type, (self.world_size,))
-        )
+        kind = local.device.type
+        if kind not in self._meshes:  # making one is a collective
+            self._meshes[kind] = init_device_mesh(kind, (self.world_size,))
         shape = torch.Size((unit.rows, *local.shape[1:]))
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
-            local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
+            local, self._meshes[kind], [Shard(0)], run_check=False, shape=shape, stride=stride
         )
 
     def describe(self) -> list[dict[str, Any]]:

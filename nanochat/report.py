@@ -142,6 +142,12 @@ def collect(tag: str | None = None, price_per_hour: float | None = None) -> Mate
         evaluation = _read_json(results[-1], missing) if results else None
         if evaluation is not None:
             evaluations[stage] = evaluation
+            last = runs[stage].last.get("step") if stage in runs else None
+            if last is not None and evaluation.get("step") != last:
+                missing.append(
+                    f"an evaluation of {stage} at its last step {_whole(last)}; "
+                    f"the one shown is of step {_whole(evaluation.get('step'))}"
+                )
         elif stage in runs:
             script = "base_eval" if stage == "base" else "chat_eval"
             missing.append(f"an evaluation of {stage} (python -m scripts.{script})")
@@ -222,7 +228,8 @@ def compose(material: Material) -> list[Section]:
     sections = [_summary(material)]
     if material.evaluations or any(run.evals for run in material.runs.values()):
         sections.append(_evaluations(material))
-    sections += [_stage(run) for run in material.runs.values()]
+    for stage, run in material.runs.items():
+        sections.append(_stage(run, material.evaluations.get(stage, {})))
     if material.tokenizer is not None:
         sections.append(_tokenizer(material.tokenizer))
     if material.missing:
@@ -348,9 +355,10 @@ def _evaluations(material: Material) -> Section:
                 held_out.setdefault(name, {})[stage] = x
     for name, values in held_out.items():
         add(name, {stage: f"{value:.4f}" for stage, value in values.items()})
-    for key in ("core", "core_partial"):
-        cores = {stage: _core(material.evaluations.get(stage, {}), key) for stage in stages}
-        add("CORE" if key == "core" else "CORE (partial)", cores)
+    cores = {stage: _core(material.evaluations.get(stage, {})) for stage in stages}
+    for partial in (False, True):
+        name = "CORE, partial" if partial else "CORE"
+        add(name, {s: text for s, (text, is_partial, _) in cores.items() if is_partial == partial})
     tasks: dict[str, None] = {}
     for stage in stages:
         tasks |= dict.fromkeys(_mapping(material.evaluations.get(stage, {}).get("results")))
@@ -375,36 +383,34 @@ def _evaluations(material: Material) -> Section:
     )
     blocks: list[Block] = [Table(["", *(s.upper() for s in stages), "chance"], rows, note)]
     for stage in stages:
-        evaluation = material.evaluations.get(stage, {})
-        detail = _mapping(evaluation.get("core_tasks")) or _mapping(
-            _mapping(evaluation.get("core")).get("tasks")
-        )
+        core = cores[stage][2]
         rows = [
             [
                 label,
                 _accuracy(_mapping(result)),
                 *(_fixed(_mapping(result).get(name), 3) for name in ("chance", "centered")),
             ]
-            for label, result in detail.items()
+            for label, result in _mapping(core.get("tasks")).items()
         ]
         if rows:
-            core = _mapping(evaluation.get("core"))
-            lacking = core.get("missing") or evaluation.get("core_missing") or []
-            note = f"Missing, not counted: {', '.join(map(str, lacking))}." if lacking else ""
+            missing = core.get("missing") or []
+            note = f"Missing, not counted: {', '.join(map(str, missing))}." if missing else ""
             head = [f"CORE of {stage}", "accuracy", "chance", "centred"]
             blocks.append(Table(head, rows, note))
     return Section("Evaluation", blocks)
 
 
-def _core(evaluation: Record, key: str) -> str:
-    """CORE may be recorded as a number or as evaluate_core's whole result."""
-    result = _mapping(evaluation.get("core"))
-    value = _number(result.get(key) if result else evaluation.get(key))
+def _core(evaluation: Record) -> tuple[str, bool, Record]:
+    """The score, whether it is partial, and evaluate_core's result if that is recorded."""
+    result = _mapping(evaluation.get("core_tasks"))
+    partial = "core" not in evaluation
+    value = _number(evaluation.get("core_partial" if partial else "core"))
     if value is None:
-        return ""
-    if key == "core_partial" and result:
-        return f"{value:.4f} ({result.get('num_tasks')} of {result.get('num_tasks_total')} tasks)"
-    return f"{value:.4f}"
+        return "", partial, result
+    if partial and result:
+        done, total = (_whole(result.get(key)) for key in ("num_tasks", "num_tasks_total"))
+        return f"{value:.4f} ({done} of {total} tasks)", partial, result
+    return f"{value:.4f}", partial, result
 
 
 def _accuracy(result: Record) -> str:
@@ -430,7 +436,7 @@ _PANELS = {
 _NO_PANEL = {"kind", "step", "tokens", "targets", "seconds", "time"}
 
 
-def _stage(run: Run) -> Section:
+def _stage(run: Run, evaluation: Record) -> Section:
     blocks: list[Block] = []
     names = dict.fromkeys(_PANELS)
     for record in run.train.values():
@@ -471,14 +477,22 @@ def _stage(run: Run) -> Section:
         rows.append([name, _whole(value.get("documents")), _whole(tokens), share])
     if rows:
         blocks.append(Table(["trained on", "documents", "tokens", "share"], rows))
-    if run.samples:
-        step = max(run.samples)
-        for sample in run.samples[step]:
-            prompt = str(sample.get("prompt") or "")
-            label = f"sample at step {step:,}" + (f", after: {prompt}" if prompt else "")
-            blocks.append(Quote(label, str(sample.get("text") or "")))
+    for step in sorted(run.samples)[-1:]:
+        blocks += [_sample(f"sample at step {step:,}", sample) for sample in run.samples[step]]
+    for sample in evaluation.get("samples") or []:
+        label = f"sample of the evaluation at step {_whole(evaluation.get('step'))}"
+        blocks.append(_sample(label, _mapping(sample)))
     kind = STAGES[run.stage]
     return Section(f"{run.stage.upper()}: {kind}", blocks)
+
+
+def _sample(label: str, sample: Record) -> Quote:
+    prompt, text = (
+        # Control characters, which a young model likes to write, have no place in a page.
+        re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", str(sample.get(key) or ""))
+        for key in ("prompt", "text")
+    )
+    return Quote(f"{label}, after: {prompt}" if prompt else label, text)
 
 
 def _points(records: dict[int, Record], name: str, factor: float) -> tuple[list[int], list[float]]:
@@ -631,7 +645,12 @@ def _tick(value: float) -> str:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Mean over a fiftieth of the curve to either side: unlike a running average, without a lag."""
+    """Mean over a fiftieth of the curve to either side: unlike a running average, without a lag.
+
+    A handful of points is left as it is.
+    """
+    if len(values) < 10:
+        return list(values)
     half = min(50, max(2, len(values) // 50))
     sums = [0.0, *accumulate(values)]
     ends = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
@@ -813,6 +832,9 @@ def plot_svg(plot: Plot, name: str) -> str:
             highest = max(max(values) for _, _, values in plot.series)
             if highest > 0:
                 axes.set_ylim(0, 1.08 * highest)
+        ends = {step for _, steps, _ in plot.series for step in steps}
+        if len(ends) == 1:
+            axes.set_xlim(min(ends) - 1, min(ends) + 1)
         axes.grid(axis="y", linewidth=0.7)
         axes.tick_params(length=0)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -72,6 +72,7 @@ CHOICES = [
 ]
 SCHEMA = [
     {"context_options": ["one y", "one x"], "continuation": "c.", "gold": 1},  # right
+    {"context_options": ["two y", "two x"], "continuation": "c.", "gold": 1},  # right
     {"context_options": ["one y", "one x"], "continuation": "c.", "gold": 0},  # wrong
 ]
 LANGUAGE = [
@@ -108,14 +109,14 @@ def test_scores_are_exactly_what_the_model_deserves(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path, TASKS, BASELINES)
     result = evaluate_core(bigram_model(LIKELY), Bytes(), bundle, single())
     accuracies = {label: task["accuracy"] for label, task in result["tasks"].items()}
-    assert accuracies == {"choosing": 3 / 4, "schema": 1 / 2, "language": 2 / 5}
+    assert accuracies == {"choosing": 3 / 4, "schema": 2 / 3, "language": 2 / 5}
     centered = {label: task["centered"] for label, task in result["tasks"].items()}
-    assert centered == pytest.approx({"choosing": 1 / 2, "schema": 1 / 3, "language": 2 / 5})
-    assert result["core"] == pytest.approx((1 / 2 + 1 / 3 + 2 / 5) / 3)
+    assert centered == pytest.approx({"choosing": 1 / 2, "schema": 5 / 9, "language": 2 / 5})
+    assert result["core"] == pytest.approx((1 / 2 + 5 / 9 + 2 / 5) / 3)
     assert "core_partial" not in result
     assert result["missing"] == []
     assert result["ci"][0] < result["core"] < result["ci"][1]
-    assert "CORE 0.4111" in describe_core(result)
+    assert "CORE 0.4852" in describe_core(result)
 
 
 def test_a_missing_file_is_named_and_the_score_is_partial(
@@ -125,7 +126,7 @@ def test_a_missing_file_is_named_and_the_score_is_partial(
     bundle = write_bundle(tmp_path, tasks, BASELINES)
     result = evaluate_core(bigram_model(LIKELY), Bytes(), bundle, single())
     assert "core" not in result
-    assert result["core_partial"] == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert result["core_partial"] == pytest.approx((1 / 2 + 5 / 9) / 2)
     assert result["missing"] == ["language"]
     assert (result["num_tasks"], result["num_tasks_total"]) == (2, 3)
     assert "language" in capsys.readouterr().out
@@ -283,11 +284,11 @@ def test_bad_bundles_are_explained(tmp_path: Path) -> None:
     file = bundle / "eval_data/some/schema.jsonl"
     good = file.read_text()
     file.write_text(good + '{"context_options": [\n')
-    fails(bundle, r"schema.jsonl line 3 is not JSON")
+    fails(bundle, r"schema.jsonl line 4 is not JSON")
     file.write_text(good + '{"context_options": ["a", "b"], "gold": 1}\n')
-    fails(bundle, r"schema.jsonl line 3: 'continuation' must be a str")
+    fails(bundle, r"schema.jsonl line 4: 'continuation' must be a str")
     file.write_text(good + '{"context_options": ["a"], "continuation": "b", "gold": 1}\n')
-    fails(bundle, r"line 3: gold 1 is none of its 1")
+    fails(bundle, r"line 4: gold 1 is none of its 1")
     file.write_text("\n")
     fails(bundle, "schema.jsonl has no items")
     write_bundle(tmp_path, {"t": {**shot_task("schema", 3)}})

@@ -132,13 +132,13 @@ def test_everything_recorded_is_in_both_reports(base: Path) -> None:
         results = {"gsm8k": task_result(30, 40, 0.0), "mmlu": task_result(10, 40, 0.25)}
         record_evaluation(stage, "x", 8, results, chat_core=0.375, bpb={"val": 1.0625})
     core = {
-        "core_partial": 0.125,
         "num_tasks": 1,
         "num_tasks_total": 2,
         "missing": ["squad"],
         "tasks": {"copa": task_result(60, 100, 0.5)},
     }
-    record_evaluation("base", "x", 8, core=core)
+    samples = [{"prompt": "Once", "text": "upon | a time"}]
+    record_evaluation("base", "x", 8, core_partial=0.125, core_tasks=core, samples=samples)
     (base / "report" / "tok_eval.json").write_text(
         json.dumps(
             {
@@ -166,7 +166,7 @@ def test_everything_recorded_is_in_both_reports(base: Path) -> None:
     assert row(evaluation, "gsm8k")[0].startswith("0.750 (0.60")
     assert row(sections, "mmlu")[4] == "0.250"
     assert row(sections, "ChatCORE") == ["0.3750"] * 4 + [""]
-    assert row(sections, "CORE (partial)")[:2] == ["0.1250 (1 of 2 tasks)", "–"]
+    assert row(sections, "CORE, partial")[:2] == ["0.1250 (1 of 2 tasks)", "–"]
     assert row(sections, "copa")[0].startswith("0.600")
     assert row(sections, "prose") == ["99", "4.25"]
     shares = [t.rows for t in tables(sections) if t.head[0] == "trained on"]
@@ -175,6 +175,9 @@ def test_everything_recorded_is_in_both_reports(base: Path) -> None:
     assert "3.20e+13 FLOPs" in total
     assert "6.00 at 3 an hour" in total
     assert collect().missing == []
+
+    quotes = [b.text for s in sections for b in s.blocks if isinstance(b, Quote)]
+    assert quotes == ["beginning", "upon | a time", *["beginning"] * 3]
 
     # Both formats carry every cell, text and sample.
     plain = re.sub(r"<[^>]*>", "", page)
@@ -222,7 +225,7 @@ def test_what_was_read_is_never_markup(base: Path) -> None:
     records = whole_run("base")
     records[0]["runtime"]["platform"] = evil
     records[0]["model"][evil] = evil
-    records[-2] |= {"prompt": evil, "text": evil}
+    records[-2] |= {"prompt": evil, "text": f"{evil}\n\x00\x08"}
     records[-1]["consumed"] = {evil: {"documents": 1, "tokens": 1}}
     records.insert(1, {"kind": "eval", "step": 0, "bpb": 3.0, evil: 1.0, "b": 2.0})
     records.insert(2, train(0, 5.0, **{evil: 1.0}))
@@ -232,6 +235,7 @@ def test_what_was_read_is_never_markup(base: Path) -> None:
     assert "script" not in Page(page).tags
     assert "<script" not in page
     assert "alert(1)" in page
+    assert not {"\x00", "\x08"} & set(page + markdown)
     outside = re.sub(r"`````text\n.*?\n`````", "", markdown, flags=re.DOTALL)
     assert outside != markdown
     assert "<script" not in outside
@@ -258,6 +262,22 @@ def test_an_evaluation_without_its_run_is_shown(base: Path) -> None:
     record_evaluation("sft", "x", 8, {"gsm8k": task_result(1, 2, 0.0)})
     sections = compose(collect())
     assert row(sections, "gsm8k")[0].startswith("0.500")
+
+
+def test_an_evaluation_of_an_older_step_says_so(base: Path) -> None:
+    write_run(base, "sft-x", whole_run("sft"))
+    record_evaluation("sft", "x", 4, {"gsm8k": task_result(1, 2, 0.0)})
+    assert any("at its last step 8; the one shown is of step 4" in m for m in collect().missing)
+    record_evaluation("sft", "x", 8, {"gsm8k": task_result(1, 2, 0.0)})
+    assert not any("last step" in m for m in collect().missing)
+
+
+def test_a_whole_core_hides_a_partial_one(base: Path) -> None:
+    record_evaluation("base", "x", 8, core_partial=0.25)
+    record_evaluation("base", "x", 8, core=0.5)
+    sections = compose(collect())
+    assert row(sections, "CORE") == ["0.5000", ""]
+    assert not [r for table in tables(sections) for r in table.rows if "partial" in r[0]]
 
 
 def test_an_unfinished_run_with_odd_values_renders(base: Path) -> None:
@@ -349,7 +369,9 @@ def test_curves_are_smoothed_without_a_lag_and_thinned_without_a_loss() -> None:
     line = [2.0 * i for i in range(300)]
     shown = smoothed(line)
     assert shown[10:-10] == pytest.approx(line[10:-10])
-    assert smoothed([3.0]) == [3.0]
+    noisy = [float(i % 2) for i in range(300)]
+    assert all(0.2 < value < 0.8 for value in smoothed(noisy))
+    assert smoothed([3.0, 1.0]) == [3.0, 1.0]
     steps, values = thinned(range(10_000), [5.0] * 5000 + [7.0] * 5000)
     assert len(steps) == len(values) <= 400
     assert values == [5.0] * 200 + [7.0] * 200

@@ -167,7 +167,7 @@ class Evaluating:
     """What is measured on the way."""
 
     eval_every: int = 250
-    """Steps between evaluations (also at the start and at the end); 0 = only at the end."""
+    """Steps between evaluations; 0 = only at the start and at the end."""
     eval_tokens: int = 2**19
     """Held-out tokens per evaluation, at least one batch."""
     sample_every: int = 0

@@ -4,6 +4,8 @@ Needs the encoded corpus (scripts.tok_encode). On several GPUs:
 `torchrun --nproc_per_node 8 -m scripts.base_train --depth 20`.
 """
 
+import math
+
 from nanochat.config import BaseConfig
 from nanochat.dataloader import Source
 from nanochat.dataset import open_corpus
@@ -35,15 +37,26 @@ def build_sources(cfg: BaseConfig, tokenizer: Tokenizer, split: str = "train") -
     """The corpus, or a mixture of corpora by weight (tokens in those proportions)."""
     if not cfg.mix:
         return [Source(open_store(cfg.corpus, split, tokenizer), name=cfg.corpus)]
-    parsed = [part.rpartition(":") for part in cfg.mix]
-    stores = [open_store(name, split, tokenizer) for name, _, _ in parsed]
+    names, shares = zip(*(parse_share(part) for part in cfg.mix), strict=True)
+    stores = [open_store(name, split, tokenizer) for name in names]
     # Shares are of tokens; a source's weight is passes over it, the first source sets the scale.
-    shares = [float(weight) for _, _, weight in parsed]
     unit = stores[0].num_tokens / shares[0]
     return [
         Source(store, weight=round(share * unit / store.num_tokens, 6), name=name)
-        for store, share, (name, _, _) in zip(stores, shares, parsed, strict=True)
+        for store, share, name in zip(stores, shares, names, strict=True)
     ]
+
+
+def parse_share(part: str) -> tuple[str, float]:
+    """`climbmix:0.9` -> ("climbmix", 0.9)."""
+    name, _, share = part.rpartition(":")
+    try:
+        value = float(share)
+    except ValueError:
+        value = 0.0
+    if not name or not 0 < value < math.inf:
+        raise UserError(f"--mix {part}: write a corpus and its share above 0, like climbmix:0.9")
+    return name, value
 
 
 def sample_texts(
@@ -88,7 +101,7 @@ def main(cfg: BaseConfig, runtime: Runtime) -> Stage:
     plan, first = stage.plan, stage.state.step
     for step in range(first, plan.num_steps + 1):
         last = step == plan.num_steps
-        if due(step, cfg.evaluating.eval_every, last):
+        if step == first or due(step, cfg.evaluating.eval_every, last):
             stage.evaluate()
         if step > first and runtime.is_main and due(step, cfg.evaluating.sample_every, last):
             for prompt, text in sample_texts(model, tokenizer, 0.8, cfg.run.seed):

@@ -463,7 +463,6 @@ MISCHIEF = {
         f = lambda n: f(n + 1) + sorted([0, 1], key=lambda _: f(n + 1))[0]
         f(0)
         """,
-    "memory_bomb": "x = []\nwhile True: x.append(bytearray(10**7))",
     "huge_allocation": "x = bytearray(10**12)",
     "mapping_bomb": "import mmap\nx = []\nwhile True: x.append(mmap.mmap(-1, 10**7))",
     "compiler_bomb": "compile('(' * 10**6 + ')' * 10**6, '', 'eval')",
@@ -510,6 +509,18 @@ def test_mischief_ends_in_an_error(name: str) -> None:
     result = run(MISCHIEF[name], timeout=1, memory_bytes=300 << 20)
     assert not result.ok
     assert not result.finished
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["bytearray(10**9)", "x = []\nwhile True: x.append(bytearray(10**7))"],
+    ids=["at_once", "bit_by_bit"],
+)
+def test_memory_is_limited(code: str) -> None:
+    needs("memory")
+    result = run(code, memory_bytes=300 << 20)
+    assert result.returncode == 1
+    assert result.stderr.endswith("MemoryError\n")
 
 
 ENDLESS = {

@@ -363,7 +363,7 @@ def make_table(results: dict[str, dict[str, Any]], title: str) -> Table:
     for spec, result in results.items():
         notes[spec] = [f"pass@{k} {value:.4f}" for k, value in result.get("pass_at", {}).items()]
         if result["truncated"]:
-            notes[spec].append(f"{result['truncated']} prompts truncated to fit the context")
+            notes[spec].append(f"{result['truncated']} truncated")
     if any(notes.values()):
         table.add_column("notes")
     for spec, result in results.items():

@@ -29,6 +29,8 @@ from nanochat.rope import apply_rope, rope_table
 NORM_EPS = 1e-6
 LOSS_CHUNK_LOGITS = 2**21
 """Logits (tokens x vocabulary) that the loss holds at once: 8 MiB in float32, in an L3 cache."""
+MAX_EXPONENT = 60.0
+"""The loss takes exponentials up to exp(2 softcap / temperature); a sum of 2^24 such still fits."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,16 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
 
+    def reset_parameters(self) -> None:
+        """Nothing: `GPT.init_weights` draws them, or a checkpoint brings them."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.to(x.dtype))
+
+
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """Not initialised: nn.Embedding's own drawing imports torch's compiler on the meta device."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 class Attention(nn.Module):
@@ -210,11 +220,11 @@ class GPT(nn.Module):
         self.backend: str | None = None
         """Attention backend; None: the best for device and dtype."""
         V, C = config.padded_vocab_size, config.n_embd
-        self.embedding = nn.Embedding(V, C)
+        self.embedding = _embedding(V, C)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.value_embeddings = nn.ModuleDict(
             {
-                str(i): nn.Embedding(V, config.n_kv_head * config.head_dim)
+                str(i): _embedding(V, config.n_kv_head * config.head_dim)
                 for i in range(config.n_layer)
                 if config.has_value_embedding(i)
             }
@@ -418,23 +428,39 @@ class GPT(nn.Module):
         return hidden
 
     def nll(
-        self, inputs: torch.Tensor, targets: torch.Tensor, doc_ids: torch.Tensor | None = None
+        self,
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        doc_ids: torch.Tensor | None = None,
+        temperature: float = 1.0,
     ) -> torch.Tensor:
         """Negative log-likelihood (B, T) float32 in nats; 0 where the target is -1.
 
-        The head runs in chunks and again in the backward pass, so that (B*T, V) logits never exist
-        at once. Longer rows than the context raise UserError.
+        Under softmax(logits / temperature): reinforcement learning scores its samples as they were
+        drawn. The head runs in chunks and again in the backward pass, so that (B*T, V) logits never
+        exist at once. Longer rows than the context, and a temperature so low that exponentials of
+        float32 overflow, raise UserError.
         """
         self._check_length(inputs.shape[1], None)
+        if not 2 * self.config.softcap / MAX_EXPONENT <= temperature < math.inf:
+            raise UserError(
+                f"temperature {temperature} of the loss must be at least "
+                f"{2 * self.config.softcap / MAX_EXPONENT:g} and finite"
+            )
         layout = self.make_layout(doc_ids, inputs.shape)
-        return self.token_losses(inputs, targets, layout)
+        return self.token_losses(inputs, targets, layout, temperature)
 
     def _token_losses(
-        self, inputs: torch.Tensor, targets: torch.Tensor, layout: Layout
+        self, inputs: torch.Tensor, targets: torch.Tensor, layout: Layout, temperature: float = 1.0
     ) -> torch.Tensor:
         hidden = self.hidden(inputs, layout).flatten(0, 1)  # (B*T, C)
         losses = SoftcappedLoss.apply(
-            hidden, self.head.weight, targets.flatten(), self.config.softcap, self.config.vocab_size
+            hidden,
+            self.head.weight,
+            targets.flatten(),
+            self.config.softcap,
+            self.config.vocab_size,
+            temperature,
         )
         return losses.view_as(targets)
 
@@ -447,11 +473,11 @@ class SoftcappedLoss(torch.autograd.Function):
     """Cross entropy of softcapped logits of a linear head, chunk by chunk.
 
     hidden (N, C), weight (V', C) with V' >= V rows, targets (N,) with -1 ignored -> (N,) float32.
-    Equal to F.cross_entropy(softcap * tanh(hidden @ weight.T / softcap)), the test's slow twin. The
-    backward pass computes each chunk's logits again and turns them into their own gradient in
-    place, so that a chunk stays in the cache. With s = sigmoid(2 logit / softcap), which costs half
-    of tanh, the capped logit is softcap * (2 s - 1) and its derivative 4 s (1 - s); capped logits
-    are so small that their exponentials need no maximum subtracted.
+    Equal to F.cross_entropy(softcap * tanh(hidden @ weight.T / softcap) / temperature), the test's
+    slow twin. The backward pass computes each chunk's logits again and turns them into their own
+    gradient in place, so that a chunk stays in the cache. With s = sigmoid(2 logit / softcap),
+    which costs half of tanh, the capped logit is softcap * (2 s - 1) and its derivative
+    4 s (1 - s); capped logits are so small that their exponentials need no maximum subtracted.
     """
 
     @staticmethod
@@ -462,19 +488,22 @@ class SoftcappedLoss(torch.autograd.Function):
         targets: torch.Tensor,
         softcap: float,
         vocab_size: int,
+        temperature: float = 1.0,
     ) -> torch.Tensor:
+        height = softcap / temperature  # what the capped and tempered logits stay below
         cast = weight[:vocab_size].to(hidden.dtype)
         losses, normalizers = [], []
         for rows in _chunks(len(hidden), vocab_size):
             s = F.linear(hidden[rows], cast).float().mul_(2 / softcap).sigmoid_()
             target = targets[rows]
             chosen = s.gather(1, target.clamp(min=0)[:, None])[:, 0]
-            # log sum exp(2 softcap s), larger than that of the capped logits by softcap
-            normalizer = s.mul_(2 * softcap).exp_().sum(dim=-1).log_()
-            losses.append(torch.where(target >= 0, normalizer - 2 * softcap * chosen, 0.0))
+            # log sum exp(2 height s), larger than that of the tempered logits by the height
+            normalizer = s.mul_(2 * height).exp_().sum(dim=-1).log_()
+            losses.append(torch.where(target >= 0, normalizer - 2 * height * chosen, 0.0))
             normalizers.append(normalizer)
         ctx.save_for_backward(hidden, weight, targets, torch.cat(normalizers))
         ctx.softcap, ctx.vocab_size = softcap, vocab_size  # type: ignore[attr-defined]
+        ctx.temperature = temperature  # type: ignore[attr-defined]
         return torch.cat(losses)
 
     @staticmethod
@@ -483,21 +512,24 @@ class SoftcappedLoss(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, targets, normalizers = ctx.saved_tensors  # type: ignore[attr-defined]
         softcap, vocab_size = ctx.softcap, ctx.vocab_size  # type: ignore[attr-defined]
+        temperature = ctx.temperature  # type: ignore[attr-defined]
         cast = weight[:vocab_size].to(hidden.dtype)
         grad_hidden = []
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         # The factor of a row is applied where rows are short: to hidden, not to the logits.
-        scale = 4 * torch.where(targets >= 0, grad_output, 0.0)[:, None]
+        scale = 4 / temperature * torch.where(targets >= 0, grad_output, 0.0)[:, None]
         scaled = (hidden * scale).to(hidden.dtype)
         for rows in _chunks(len(hidden), vocab_size):
             s = F.linear(hidden[rows], cast).float().mul_(2 / softcap).sigmoid_()
-            probabilities = torch.add(-normalizers[rows, None], s, alpha=2 * softcap).exp_()
+            probabilities = torch.add(
+                -normalizers[rows, None], s, alpha=2 * softcap / temperature
+            ).exp_()
             index = targets[rows].clamp(min=0)[:, None]
             probabilities.scatter_add_(1, index, s.new_full((1, 1), -1.0).expand_as(index))
             grad = torch.ops.aten.sigmoid_backward(probabilities, s).to(hidden.dtype)
             grad_hidden.append(((grad @ cast) * scale[rows]).to(hidden.dtype))
             grad_weight[:vocab_size] += grad.t() @ scaled[rows]
-        return torch.cat(grad_hidden), grad_weight.to(weight.dtype), None, None, None
+        return torch.cat(grad_hidden), grad_weight.to(weight.dtype), None, None, None, None
 
 
 def _chunks(tokens: int, vocab_size: int) -> list[slice]:

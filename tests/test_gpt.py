@@ -121,17 +121,23 @@ def test_rows_are_independent() -> None:
 
 
 def plain_nll(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float, V: int
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    softcap: float,
+    V: int,
+    temperature: float,
 ) -> torch.Tensor:
     """The slow twin: all logits at once."""
     logits = softcap * torch.tanh(F.linear(hidden, weight[:V]) / softcap)
-    return F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+    return F.cross_entropy(logits / temperature, targets, ignore_index=-1, reduction="none")
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 300])
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 1.7])
 @pytest.mark.parametrize("scale", [0.3, 30.0], ids=["small logits", "capped logits"])
 def test_softcapped_loss_equals_cross_entropy(
-    tokens: int, scale: float, monkeypatch: pytest.MonkeyPatch
+    tokens: int, scale: float, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpt, "LOSS_CHUNK_LOGITS", 1)  # chunks of 64 tokens
     V, C = 50, 16
@@ -144,13 +150,17 @@ def test_softcapped_loss_equals_cross_entropy(
     for function, dtype in ((SoftcappedLoss.apply, torch.float32), (plain_nll, torch.float64)):
         h = hidden.to(dtype, copy=True).requires_grad_()
         w = weight.to(dtype, copy=True).requires_grad_()
-        loss = function(h, w, targets, 15.0, V)
+        loss = function(h, w, targets, 15.0, V, temperature)
         loss.backward(upstream.to(loss.dtype))
         results.append((loss.detach(), h.grad, w.grad))
     for ours, slow in zip(*results, strict=True):
         # Gradients grow with the weights; a twin in float32 is off by as much as ours.
         torch.testing.assert_close(
-            ours, slow, rtol=1e-4, atol=1e-5 * max(1.0, scale / 6), check_dtype=False
+            ours,
+            slow,
+            rtol=1e-4,
+            atol=1e-5 * max(1.0, scale / 6) / min(1.0, temperature),
+            check_dtype=False,
         )
     loss, grad_hidden, grad_weight = results[0]
     assert (loss[targets == -1] == 0).all()
@@ -168,7 +178,7 @@ def test_softcapped_loss_gradcheck() -> None:
     weight = torch.randn(7, 4, generator=generator).requires_grad_()
     targets = torch.tensor([0, 6, -1, 3, 2])
     torch.autograd.gradcheck(
-        lambda h, w: SoftcappedLoss.apply(h, w, targets, 2.0, 7),
+        lambda h, w: SoftcappedLoss.apply(h, w, targets, 2.0, 7, 0.8),
         (hidden, weight),
         eps=1e-2,
         atol=2e-3,
@@ -193,6 +203,18 @@ def test_nll_is_the_logits_loss_and_ignores_padding_of_the_vocabulary() -> None:
     with torch.no_grad():
         model.head.weight[100:] = 1e3
     torch.testing.assert_close(model.nll(ids, targets), nll)
+
+
+def test_nll_under_a_temperature() -> None:
+    model = random_model()
+    ids, targets = random_ids(2, 30), random_ids(2, 30, seed=9)
+    logits = model(ids) / 0.7
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    nll = model.nll(ids, targets, temperature=0.7)
+    torch.testing.assert_close(nll.flatten(), expected, rtol=1e-4, atol=1e-5)
+    for bad in (0.0, 0.49, math.inf, math.nan):
+        with pytest.raises(UserError, match=r"temperature .* must be at least 0\.5"):
+            model.nll(ids, targets, temperature=bad)
 
 
 def test_loss_in_bfloat16_is_close() -> None:

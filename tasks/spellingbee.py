@@ -20,10 +20,13 @@ Words of the train and test split are disjoint, hence a held-out word can be spe
   another (`banthing`, `wiished`): pieces meet in ever new neighbourhoods, so that learning their
   letters is less work than learning words by heart. What is tested are real words only.
 
-SpellingBee counts along while spelling, then asks Python, whose output the engine inserts: the
-answer is right if the call is, for which word and letter must be copied. The call has double quotes
-because the split pattern cuts `'s`, `'t`, `'d`, `'m` off as if they were contractions, which would
-give a word in single quotes other pieces than the prompt has.
+SpellingBee spells the word, counts its letter, then asks Python, whose output the engine inserts:
+the answer is right if the call is. The call holds the word as it was just spelled,
+`"b a n i s h e d".count("a")`: letters that the model has produced a thousand times. Written as
+`"banished"` the word's pieces would have to be copied, and copying is learned token by token: a
+model that spelled 56 % of held-out words copied but 16 % of them into the call, putting pieces that
+it had often said in place of those it had never said. Quotes are double because the split pattern
+cuts `'s`, `'t`, `'d`, `'m` off as if they were contractions.
 """
 
 import re
@@ -45,6 +48,7 @@ from tasks.common import (
     check_generated,
     digest,
     final_answer,
+    parse_number,
     row_random,
     same_number,
     split_of,
@@ -132,6 +136,8 @@ class _WordTask(Task):
     None for those of the corpus (`NANOCHAT_BASE_DIR/words.txt`, see `write_words`). A split goes
     through its words in a keyed order, pass after pass, each pass in another one.
     """
+
+    VAL_BY_CONTENT = True
 
     def __init__(
         self,
@@ -226,11 +232,12 @@ class SpellingBee(_WordTask):
         shown = f'"{letter}"' if random.random() < 0.5 else letter
         prompt = random.choice(COUNTING_PROMPTS).replace("{letter}", shown)
         prompt = prompt.replace("{word}", _quoted(word, random)).replace("{plain}", word)
-        count = str(word.count(letter))
+        spelled = " ".join(word)
+        count = word.count(letter)
         content = [
-            {"type": "text", "text": f"{count_along(word, letter)}\nPython says "},
-            {"type": "python", "text": f'"{word}".count("{letter}")'},
-            {"type": "python_output", "text": count},
+            {"type": "text", "text": f"{spelled}\n{count_up(letter, count)}\nPython says "},
+            {"type": "python", "text": f'"{spelled}".count("{letter}")'},
+            {"type": "python_output", "text": str(count)},
             {"type": "text", "text": f"{count}.\n#### {count}"},
         ]
         return {
@@ -240,26 +247,20 @@ class SpellingBee(_WordTask):
             ],
             "word": word,
             "letter": letter,
-            "answer": count,
+            "answer": str(count),
         }
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        expected = conversation["word"].count(conversation["letter"])
-        return same_number(final_answer(completion), expected)
+        return same_number(final_answer(completion), parse_number(conversation["answer"]))
 
 
-def count_along(word: str, letter: str) -> str:
-    """The letters, the running count behind those that are counted.
+def count_up(letter: str, count: int) -> str:
+    """The count said one by one.
 
-    >>> count_along("strawberry", "r")
-    's t r:1 a w b e r:2 r:3 y'
+    >>> count_up("r", 3), count_up("x", 0)
+    ('r:1 r:2 r:3', 'no x')
     """
-    spelled = []
-    count = 0
-    for character in word:
-        count += character == letter
-        spelled.append(f"{character}:{count}" if character == letter else character)
-    return " ".join(spelled)
+    return " ".join(f"{letter}:{n}" for n in range(1, count + 1)) or f"no {letter}"
 
 
 def made_up_word(words: Sequence[str], random: Random) -> str:

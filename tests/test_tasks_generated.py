@@ -22,7 +22,7 @@ from tasks.spellingbee import (
     SimpleSpelling,
     SpellingBee,
     corpus_words,
-    count_along,
+    count_up,
     load_words,
     made_up_word,
     write_words,
@@ -191,31 +191,46 @@ def test_spelling_is_letters_one_by_one(completion: str, right: bool):
 
 
 def test_counting():
-    assert count_along("strawberry", "r") == "s t r:1 a w b e r:2 r:3 y"
+    assert count_up("r", 3) == "r:1 r:2 r:3"
     task = SpellingBee("train", 500, WORDS)
     counts = Counter()
     for conversation in task:
         word, letter = conversation["word"], conversation["letter"]
         count = sum(character == letter for character in word)
         assert said(conversation).endswith(f"#### {count}")
+        assert said(conversation).startswith(" ".join(word) + "\n")
         assert conversation["answer"] == str(count)
         counts[count] += 1
     assert counts[0] > 5
     assert counts[1] > 100
     assert counts[2] > 30
-    row = {"word": "strawberry", "letter": "r"}
-    assert task.evaluate(row, "s t r:1 whatever, #### 3")
+    row = {"answer": "3"}
+    assert task.evaluate(row, "whatever, #### 3.0")
     assert not task.evaluate(row, "3")
     assert not task.evaluate(row, "#### 2")
 
 
-def test_prompt_and_call_give_the_word_the_same_pieces(corpus_tokenizer: Any):
-    """Else the model could not copy the word into its call piece by piece."""
+def test_every_letter_is_a_token_of_its_own(corpus_tokenizer: Any):
+    """In the answer and in the call, whatever merges the tokenizer has learned."""
+    encode, decode = corpus_tokenizer.encode, corpus_tokenizer.decode
+    assert len(encode("banished")) < 5, "the tokenizer merges letters"
+    for word in ("banished", "strawberry", "tester", "mother", "dream", "less"):
+        for text in (" ".join(word), f'"{" ".join(word)}".count("e")'):
+            assert all(len(decode([i]).strip()) <= 1 or "count" in text for i in encode(text))
+        spelled = encode(" ".join(word))
+        call = encode(f'"{" ".join(word)}".count("e")')
+        assert call[1 : 1 + len(spelled)] == spelled
+
+
+def test_in_quotes_a_word_has_the_pieces_of_the_bare_word(corpus_tokenizer: Any):
     encode = corpus_tokenizer.encode
+    assert len(encode(" mother")) < len(encode("mother")), (
+        "the tokenizer has words with their space"
+    )
     for word in ("banished", "strawberry", "tester", "mother", "dream", "less"):
         pieces = encode(word)
-        prompt, call = encode(f'How many a are in "{word}"?'), encode(f'"{word}".count("a")')
-        for ids in (prompt, call):
+        for prompt in (f'Spell "{word}".', f"Spell '{word}'.", f"Spell:\n{word}"):
+            ids = encode(prompt)
             assert any(ids[i : i + len(pieces)] == pieces for i in range(len(ids)))
 
 
@@ -223,8 +238,7 @@ def test_prompt_and_call_give_the_word_the_same_pieces(corpus_tokenizer: Any):
 def corpus_tokenizer() -> Any:
     from nanochat.tokenizer import Tokenizer
 
-    text = " ".join(word + " " + word.capitalize() for word in WORDS)
-    return Tokenizer.train([text], vocab_size=400)
+    return Tokenizer.train([" mother" * 400 + " ".join(WORDS)], vocab_size=400)
 
 
 def test_made_up_words_are_training_words():

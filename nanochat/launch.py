@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ def launch(
 
     UserError and OSError (a full disk, a missing file) become one line on stderr and exit status 1;
     `NANOCHAT_TRACEBACK=1` shows where they came from. Every other exception is a bug and keeps its
-    traceback.
+    traceback. In a job of several ranks any of them ends the whole job (Alarm).
     """
     cfg = config.parse(config_class, description=description)
     run = getattr(cfg, "run", cfg)
@@ -27,14 +28,14 @@ def launch(
         started = runtime.start(getattr(run, "device", "auto"), getattr(run, "dtype", "auto"))
         main(cfg, started)
         started.close()
-    except (UserError, OSError) as error:
-        if os.environ.get("NANOCHAT_TRACEBACK"):
+    except Exception as error:
+        mistake = isinstance(error, (UserError, OSError))
+        silent = mistake and not os.environ.get("NANOCHAT_TRACEBACK")
+        if started and started.alarm:
+            started.alarm.fail(error, "" if silent else traceback.format_exc())
+        if not silent:
             raise
-        rank = f"rank {started.rank}: " if started and started.world_size > 1 else ""
-        print(f"error: {rank}{error}", file=sys.stderr, flush=True)
-        # A rank that fails must end the job: leave without waiting for the others' collectives.
-        if started and started.world_size > 1:
-            os._exit(1)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

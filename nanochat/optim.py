@@ -25,6 +25,10 @@ from nanochat.adamw import adamw_update
 from nanochat.config import Learning
 from nanochat.muon import muon_update
 
+# torch 2.13 renamed both.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 SMALL = 4096
 """Elements up to which an AdamW tensor is replicated instead of sharded."""
 
@@ -208,7 +212,7 @@ class Optimizer:
             unit.reduced = unit.gradients
             return dist.all_reduce(unit.gradients, async_op=True)
         unit.reduced = torch.empty_like(unit.gradients[unit.own])
-        return dist.reduce_scatter_tensor(unit.reduced, unit.gradients, async_op=True)
+        return reduce_scatter(unit.reduced, unit.gradients, async_op=True)
 
     def _update(self, unit: Unit, hypers: Hypers) -> None:
         gradients, parameters = unit.reduced, unit.parameters[unit.own]
@@ -246,7 +250,7 @@ class Optimizer:
             return None
         # The input is a copy: gathering from a view of the output is not allowed everywhere.
         unit.reduced = unit.parameters[unit.own].clone()
-        return dist.all_gather_into_tensor(unit.parameters, unit.reduced, async_op=True)
+        return all_gather(unit.parameters, unit.reduced, async_op=True)
 
     def bytes_communicated(self) -> int:
         """Bytes a rank sends per step with ring collectives: (W-1)/W of what each one moves."""

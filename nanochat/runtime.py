@@ -6,20 +6,28 @@ replicas drift apart without a word.
 """
 
 import ctypes
+import json
 import os
 import platform
 import random
 import signal
 import sys
+import threading
+import time
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from torch.distributed.rendezvous import rendezvous
 
 from nanochat.errors import UserError
+
+LAST_SAVE = 30.0
+"""Seconds a failing rank gives a checkpoint that is being written."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,6 +46,8 @@ class Runtime:
     """SIGTERM or SIGINT came, or the time is up, on this rank."""
     stop_requested: bool = False
     """Some rank's `stop_signal`, agreed on by all in train_step: stop at the end of this step."""
+    alarm: "Alarm | None" = None
+    """Between the ranks of a job that `start` joined."""
 
     @property
     def is_main(self) -> bool:
@@ -89,6 +99,8 @@ class Runtime:
         """Turn the first SIGTERM or SIGINT into `stop_signal`; a second SIGINT interrupts."""
 
         def handler(number: int, frame: Any) -> None:
+            if self.alarm and self.alarm.leaving.locked():
+                return  # torchrun ends the others once one has failed
             if self.stop_signal and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.stop_signal = True
@@ -98,8 +110,124 @@ class Runtime:
         signal.signal(signal.SIGINT, handler)
 
     def close(self) -> None:
+        if self.alarm:
+            self.alarm.close()
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+class Alarm:
+    """Tells the reason of a job's first failure to all of its ranks, through the job's store.
+
+    A rank that failed would otherwise leave the others in a collective: gloo's break with an error
+    that says nothing of the reason, NCCL's wait for a timeout. Therefore a thread of every rank
+    looks for the reason and ends its process.
+    """
+
+    KEY = "nanochat/failure"
+    POLL = 0.5
+    LINGER = 1.0
+    """Seconds the failed rank stays, so that the others learn the reason before it is gone (its
+    process may host the store) and a launcher sees it leave first, though not much later."""
+
+    def __init__(self, rank: int, local_rank: int, world_size: int):
+        self.rank, self.local_rank = rank, local_rank
+        # A connection of its own: another thread may be waiting on the process group's.
+        self.store, _, _ = next(
+            rendezvous("env://", rank, world_size, timeout=timedelta(minutes=5))
+        )
+        self.leaving = threading.Lock()
+        """Held by the thread that ends the process."""
+        self.closed = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="alarm", daemon=True)
+        self.thread.start()
+
+    def close(self) -> None:
+        """The job went well."""
+        self.closed.set()
+        self.thread.join()
+
+    def fail(self, error: BaseException, details: str = "") -> NoReturn:
+        """End this process because of `error`, with status 1 and without waiting for collectives.
+
+        The first rank of the job that fails says why; `details` (a traceback) come before.
+        """
+        self.leaving.acquire()
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        if _is_lost_connection(error):
+            # The others may be gone because of a reason that is still to be read.
+            end = time.monotonic() + 2 * self.LINGER
+            while self._reason() is None and time.monotonic() < end:
+                time.sleep(0.1)
+            text = f"a collective failed, probably since another rank was killed ({text})"
+            if not os.environ.get("NANOCHAT_TRACEBACK"):
+                details = ""
+        reason = self._reason(json.dumps({"rank": self.rank, "text": text[:2000]}))
+        if reason is not None and reason["rank"] != self.rank:
+            self._leave(reason)
+        print(f"{details}error: rank {self.rank}: {text}", file=sys.stderr, flush=True)
+        # torchrun quotes this file at the end of its own report.
+        if summary := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            message = {"message": f"rank {self.rank}: {text}", "timestamp": int(time.time())}
+            Path(summary).write_text(json.dumps(message))
+        end = time.monotonic() + self.LINGER
+        _finish_threads()
+        time.sleep(max(0.0, end - time.monotonic()))
+        _exit()
+
+    def _watch(self) -> None:
+        while not self.closed.wait(self.POLL):
+            reason = self._reason()
+            if reason is not None and self.leaving.acquire(blocking=False):
+                self._leave(reason)
+
+    def _reason(self, ours: str | None = None) -> dict[str, Any] | None:
+        """What the first rank said that failed; `ours` if nobody did before."""
+        try:
+            if ours is not None:
+                return dict(json.loads(self.store.compare_set(self.KEY, "", ours)))
+            return (
+                dict(json.loads(self.store.get(self.KEY))) if self.store.check([self.KEY]) else None
+            )
+        except (RuntimeError, ValueError):  # the store went with the rank that hosted it
+            return None
+
+    def _leave(self, reason: dict[str, Any]) -> NoReturn:
+        if self.local_rank == 0:  # once per machine
+            print(
+                f"error: rank {self.rank} stops, since rank {reason['rank']} failed: "
+                f"{reason['text']}",
+                file=sys.stderr,
+                flush=True,
+            )
+        end = time.monotonic() + 1.5 * self.LINGER
+        _finish_threads()
+        time.sleep(max(0.0, end - time.monotonic()))
+        _exit()
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because of another rank."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
+
+
+def _finish_threads() -> None:
+    """Let the checkpoint writer finish: the writers of all ranks still run."""
+    end = time.monotonic() + LAST_SAVE
+    for thread in threading.enumerate():
+        if (
+            thread not in (threading.current_thread(), threading.main_thread())
+            and not thread.daemon
+        ):
+            thread.join(max(0.0, end - time.monotonic()))
+
+
+def _exit() -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def single(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Runtime:
@@ -130,7 +258,8 @@ def start(device: str = "auto", dtype: str = "auto") -> Runtime:
             device_id=chosen if chosen.type == "cuda" else None,
         )
     chosen_dtype = best_dtype(chosen) if dtype == "auto" else DTYPES[dtype]
-    return Runtime(chosen, chosen_dtype, rank, local_rank, world_size)
+    alarm = Alarm(rank, local_rank, world_size) if world_size > 1 else None
+    return Runtime(chosen, chosen_dtype, rank, local_rank, world_size, alarm=alarm)
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

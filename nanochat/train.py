@@ -12,16 +12,17 @@ from typing import Any
 import torch
 
 from nanochat.dataloader import Batch
+from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.optim import Hypers, Optimizer
 from nanochat.runtime import Runtime
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(UserError):
     """The loss is infinite or not a number; nothing was updated."""
 
 
-class ReplicaDivergence(RuntimeError):
+class ReplicaDivergence(UserError):
     """Parameters differ between ranks."""
 
 

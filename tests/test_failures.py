@@ -1,0 +1,266 @@
+"""A rank that fails ends the whole job, within seconds, with the reason of the first failure.
+
+Whole ranks under `launch`, without a launcher that would end the others: here they must notice on
+their own. Every rank claims to be the first of its machine, so that each says what it knows.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import processes
+import pytest
+import torch
+
+from nanochat import checkpoint_manager
+from nanochat.checkpoint_manager import CheckpointManager, latest, read_meta
+from nanochat.config import Learning
+from nanochat.dataloader import Batch
+from nanochat.errors import UserError
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.launch import launch
+from nanochat.optim import Hypers, Optimizer, parameter_rules
+from nanochat.runtime import Runtime
+from nanochat.train import check_replicas, train_step
+
+MODEL = GPTConfig(
+    vocab_size=60, n_layer=1, n_head=2, n_kv_head=1, n_embd=16, head_dim=8, context_length=8
+)
+FOREVER = 300.0
+FAILING_STEP = 2
+
+# What goes wrong after step 2 on the rank it happens to, given model and runtime.
+Accident = Callable[[GPT, Runtime], None]
+
+
+def mistake(model: GPT, rank: Runtime) -> None:
+    raise UserError("value 3, limit 2, remedy")
+
+
+def bug(model: GPT, rank: Runtime) -> None:
+    raise ZeroDivisionError("a bug")
+
+
+def killed(model: GPT, rank: Runtime) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def not_a_number(model: GPT, rank: Runtime) -> None:
+    with torch.no_grad():
+        model.head.weight[3] = float("nan")
+
+
+def drift(model: GPT, rank: Runtime) -> None:
+    with torch.no_grad():
+        model.blocks[0].mlp.up.weight[0, 0] += 1
+
+
+@dataclass(frozen=True)
+class Config:
+    device: str = "cpu"
+
+
+def job(rank: int, world_size: int, port: int, log: Path, main: Any, *args: Any) -> None:
+    """One rank as a launcher starts it; what it says goes to `log`."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK="0",
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE="1",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    os.environ.pop("NANOCHAT_TRACEBACK", None)
+    sys.argv = ["job"]
+    sys.stdout = sys.stderr = log.open("w")
+    launch(lambda cfg, runtime: main(runtime, *args), Config, None)
+
+
+def run_job(folder: Path, world_size: int, main: Any, *args: Any) -> tuple[list[int], list[str]]:
+    """Exit status and output of every rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    logs = [folder / f"rank{rank}.log" for rank in range(world_size)]
+    ranks = [
+        processes.start(job, rank, world_size, port, logs[rank], main, *args)
+        for rank in range(world_size)
+    ]
+    try:
+        status = [processes.finish(process) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    return status, [log.read_text() for log in logs]
+
+
+def make(runtime: Runtime) -> tuple[GPT, Optimizer]:
+    model = GPT(MODEL).init_weights(0)
+    rules = parameter_rules(model, Learning(), width=16)
+    ranks = {"rank": runtime.rank, "world_size": runtime.world_size}
+    return model, Optimizer(model, rules, **ranks, muon_dtype=torch.float32)  # type: ignore[arg-type]
+
+
+def train(runtime: Runtime, accident: Accident, where: int) -> None:
+    """More steps than any test waits for; the accident happens after the second."""
+    model, optimizer = make(runtime)
+    ids = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(runtime.rank))
+    zeros = torch.zeros(2, 8, dtype=torch.int32)
+    rows = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), zeros + 1.0, zeros)
+    for step in range(1, 10**9):
+        train_step(model, optimizer, [rows], Hypers(0.1), runtime)
+        if step == FAILING_STEP and runtime.rank == where:
+            accident(model, runtime)
+        check_replicas(model, runtime)
+
+
+# The failing rank, and what it says (None: no word). The others quote the last line of it.
+CASES: dict[str, tuple[Accident, int, str | None]] = {
+    "mistake": (mistake, 1, "value 3, limit 2, remedy"),
+    "bug": (bug, 2, "ZeroDivisionError: a bug"),
+    "bug where the store is": (bug, 0, "ZeroDivisionError: a bug"),
+    "killed": (killed, 1, None),
+    "killed where the store is": (killed, 0, None),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_ranks_end_with_the_reason_of_the_first(case: str, tmp_path: Path) -> None:
+    accident, where, reason = CASES[case]
+    status, said = run_job(tmp_path, 3, train, accident, where)
+    others = [rank for rank in range(3) if rank != where]
+    assert [status[rank] for rank in others] == [1, 1]
+    assert status[where] == (-signal.SIGKILL if accident is killed else 1)
+    if reason is None:
+        assert said[where] == ""
+        for rank in others:
+            assert "a collective failed, probably since another rank was killed" in said[rank]
+            assert "Traceback" not in said[rank]
+        return
+    assert said[where].splitlines()[-1] == f"error: rank {where}: {reason}"
+    assert ("Traceback" in said[where]) == (accident is bug), "a mistake is told in one line"
+    for rank in others:
+        assert said[rank] == f"error: rank {rank} stops, since rank {where} failed: {reason}\n"
+
+
+@pytest.mark.parametrize(
+    ("accident", "reason"),
+    [
+        (drift, r"parameter blocks.0.mlp.up.weight differs from rank 0 on ranks \[1\]"),
+        (not_a_number, r"parameter head.weight differs"),
+    ],
+)
+def test_drifting_ranks_stop_with_one_line(accident: Accident, reason: str, tmp_path: Path) -> None:
+    """All ranks find it out; one tells in full."""
+    status, said = run_job(tmp_path, 2, train, accident, 1)
+    assert status == [1, 1]
+    for text in said:
+        assert len(text.splitlines()) == 1
+    assert all(re.search(reason, text) for text in said)
+    assert sorted("stops, since" in text for text in said) == [False, True]
+
+
+def diverge(runtime: Runtime) -> None:
+    model, optimizer = make(runtime)
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    weights = torch.full((2, 8), float("inf") if runtime.rank == 1 else 1.0)
+    train_step(model, optimizer, [Batch(ids, ids, weights, ids.int())], Hypers(), runtime)
+
+
+def test_a_non_finite_loss_stops_with_one_line(tmp_path: Path) -> None:
+    status, said = run_job(tmp_path, 2, diverge)
+    assert status == [1, 1]
+    for text in said:
+        assert len(text.splitlines()) == 1
+        assert "step 0: the loss of rank 1 is inf; nothing was updated" in text
+
+
+def sleep_elsewhere(runtime: Runtime) -> None:
+    """Rank 0 waits for something that is no collective, as NCCL's look from Python."""
+    runtime.barrier()
+    if runtime.rank == 1:
+        raise UserError("value 3")
+    time.sleep(FOREVER)
+
+
+def test_a_rank_that_waits_for_something_else_ends_too(tmp_path: Path) -> None:
+    status, said = run_job(tmp_path, 2, sleep_elsewhere)
+    assert status == [1, 1]
+    assert said[0] == "error: rank 0 stops, since rank 1 failed: value 3\n"
+
+
+def fail_while_saving(runtime: Runtime, folder: Path) -> None:
+    write = checkpoint_manager.save_file
+
+    def slowly(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        time.sleep(1.0)
+        write(tensors, path)
+
+    checkpoint_manager.save_file = slowly
+    model, optimizer = make(runtime)
+    CheckpointManager(folder, runtime).save(5, model, optimizer, {"tokenizer_hash": ""})
+    if runtime.rank == 1:
+        raise UserError("value 3")
+    runtime.barrier()
+
+
+def test_a_checkpoint_under_way_is_finished_first(tmp_path: Path) -> None:
+    status, _ = run_job(tmp_path, 2, fail_while_saving, tmp_path / "run")
+    assert status == [1, 1]
+    newest = latest(tmp_path / "run")
+    assert newest is not None
+    assert read_meta(newest)["step"] == 5
+
+
+def succeed(runtime: Runtime) -> None:
+    runtime.barrier()
+    runtime.print("done")
+
+
+def test_a_job_that_goes_well_ends_well(tmp_path: Path) -> None:
+    status, said = run_job(tmp_path, 2, succeed)
+    assert status == [0, 0]
+    assert said == ["done\n", ""]
+
+
+TORCHRUN_JOB = """
+import sys
+from nanochat.errors import UserError
+from nanochat.launch import launch
+from test_failures import Config
+
+def main(cfg, runtime):
+    runtime.barrier()
+    if runtime.rank == 1:
+        raise UserError("value 3, limit 2, remedy")
+    runtime.barrier()
+
+launch(main, Config, None)
+"""
+
+
+def test_torchrun_quotes_the_reason(tmp_path: Path) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(TORCHRUN_JOB)
+    root = Path(__file__).parent.parent
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    result = subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", str(script)],
+        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"},
+        capture_output=True,
+        text=True,
+        timeout=processes.TIMEOUT,
+    )
+    assert result.returncode == 1
+    assert "error: rank 1: value 3, limit 2, remedy\n" in result.stderr
+    assert "error: rank 0 stops, since rank 1 failed: value 3, limit 2" in result.stderr
+    cause = result.stderr.split("Root Cause")[1]
+    assert "rank 1: value 3, limit 2, remedy" in cause

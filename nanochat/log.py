@@ -193,6 +193,11 @@ class RunLog:
         self._write({"kind": "sample", "step": step, "prompt": prompt, "text": text})
         self.runtime.print(f"sample: {prompt}\N{HORIZONTAL ELLIPSIS}{text}" if prompt else text)
 
+    def has_ended(self) -> bool:
+        """Whether the last thing that was logged is the end of the run."""
+        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        return bool(lines) and lines[-1].startswith('{"kind": "end"')
+
     def end(self, state: TrainState, consumed: dict[str, Any]) -> None:
         self._write(
             {

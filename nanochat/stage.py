@@ -3,13 +3,13 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from nanochat import paths
-from nanochat.checkpoint_manager import CheckpointManager, latest, restore
+from nanochat.checkpoint_manager import CheckpointManager, latest, read_meta, restore
 from nanochat.config import BaseConfig, MidConfig, to_dict
 from nanochat.dataloader import DataLoader, Source
 from nanochat.errors import UserError
@@ -101,6 +101,7 @@ class Stage:
                 "tag": self.cfg.run.tag,
                 "run_config": to_dict(self.cfg),
                 "num_steps": self.plan.num_steps,
+                "total_batch_size": self.plan.total_batch_size,
                 "train_state": self.state.as_dict(),
                 "loader_state": self.loader.state_dict(),
                 "tokenizer_hash": self.tokenizer.hash,
@@ -156,9 +157,15 @@ def set_up(
             device=runtime.device,
         )
 
+    batching = cfg.batching
+    if newest and batching.total_batch_size == "auto":
+        # The rule rounds to whole rows of all ranks: go on with what it gave at the start, so that
+        # another number of ranks takes the same steps.
+        total = read_meta(newest, verify=False).get("total_batch_size", "auto")
+        batching = replace(batching, total_batch_size=total)
     plan = make_plan(
         model.config,
-        batching=cfg.batching,
+        batching=batching,
         duration=cfg.duration,
         learning=cfg.learning,
         sequence_length=T,
@@ -222,6 +229,8 @@ def set_up(
     )
     if stage.finished:
         runtime.print(f"{name}/{cfg.run.tag} is finished: {newest} is its last step")
+        if not log.has_ended():  # killed after the last checkpoint
+            log.end(state, loader.consumed)
         return stage
     runtime.watch_signals()
     log.start(to_dict(cfg), to_dict(model.config), state)

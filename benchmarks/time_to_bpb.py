@@ -1,0 +1,165 @@
+"""Seconds that this recipe takes to reach what a Llama with AdamW reaches in a fixed time.
+
+python -m benchmarks.time_to_bpb --seconds 90 [--json out.json]
+
+Both have the same shape (256 wide, 4 layers), batch, data order, dtype and held-out text (the
+embedded corpus, encoded by scripts.tok_train and scripts.tok_encode before). The baseline is a
+Hugging Face Llama with torch's fused AdamW (betas 0.9 and 0.95, decay 0.1), warm-up and linear
+decay to zero over the time, its learning rate the best of `--rates`. Ours then trains for growing
+shares of that time, each a whole schedule of its own, until it is as good. Needs the extra `hf`.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from nanochat.config import Learning
+from nanochat.dataloader import DataLoader, Source
+from nanochat.dataset import open_corpus
+from nanochat.gpt import GPT, config_from_depth
+from nanochat.optim import Optimizer, parameter_rules
+from nanochat.plan import scaled_lr
+from nanochat.runtime import Runtime, best_dtype, single, tune_cpu
+from nanochat.schedule import lr_multiplier, muon_momentum
+from nanochat.token_store import TokenStore
+from nanochat.tokenizer import Tokenizer
+from nanochat.train import Hypers, train_step
+
+T, ROWS, DEPTH = 256, 16, 4
+RESOLUTION = 10_000
+"""The schedule's steps: time is cut into so many parts."""
+
+
+def loader(split: str, tokenizer: Tokenizer, epochs: int | None = None) -> DataLoader:
+    store = TokenStore.open(open_corpus("bbe").store_folder(split), tokenizer.hash)  # type: ignore[arg-type]
+    return DataLoader([Source(store)], batch_size=ROWS, sequence_length=T, seed=1, epochs=epochs)
+
+
+@torch.no_grad()
+def bits_per_byte(nll: Callable[..., torch.Tensor], tokenizer: Tokenizer) -> float:
+    """Over the whole held-out split."""
+    sizes = torch.as_tensor(tokenizer.token_bytes())
+    nats = size = 0.0
+    for batch in loader("val", tokenizer, epochs=1):
+        losses = nll(batch.inputs, batch.targets, batch.doc_ids)
+        nats += losses.double().sum().item()
+        size += torch.where(batch.targets >= 0, sizes[batch.targets.clamp(min=0)], 0).sum().item()
+    return nats / math.log(2) / size
+
+
+def train_for(seconds: float, step: Callable[[float], None]) -> int:
+    """Call step(progress in [0, 1)) until the time is up; returns the steps."""
+    start, count = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - start) < seconds:
+        step(elapsed / seconds)
+        count += 1
+    return count
+
+
+def train_llama(seconds: float, rate: float, tokenizer: Tokenizer, runtime: Runtime) -> dict:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=64 * DEPTH,
+            intermediate_size=round(8 * 64 * DEPTH / 3 / 16) * 16,
+            num_hidden_layers=DEPTH,
+            num_attention_heads=DEPTH,
+            max_position_embeddings=T,
+            tie_word_embeddings=False,
+        )
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    batches = loader("train", tokenizer)
+
+    def nll(inputs: torch.Tensor, targets: torch.Tensor, _: Any) -> torch.Tensor:
+        with torch.autocast("cpu", runtime.dtype, enabled=runtime.dtype != torch.float32):
+            logits = model(input_ids=inputs).logits
+        losses = F.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none"
+        )
+        return losses.view_as(targets)
+
+    def step(progress: float) -> None:
+        factor = lr_multiplier(int(progress * RESOLUTION), RESOLUTION, warmup=0.04, warmdown=0.96)
+        optimizer.param_groups[0]["lr"] = rate * factor
+        batch = next(batches)
+        losses = nll(batch.inputs, batch.targets, None)
+        (losses.sum() / (batch.targets >= 0).sum()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    steps = train_for(seconds, step)
+    return {"rate": rate, "seconds": seconds, "steps": steps, "bpb": bits_per_byte(nll, tokenizer)}
+
+
+def train_ours(seconds: float, tokenizer: Tokenizer, runtime: Runtime) -> dict:
+    config = config_from_depth(
+        DEPTH, tokenizer.vocab_size, head_dim=64, context_length=T, window_pattern="L"
+    )
+    model = GPT(config, runtime.dtype).init_weights(0)
+    learning = Learning()
+    rules = parameter_rules(model, learning, width=config.n_embd, lr_scale=scaled_lr(T * ROWS))
+    optimizer = Optimizer(model, rules, muon_dtype=runtime.dtype)
+    batches = loader("train", tokenizer)
+    low, high = learning.muon_momentum
+
+    def step(progress: float) -> None:
+        at = int(progress * RESOLUTION)
+        hypers = Hypers(
+            lr_multiplier(at, RESOLUTION, warmup=learning.warmup, warmdown=learning.warmdown),
+            muon_momentum(at, RESOLUTION, low=low, high=high),
+        )
+        train_step(model, optimizer, [next(batches)], hypers, runtime)
+
+    steps = train_for(seconds, step)
+    return {"seconds": seconds, "steps": steps, "bpb": bits_per_byte(model.nll, tokenizer)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=90.0)
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3, 8e-3])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.3, 0.4, 0.5, 0.7, 1.0])
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    tune_cpu()
+    runtime = single(dtype=best_dtype(torch.device("cpu")))
+    tokenizer = Tokenizer.load()
+    baselines = []
+    for rate in arguments.rates:
+        baselines.append(train_llama(arguments.seconds, rate, tokenizer, runtime))
+        print("llama", json.dumps(baselines[-1]), flush=True)
+    target = min(baselines, key=lambda run: run["bpb"])
+    ours = []
+    for share in arguments.shares:
+        ours.append(train_ours(share * arguments.seconds, tokenizer, runtime))
+        print("ours", json.dumps(ours[-1]), flush=True)
+        if ours[-1]["bpb"] <= target["bpb"]:
+            break
+    reached = ours[-1]["bpb"] <= target["bpb"]
+    result = {
+        "baselines": baselines,
+        "ours": ours,
+        "target_bpb": target["bpb"],
+        "ratio": ours[-1]["seconds"] / target["seconds"] if reached else None,
+    }
+    print(json.dumps(result))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

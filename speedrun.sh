@@ -61,19 +61,18 @@ else
     case "$profile" in
         cpu)
             vocabulary=4096 problems=200
-            base=(--depth 4 --context-length 256 --num-steps 560 --total-batch-size 4096
-                --save-every 140 --eval-every 140)
-            mid=(--epochs 1 --save-every 100 --eval-every 0)
-            sft=(--epochs 1 --save-every 100 --eval-every 0)
-            words=3000 sums=3000
+            base=(--depth 4 --context-length 256 --num-steps 440 --save-every 110 --eval-every 110)
+            chat=(--save-every 100 --eval-every 0)
+            mid_mix=(customjson:2 simplespelling:10000:1 spellingbee:5000:1 arithmetic:3000:1)
+            sft_mix=(customjson:2 simplespelling:5000:1 spellingbee:2000:1 arithmetic:1000:1)
             ;;
         smoke)
             vocabulary=512 problems=4
-            base=(--depth 1 --context-length 64 --num-steps 4 --total-batch-size 256
-                --save-every 2 --eval-every 2 --eval-tokens 1024)
-            mid=(--num-steps 3 --eval-every 0 --eval-tokens 1024)
-            sft=(--num-steps 3 --eval-every 0 --eval-tokens 1024)
-            words=50 sums=50
+            base=(--depth 1 --context-length 64 --num-steps 4 --save-every 2 --eval-every 2
+                --eval-tokens 1024)
+            chat=(--num-steps 3 --eval-every 0 --eval-tokens 1024)
+            mid_mix=(customjson:2 simplespelling:50:1 spellingbee:50:1 arithmetic:50:1)
+            sft_mix=("${mid_mix[@]}")
             ;;
         *) echo "error: SPEEDRUN_PROFILE=$profile; choose cpu, gpu or smoke" >&2; exit 2 ;;
     esac
@@ -82,16 +81,15 @@ else
     run python -m scripts.tok_train --corpus "$corpus" --vocab-size "$vocabulary"
     run python -m scripts.tok_eval --corpus "$corpus"
     run python -m scripts.tok_encode --corpus "$corpus"
-    # Small shapes: heads of 64, every layer sees the whole (short) row.
-    run python -m scripts.base_train --corpus "$corpus" --head-dim 64 --window-pattern L \
-        "${base[@]}" --resume
+    # Small shapes: heads of 64, every layer sees the whole (short) row, 4,096 tokens a step.
+    small=(--corpus "$corpus" --total-batch-size 4096 --resume)
+    run python -m scripts.base_train "${small[@]}" "${base[@]}" --head-dim 64 --window-pattern L
     run python -m scripts.base_eval --corpus "$corpus"
-    run python -m scripts.mid_train --corpus "$corpus" --replay 0.3 --total-batch-size 4096 \
-        --mix customjson:2 "simplespelling:$words:1" "spellingbee:$words:1" "arithmetic:$sums:1" \
-        "${mid[@]}" --resume
-    run python -m scripts.chat_sft --corpus "$corpus" --total-batch-size 4096 \
-        --mix customjson:2 "simplespelling:$words:1" "spellingbee:$words:1" "arithmetic:$sums:1" \
-        "${sft[@]}" --resume
+    # Replayed text and low rates keep what pretraining taught; the tasks learn fast enough.
+    run python -m scripts.mid_train "${small[@]}" "${chat[@]}" --mix "${mid_mix[@]}" \
+        --replay 0.3 --lr-scale 0.6 --warmdown 0.5
+    run python -m scripts.chat_sft "${small[@]}" "${chat[@]}" --mix "${sft_mix[@]}" \
+        --replay 0.1 --lr-scale 0.25
     for stage in base mid sft; do
         run python -m scripts.chat_eval --source "$stage" --max-problems "$problems" \
             "${tasks[@]/#/--task=}"

@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +144,14 @@ class RunLog:
         if state.step:
             self.runtime.print(f"resuming after step {state.step}")
 
-    def train(self, state: TrainState, stats: StepStats, lr_multiplier: float) -> None:
-        """Record a finished step; `state` already counts it."""
+    def train(
+        self,
+        state: TrainState,
+        stats: StepStats,
+        lr_multiplier: float,
+        more: Mapping[str, float] | None = None,
+    ) -> None:
+        """Record a finished step; `state` already counts it. `more` is what else it measured."""
         speed = stats.tokens / stats.seconds
         record: dict[str, Any] = {
             "kind": "train",
@@ -156,6 +163,7 @@ class RunLog:
             "tokens_per_second": speed,
             "seconds": state.seconds,
             "memory_bytes": peak_memory_bytes(self.runtime.device),
+            **(more or {}),
         }
         peak = peak_flops(self.runtime.device)
         if peak is not None:
@@ -174,9 +182,10 @@ class RunLog:
         loss = self.smooth / (1 - 0.95**self.smooth_steps)
         eta = (self.plan.num_steps - state.step) * state.seconds / max(state.step, 1)
         mfu = f" | mfu {100 * record['mfu']:.0f} %" if "mfu" in record else ""
+        measured = "".join(f" | {name} {value:.3g}" for name, value in (more or {}).items())
         self.runtime.print(
             f"step {state.step}/{self.plan.num_steps} | loss {loss:.4f} | "
-            f"lr x{lr_multiplier:.2f} | {speed:,.0f} tok/s{mfu} | eta {duration_text(eta)}"
+            f"lr x{lr_multiplier:.2f} | {speed:,.0f} tok/s{mfu}{measured} | eta {duration_text(eta)}"
         )
 
     def eval(self, step: int, metrics: dict[str, float]) -> None:

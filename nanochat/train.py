@@ -95,11 +95,16 @@ def train_step(
     hypers: Hypers,
     runtime: Runtime,
     loss_scale: LossScale | None = None,
+    *,
+    temperature: float = 1.0,
+    divisor: int | None = None,
 ) -> StepStats:
     """Minimise sum(w nll) / N over this rank's micro-batches; every rank calls it.
 
     N counts the valid targets of all ranks and micro-batches, so neither accumulation nor the
-    number of ranks changes the result, and a micro-batch without targets is harmless. Raises
+    number of ranks changes the result, and a micro-batch without targets is harmless. `divisor`
+    takes the place of N where what is trained on stands for more than its own targets (samples
+    without an advantage, pairs), `temperature` is that of the distribution nll is under. Raises
     NonFiniteLoss on every rank, before anything is updated.
     """
     start = time.perf_counter()
@@ -113,8 +118,8 @@ def train_step(
 
     total = torch.zeros((), device=runtime.device)
     for batch in batches:
-        nll = model.nll(batch.inputs, batch.targets, batch.doc_ids)
-        loss = (nll * batch.weights).sum() / max(targets, 1)
+        nll = model.nll(batch.inputs, batch.targets, batch.doc_ids, temperature)
+        loss = (nll * batch.weights).sum() / max(targets if divisor is None else divisor, 1)
         (loss * scale).backward()
         total += loss.detach()
 

@@ -185,7 +185,8 @@ class RunLog:
         measured = "".join(f" | {name} {value:.3g}" for name, value in (more or {}).items())
         self.runtime.print(
             f"step {state.step}/{self.plan.num_steps} | loss {loss:.4f} | "
-            f"lr x{lr_multiplier:.2f} | {speed:,.0f} tok/s{mfu}{measured} | eta {duration_text(eta)}"
+            f"lr x{lr_multiplier:.2f} | {speed:,.0f} tok/s{mfu}{measured} | "
+            f"eta {duration_text(eta)}"
         )
 
     def eval(self, step: int, metrics: dict[str, float]) -> None:

@@ -5,15 +5,15 @@ Words of the train and test split are disjoint, hence a held-out word can be spe
 *pieces* were learned from other words. Four choices make that possible:
 
 - **Words stand in quotes in most prompts.** `Spell the word: banished` begins the word with a
-  space, and a corpus' frequent words are one token with their space: of the embedded corpus' words
-  a third at vocabulary 4096. Nobody can say which letters an unseen token has. In `"banished"`
-  there is no space, so the word is cut into pieces that many words share (`ban|is|hed`); for the
-  split pattern a quote is a piece of its own. Prompts without quotes are asked as well, a sixth of
-  them, since people do write that way. Capitals alone would not help: `Banished` also starts
-  sentences.
-- **Letters are answered as `b a n i s h e d`.** A space and a letter are one token at the start of
-  most words, so every letter is one token whatever its neighbours. `b-a-n` would take two tokens a
-  letter, and of `ban` or `b,a,n` a tokenizer may merge parts again.
+  space, and with their space most words are one token: 59 % of the embedded corpus' words at
+  vocabulary 4096. Nobody can say which letters an unseen token has. In `"wisdom"` there is no
+  space, so the word is cut into pieces that other words share (`w|isdom`; so are 97 %), for a quote
+  after a space is a piece of its own to the split pattern. A sixth of the prompts leave the quotes
+  out all the same, since people do too: what is one token there counts against the model. Capitals
+  would not help, `Wisdom` starts sentences.
+- **Letters are answered as `b a n i s h e d`.** A space and a letter are a token of their own for
+  most letters, the others take two, whatever their neighbours are. `b-a-n` would take two tokens
+  for all letters, and of `ban` or `b,a,n` a tokenizer may merge parts again.
 - **Half of the training rows ask for several words**: more letters to learn from per token, since
   most of a single word's conversation is the prompt.
 - **Half of the training words are made up**, the beginning of one training word and the end of

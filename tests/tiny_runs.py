@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -72,13 +71,8 @@ def encode_corpus(folder: Path) -> None:
 
 
 def corpus(folder: Path) -> str:
+    """The text of an encoded folder. Its path names the store, so copies go on using it."""
     return str(folder / "text")
-
-
-def copy_of(encoded: Path, folder: Path) -> Path:
-    """A base folder of one's own. The corpus stays where it is: its path names the store."""
-    shutil.copytree(encoded, folder, dirs_exist_ok=True)
-    return folder
 
 
 def base_config(text: str, **changes: Any) -> BaseConfig:
@@ -107,7 +101,7 @@ def mid_config(text: str, **changes: Any) -> MidConfig:
         evaluating=Evaluating(eval_every=0, eval_tokens=512),
         saving=Saving(save_every=2, keep_last=0),
         corpus=text,
-        mix=("arithmetic:60", "customjson:0.1"),
+        mix=("arithmetic:60:1", "customjson:0.1"),
     )
     return changed(config, **changes)
 

@@ -28,8 +28,16 @@ if sys.platform == "win32":
     context: Any = multiprocessing.get_context("spawn")
 else:
     context = multiprocessing.get_context("forkserver")
+    # What a run imports, some of it only when it saves.
     context.set_forkserver_preload(
-        ["torch", "torch.distributed.tensor", "scripts.base_train", "scripts.chat_sft"]
+        [
+            "scripts.base_train",
+            "scripts.chat_sft",
+            "torch.distributed.checkpoint.hf_storage",
+            "torch.distributed.checkpoint.state_dict_saver",
+            "torch.distributed.fsdp",
+            "torch.distributed.tensor",
+        ]
     )
 
 

@@ -21,12 +21,41 @@ T = TypeVar("T")
 
 def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
     """Read a configuration from the command line; unknown flags end the program with status 2."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
     return tyro.cli(
         cls,
-        args=sys.argv[1:] if argv is None else list(argv),
+        args=_gathered(arguments, _list_flags(cls)),
         description=description,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
     )
+
+
+def _list_flags(cls: type[Any]) -> set[str]:
+    """The flags that take any number of values: `--mix`."""
+    flags = set()
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        if dataclasses.is_dataclass(hint):
+            flags |= _list_flags(hint)  # type: ignore[arg-type]
+        elif typing.get_origin(hint) is tuple and ... in typing.get_args(hint):
+            flags.add("--" + name.replace("_", "-"))
+    return flags
+
+
+def _gathered(arguments: list[str], flags: set[str]) -> list[str]:
+    """`--mix a --mix b` -> `--mix a b`: the last one would count, and the others be forgotten."""
+    kept: list[str] = []
+    values: dict[str, list[str]] = {}
+    flag = ""
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        name = name.replace("_", "-")
+        if argument.startswith("-"):
+            flag = name if name in flags else ""
+            if flag:
+                values.setdefault(flag, []).extend([value] if equals else [])
+                continue
+        (values[flag] if flag else kept).append(argument)
+    return kept + [part for flag, given in values.items() for part in (flag, *given)]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -55,6 +84,8 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
             value = from_dict(hint, value, f"{where}.{name}")  # type: ignore[arg-type]
         elif isinstance(value, list) and _is_tuple(hint):
             value = tuple(value)
+        elif isinstance(value, str) and typing.get_origin(hint) is tuple:
+            value = (value,)  # saved when the setting took a single value
         known[name] = value
     return cls(**known)
 
@@ -213,7 +244,7 @@ class BaseConfig:
     corpus: str = "climbmix"
     """Corpus name or path, as encoded by scripts.tok_encode."""
     mix: tuple[str, ...] = ()
-    """Several corpora by weight instead: climbmix:0.9 ./mybooks:0.1."""
+    """Several corpora by share of the tokens instead: climbmix:0.9 ./mybooks:0.1."""
 
 
 @dataclass(frozen=True)
@@ -230,8 +261,9 @@ class MidConfig:
     saving: Saving = field(default_factory=Saving)
     source: str = "base"
     """Where the weights come from: a stage, stage/tag, or a checkpoint folder."""
-    corpus: str = "climbmix"
-    """Pretraining corpus that is replayed and on which bits per byte are measured."""
+    corpus: tuple[str, ...] = ("climbmix",)
+    """Pretraining corpus that is replayed and on which bits per byte are measured; several by
+    share: climbmix:0.9 ./mybooks:0.1."""
     mix: tuple[str, ...] = (
         "smoltalk",
         "mmlu",

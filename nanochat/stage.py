@@ -1,41 +1,68 @@
 """What the training stages share: set-up, evaluation, saving. The loop itself is in each script."""
 
 import json
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
 from nanochat import paths
 from nanochat.checkpoint_manager import CheckpointManager, latest, read_meta, restore
-from nanochat.config import BaseConfig, MidConfig, to_dict
-from nanochat.dataloader import DataLoader, Source
+from nanochat.config import BaseConfig, MidConfig, RlConfig, to_dict
+from nanochat.dataloader import Batch, DataLoader, Source
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.log import RunLog
-from nanochat.loss_eval import evaluate_bpb
+from nanochat.loss_eval import evaluate_bpb, evaluate_roles, mixture_bpb
 from nanochat.optim import Optimizer, parameter_rules
 from nanochat.plan import Plan, make_plan
 from nanochat.runtime import Runtime, best_dtype
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import LossScale, StepStats, TrainState, check_replicas
 
+CONVERSATION_TOKENS = 2**14
+"""Held-out tokens of conversations per evaluation, at most (but at least one batch)."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a stage is measured on, and never trained on."""
+
+    texts: Sequence[Source]
+    """Corpora: bits per byte of each, and of their mixture."""
+    conversations: Sequence[Source] = ()
+    """Mean loss of what the assistant must produce, and by role."""
+
+
+class Loader(Protocol):
+    """What a stage reads, as far as checkpoints and the log go."""
+
+    @property
+    def consumed(self) -> dict[str, dict[str, int]]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+L = TypeVar("L", bound=Loader)
+
 
 @dataclass
-class Stage:
+class Stage(Generic[L]):
     """One run of one stage: its parts, and what happens around a step."""
 
     name: str
-    cfg: BaseConfig | MidConfig
+    cfg: BaseConfig | MidConfig | RlConfig
     runtime: Runtime
     model: GPT
     tokenizer: Tokenizer
     plan: Plan
-    loader: DataLoader
-    validation: dict[str, list[Source]]
-    """Held-out sources: "bpb" is measured in bits per byte, others as the mean loss."""
+    loader: L
+    held_out: HeldOut
     optimizer: Optimizer
     log: RunLog
     checkpoints: CheckpointManager
@@ -48,12 +75,16 @@ class Stage:
     def finished(self) -> bool:
         return self.state.step >= self.plan.num_steps
 
-    def record(self, stats: StepStats) -> None:
-        """Count a finished step, log it, and check what is to be checked after it."""
+    def record(self, stats: StepStats, more: Mapping[str, float] | None = None) -> None:
+        """Count a finished step, log it, and check what is to be checked after it.
+
+        `more` goes into the log beside what every stage measures.
+        """
         self.state.step += 1
         self.state.tokens += stats.tokens
         self.state.seconds += stats.seconds
-        self.log.train(self.state, stats, self.plan.hypers(self.state.step - 1).lr_multiplier)
+        lr_multiplier = self.plan.hypers(self.state.step - 1).lr_multiplier
+        self.log.train(self.state, stats, lr_multiplier, more)
         every = self.cfg.run.check_replicas
         if every and self.state.step % every == 0:
             check_replicas(self.model, self.runtime)
@@ -62,31 +93,50 @@ class Stage:
             self.runtime.stop_signal = True
 
     def evaluate(self) -> dict[str, float]:
-        """Measure every validation source from its start: the same rows each time."""
-        metrics: dict[str, float] = {}
+        """Measure what is held out from its start: the same rows each time."""
         sizes = torch.as_tensor(self.tokenizer.token_bytes()).to(self.runtime.device)
-        T, rows = self.plan.sequence_length, self.plan.device_batch_size
-        for name, sources in self.validation.items():
-            loader = DataLoader(
-                sources,
-                batch_size=rows,
-                sequence_length=T,
-                rank=self.runtime.rank,
-                world_size=self.runtime.world_size,
-                epochs=1,
-                device=self.runtime.device,
+        texts, limit = self.held_out.texts, self.cfg.evaluating.eval_tokens
+        results = [
+            # Alone: the weights say how much of a corpus is in the mixture, not how much to read.
+            evaluate_bpb(
+                self.model,
+                self._batches([replace(source, weight=1)], limit // len(texts)),
+                sizes,
+                self.runtime,
             )
-            wanted = self.cfg.evaluating.eval_tokens // (T * rows * self.runtime.world_size)
-            available = -(-loader.num_rows(1) // (rows * self.runtime.world_size))
-            batches = (next(loader) for _ in range(max(1, min(wanted, available))))
-            result = evaluate_bpb(self.model, batches, sizes, self.runtime)
-            if name == "bpb":
-                metrics["bpb"] = result["bpb"]
-            else:
-                metrics[name] = result["loss"]
+            for source in texts
+        ]
+        metrics = {"bpb": results[0]["bpb"]}
+        if len(texts) > 1:
+            metrics = {"bpb": mixture_bpb(texts, results)}
+            for source, result in zip(texts, results, strict=True):
+                metrics[f"bpb_{_metric_name(source.name)}"] = result["bpb"]
+        if self.held_out.conversations:
+            # Every token is a target, and a weight below 1 tells that it is not the assistant's.
+            sources = [replace(s, weight=1, prompt_weight=0.5) for s in self.held_out.conversations]
+            batches = self._batches(sources, min(limit, CONVERSATION_TOKENS))
+            metrics |= evaluate_roles(self.model, batches, self.runtime)
         self.state.metrics = metrics
         self.log.eval(self.state.step, metrics)
         return metrics
+
+    def _batches(self, sources: Sequence[Source], tokens: int) -> Iterator[Batch]:
+        """About so many tokens of one pass over the sources, over all ranks; at least one batch."""
+        T, rows = self.plan.sequence_length, self.plan.device_batch_size
+        loader = DataLoader(
+            sources,
+            batch_size=rows,
+            sequence_length=T,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+            epochs=1,
+            device=self.runtime.device,
+            with_roles=True,
+        )
+        rows *= self.runtime.world_size
+        available = -(-loader.num_rows(1) // rows)
+        for _ in range(max(1, min(tokens // (T * rows), available))):
+            yield next(loader)
 
     def save(self) -> None:
         """Start writing a checkpoint of the present state."""
@@ -121,6 +171,22 @@ class Stage:
             )
 
 
+def describe_mixture(sources: Sequence[Source], tokens: int) -> str:
+    """Each source's share of the targets, and how often a run of so many tokens reads it."""
+    targets = [source.store.num_tokens - len(source.store) for source in sources]
+    parts = [float(Fraction(str(s.weight)) * n) for s, n in zip(sources, targets, strict=True)]
+    lines = [
+        f"{source.name} {part / sum(parts):.1%} ({tokens * part / sum(parts) / n:.3g} passes)"
+        for source, part, n in zip(sources, parts, targets, strict=True)
+    ]
+    return f"mixture: {', '.join(lines)}"
+
+
+def _metric_name(name: str) -> str:
+    """`./my books` -> `my_books`."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", name).strip("._")
+
+
 def set_up(
     name: str,
     cfg: BaseConfig | MidConfig,
@@ -128,20 +194,11 @@ def set_up(
     model: GPT,
     tokenizer: Tokenizer,
     sources: Sequence[Source],
-    validation: dict[str, list[Source]],
+    held_out: HeldOut,
     extra_meta: dict[str, Any] | None = None,
-) -> Stage:
-    """Plan the run, build optimizer and loader, and resume where that is asked for.
-
-    Raises UserError where the tag already holds checkpoints and --resume is not given.
-    """
-    folder = paths.checkpoints_dir(name, cfg.run.tag)
-    newest = latest(folder)
-    if newest and not cfg.run.resume:
-        raise UserError(
-            f"{folder} already holds {newest.name}; continue it with --resume, "
-            "choose another --tag, or delete that folder"
-        )
+) -> Stage[DataLoader]:
+    """Plan the run, build the loader, and assemble the stage."""
+    newest = checkpoint_to_resume(name, cfg)
     T = model.config.context_length
 
     def make_loader(rows: int) -> DataLoader:
@@ -176,6 +233,35 @@ def set_up(
         rows_in_epochs=make_loader(1).num_rows,
     )
     model.recompute = cfg.batching.recompute
+    loader = make_loader(plan.device_batch_size)
+    return assemble(name, cfg, runtime, model, tokenizer, plan, loader, held_out, extra_meta)
+
+
+def checkpoint_to_resume(name: str, cfg: BaseConfig | MidConfig | RlConfig) -> Path | None:
+    """The newest checkpoint of the tag; UserError where there is one and --resume is not given."""
+    folder = paths.checkpoints_dir(name, cfg.run.tag)
+    newest = latest(folder)
+    if newest and not cfg.run.resume:
+        raise UserError(
+            f"{folder} already holds {newest.name}; continue it with --resume, "
+            "choose another --tag, or delete that folder"
+        )
+    return newest
+
+
+def assemble(
+    name: str,
+    cfg: BaseConfig | MidConfig | RlConfig,
+    runtime: Runtime,
+    model: GPT,
+    tokenizer: Tokenizer,
+    plan: Plan,
+    loader: L,
+    held_out: HeldOut,
+    extra_meta: dict[str, Any] | None = None,
+) -> Stage[L]:
+    """Build the optimizer, resume where that is asked for, and open the log."""
+    folder, newest = paths.checkpoints_dir(name, cfg.run.tag), checkpoint_to_resume(name, cfg)
     rules = parameter_rules(
         model,
         cfg.learning,
@@ -191,7 +277,6 @@ def set_up(
         world_size=runtime.world_size,
         muon_dtype=torch.float32 if native == torch.float16 else native,
     )
-    loader = make_loader(plan.device_batch_size)
     state = TrainState()
     loss_scale = LossScale() if runtime.dtype == torch.float16 else None
     if newest:
@@ -219,7 +304,7 @@ def set_up(
         tokenizer,
         plan,
         loader,
-        validation,
+        held_out,
         optimizer,
         log,
         checkpoints,
@@ -234,4 +319,6 @@ def set_up(
         return stage
     runtime.watch_signals()
     log.start(to_dict(cfg), to_dict(model.config), state)
+    if len(sources) > 1:
+        runtime.print(describe_mixture(sources, plan.tokens))
     return stage

@@ -4,7 +4,9 @@ Needs the encoded corpus (scripts.tok_encode). On several GPUs:
 `torchrun --nproc_per_node 8 -m scripts.base_train --depth 20`.
 """
 
-import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
 
 from nanochat.config import BaseConfig
 from nanochat.dataloader import Source
@@ -14,7 +16,7 @@ from nanochat.errors import UserError
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.launch import launch
 from nanochat.runtime import Runtime, seed_everything
-from nanochat.stage import Stage, set_up
+from nanochat.stage import HeldOut, Stage, set_up
 from nanochat.token_store import TokenStore
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import due, take, train_step
@@ -34,29 +36,54 @@ def open_store(corpus: str, split: str, tokenizer: Tokenizer) -> TokenStore:
 
 
 def build_sources(cfg: BaseConfig, tokenizer: Tokenizer, split: str = "train") -> list[Source]:
-    """The corpus, or a mixture of corpora by weight (tokens in those proportions)."""
-    if not cfg.mix:
-        return [Source(open_store(cfg.corpus, split, tokenizer), name=cfg.corpus)]
-    names, shares = zip(*(parse_share(part) for part in cfg.mix), strict=True)
-    stores = [open_store(name, split, tokenizer) for name in names]
-    # Shares are of tokens; a source's weight is passes over it, the first source sets the scale.
-    unit = stores[0].num_tokens / shares[0]
+    """The corpus, or the mixture of corpora."""
+    shares = parse_shares(cfg.mix, "--mix") if cfg.mix else {cfg.corpus: Fraction(1)}
+    return text_sources(shares, tokenizer, split)
+
+
+def parse_shares(parts: Sequence[str], flag: str) -> dict[str, Fraction]:
+    """`["climbmix:0.9", "org/name:column:0.1"]` -> each corpus and its share, exactly."""
+    shares: dict[str, Fraction] = {}
+    for part in parts:
+        name, _, number = part.rpartition(":")
+        try:
+            share = Fraction(number)
+        except (ValueError, ZeroDivisionError):
+            share = Fraction(0)
+        if not name or share <= 0:
+            raise UserError(
+                f"{flag} {part}: write a corpus and its share above 0, like climbmix:0.9"
+            )
+        if name in shares:
+            raise UserError(f"{flag} names {name} twice; give it once, with its whole share")
+        shares[name] = share
+    return shares
+
+
+def text_sources(
+    shares: Mapping[str, Fraction], tokenizer: Tokenizer, split: str = "train"
+) -> list[Source]:
+    """Corpora whose targets come in the proportion of their shares, exactly in the long run.
+
+    An epoch ends when the first corpus has been read once: nothing is repeated in it. The others
+    go on in the next epoch where they were.
+    """
+    stores = {name: open_store(name, split, tokenizer) for name in shares}
+    if len(stores) == 1:
+        return [Source(store, name=name) for name, store in stores.items()]
+    first: dict[Path, str] = {}
+    for name, store in stores.items():
+        other = first.setdefault(store.folder, name)
+        if other != name:
+            raise UserError(f"{other} and {name} are the same corpus; name it once")
+        if store.num_tokens == len(store):
+            raise UserError(f"{name} has no document of more than one token; leave it out")
+    targets = {name: store.num_tokens - len(store) for name, store in stores.items()}
+    epoch = min(targets[name] / share for name, share in shares.items())  # per unit of share
     return [
-        Source(store, weight=round(share * unit / store.num_tokens, 6), name=name)
-        for store, share, name in zip(stores, shares, names, strict=True)
+        Source(store, weight=epoch * shares[name] / targets[name], name=name)
+        for name, store in stores.items()
     ]
-
-
-def parse_share(part: str) -> tuple[str, float]:
-    """`climbmix:0.9` -> ("climbmix", 0.9)."""
-    name, _, share = part.rpartition(":")
-    try:
-        value = float(share)
-    except ValueError:
-        value = 0.0
-    if not name or not 0 < value < math.inf:
-        raise UserError(f"--mix {part}: write a corpus and its share above 0, like climbmix:0.9")
-    return name, value
 
 
 def sample_texts(
@@ -94,7 +121,7 @@ def main(cfg: BaseConfig, runtime: Runtime) -> Stage:
         model,
         tokenizer,
         build_sources(cfg, tokenizer),
-        {"bpb": build_sources(cfg, tokenizer, "val")},
+        HeldOut(build_sources(cfg, tokenizer, "val")),
     )
     if stage.finished:
         return stage

@@ -4,6 +4,9 @@ Every token is trained (`--prompt-weight 1`), in conversation format, while a sh
 pretraining text is replayed (`--replay`): without it a small model forgets within minutes.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -15,39 +18,64 @@ from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.launch import launch
 from nanochat.runtime import Runtime, seed_everything
-from nanochat.stage import Stage, set_up
+from nanochat.stage import HeldOut, Stage, set_up
 from nanochat.token_store import conversations_store
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import due, take, train_step
-from scripts.base_train import open_store
-from tasks.registry import build_mixture
+from scripts.base_train import parse_shares, text_sources
+from tasks.registry import build_halves, split_weight
 
 
-def build_sources(cfg: MidConfig, tokenizer: Tokenizer, split: str = "train") -> list[Source]:
-    """The tasks of `--mix`, each with its weight, and the replayed share of pretraining text."""
-    mixture = build_mixture(cfg.mix, split, seed=cfg.run.seed)
-    sources = [
-        Source(
-            conversations_store(task, tokenizer, system=cfg.system, bad_rows=cfg.bad_rows),
-            weight=weight,
-            prompt_weight=cfg.prompt_weight,
-            name=task.name,
-        )
-        for task, weight in zip(mixture.tasks, mixture.weights, strict=True)
-    ]
-    if not 0 <= cfg.replay < 1:
-        raise UserError(f"--replay {cfg.replay} must be at least 0 and below 1")
-    if cfg.replay:
-        text = open_store(cfg.corpus, split, tokenizer)
-        tokens = sum(float(source.weight) * source.store.num_tokens for source in sources)
-        passes = tokens * cfg.replay / (1 - cfg.replay) / text.num_tokens
-        sources.append(Source(text, weight=f"{max(passes, 1e-4):.4f}", name=cfg.corpus))
+def task_sources(cfg: MidConfig, tokenizer: Tokenizer, split: str = "train") -> list[Source]:
+    """The tasks of `--mix`, each with its weight; the split val is what is held out of them."""
+    sources = []
+    for spec in cfg.mix:
+        name, weight = split_weight(spec)
+        train, held_out = build_halves(name)
+        task = train if split == "train" else held_out
+        if task is None:
+            continue
+        try:
+            store = conversations_store(task, tokenizer, system=cfg.system, bad_rows=cfg.bad_rows)
+        except UserError:
+            if split == "train" or cfg.bad_rows == "error":
+                raise
+            continue  # all of the few rows held out are bad
+        sources.append(Source(store, weight, cfg.prompt_weight, task.name))
     return sources
 
 
-def build_validation(cfg: MidConfig, tokenizer: Tokenizer) -> dict[str, list[Source]]:
-    """Bits per byte of the pretraining corpus: what mid-training may cost."""
-    return {"bpb": [Source(open_store(cfg.corpus, "val", tokenizer), name=cfg.corpus)]}
+def replayed(cfg: MidConfig, tokenizer: Tokenizer, split: str = "train") -> list[Source]:
+    """The pretraining corpora of `--corpus`, in the proportion of their shares."""
+    single = len(cfg.corpus) == 1
+    shares = {cfg.corpus[0]: Fraction(1)} if single else parse_shares(cfg.corpus, "--corpus")
+    return text_sources(shares, tokenizer, split)
+
+
+def build_sources(cfg: MidConfig, tokenizer: Tokenizer, split: str = "train") -> list[Source]:
+    """The tasks of `--mix`, and pretraining text as `--replay` of all targets."""
+    sources = task_sources(cfg, tokenizer, split)
+    if not 0 <= cfg.replay < 1:
+        raise UserError(f"--replay {cfg.replay} must be at least 0 and below 1")
+    if cfg.replay and sources:
+        texts = replayed(cfg, tokenizer, split)
+        replay = Fraction(str(cfg.replay))
+        scale = replay / (1 - replay) * _targets(sources) / _targets(texts)
+        sources += [replace(text, weight=Fraction(text.weight) * scale) for text in texts]
+    return sources
+
+
+def _targets(sources: Sequence[Source]) -> Fraction:
+    """Of an epoch."""
+    return sum(
+        (Fraction(str(s.weight)) * (s.store.num_tokens - len(s.store)) for s in sources),
+        start=Fraction(0),
+    )
+
+
+def build_held_out(cfg: MidConfig, tokenizer: Tokenizer) -> HeldOut:
+    """Pretraining text, for what it may cost, and conversations, for what is learned."""
+    return HeldOut(replayed(cfg, tokenizer, "val"), task_sources(cfg, tokenizer, "val"))
 
 
 def load_source(
@@ -73,16 +101,18 @@ def prepare(name: str, cfg: MidConfig, runtime: Runtime) -> Stage:
     model, meta = load_source(cfg, runtime, tokenizer)
     # Rank 0 of each machine builds the stores, the others then find them.
     if runtime.local_rank == 0:
-        build_sources(cfg, tokenizer)
+        sources, held_out = build_sources(cfg, tokenizer), build_held_out(cfg, tokenizer)
     runtime.barrier()
+    if runtime.local_rank != 0:
+        sources, held_out = build_sources(cfg, tokenizer), build_held_out(cfg, tokenizer)
     return set_up(
         name,
         cfg,
         runtime,
         model,
         tokenizer,
-        build_sources(cfg, tokenizer),
-        build_validation(cfg, tokenizer),
+        sources,
+        held_out,
         {"source": {"stage": meta["stage"], "tag": meta["tag"], "step": meta["step"]}},
     )
 

@@ -54,8 +54,8 @@ class Config:
     """Write a self-contained page instead of printing."""
     tag: str = "default"
     """Take the settings of this run of the stage, where it has a checkpoint."""
-    corpus: str | None = None
-    """Pretraining corpus, instead of the stage's."""
+    corpus: tuple[str, ...] = ()
+    """Pretraining corpus, instead of the stage's; several by share for mid and sft."""
     mix: tuple[str, ...] = ()
     """Mixture, instead of the stage's."""
     replay: float | None = None
@@ -425,10 +425,13 @@ def stage_settings(cfg: Config) -> tuple[BaseConfig | MidConfig, int | None, str
         origin = f"the settings of {cfg.stage}/{cfg.tag}"
     elif isinstance(stage, BaseConfig):
         context = stage.context_length
+    if isinstance(stage, BaseConfig) and len(cfg.corpus) > 1:
+        raise UserError(f"--stage base takes one --corpus, or several as --mix: {cfg.corpus}")
+    corpus = cfg.corpus[0] if isinstance(stage, BaseConfig) and cfg.corpus else cfg.corpus or None
     overrides = {
         name: value
         for name, value in (
-            ("corpus", cfg.corpus),
+            ("corpus", corpus),
             ("mix", cfg.mix or None),
             ("replay", cfg.replay),
             ("prompt_weight", cfg.prompt_weight),

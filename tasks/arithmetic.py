@@ -262,6 +262,8 @@ class Arithmetic(Task):
     has 2-3 steps, numbers up to 9999 and often one that does not matter.
     """
 
+    VAL_BY_CONTENT = True
+
     def __init__(self, split: str, size: int | None = None, level: int = 1, seed: int = 0):
         super().__init__("arithmetic" if level == 1 else f"arithmetic-level{level}", split)
         if level not in LEVELS:

@@ -31,6 +31,7 @@ Conversation: TypeAlias = dict[str, Any]
 EvalType = Literal["categorical", "generative"]
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+HELD_OUT_ROWS, HELD_OUT_ONE_IN = 64, 50
 
 
 class Task(ABC):
@@ -44,6 +45,8 @@ class Task(ABC):
     eval_type: EvalType = "generative"
     VERSION: ClassVar[int] = 1
     """Raise it when the same settings begin to give other rows: stores are then rebuilt."""
+    VAL_BY_CONTENT: ClassVar[bool] = False
+    """Whether there is a split val with nothing in it that is in train."""
 
     def __init__(self, name: str, split: str):
         self.name = name
@@ -136,6 +139,58 @@ class TaskSlice(Task):
 
     def reward(self, conversation: Conversation, completion: str) -> float:
         return self.task.reward(conversation, completion)
+
+
+class TaskRest(Task):
+    """The rows of a task that a slice of it leaves out, in order."""
+
+    def __init__(self, part: TaskSlice):
+        super().__init__(part.name, part.split)
+        self.eval_type = part.eval_type
+        self.task = part.task
+        self.removed = part.indices
+        if len(self) == 0:
+            raise UserError(f"nothing is left of {part.name}/{part.split}; take fewer rows out")
+
+    def __len__(self) -> int:
+        return len(self.task) - len(self.removed)
+
+    def locate(self, index: int) -> int:
+        """The row of the task. Each stretch of step - 1 rows is followed by one that is removed."""
+        start, step, count = self.removed.start, self.removed.step, len(self.removed)
+        if index < start:
+            return index
+        passed = (index - start) // (step - 1) + 1 if step > 1 else count
+        return index + min(passed, count)
+
+    def row(self, index: int) -> Conversation:
+        return self.task[self.locate(index)]
+
+    def where(self, index: int) -> str:
+        return self.task.where(self.locate(index))
+
+    def settings(self) -> dict[str, Any]:
+        rows = self.removed
+        return {"task": self.task.fingerprint(), "without": [rows.start, rows.stop, rows.step]}
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return self.task.evaluate(conversation, completion)
+
+    def reward(self, conversation: Conversation, completion: str) -> float:
+        return self.task.reward(conversation, completion)
+
+
+def hold_out(task: Task) -> tuple[Task, Task | None]:
+    """(what to train on, what is held out to watch training by): every n-th row, up to 64 in all.
+
+    At most one row in fifty; of a task with fewer than fifty nothing is held out.
+    """
+    count = min(HELD_OUT_ROWS, len(task) // HELD_OUT_ONE_IN)
+    if count == 0:
+        return task, None
+    step = len(task) // count
+    part = TaskSlice(task, step - 1, step * count, step)
+    return TaskRest(part), part
 
 
 class _Joined(Task):

@@ -16,7 +16,7 @@ from typing import Any
 from nanochat.errors import UserError
 from tasks.arc import ARC
 from tasks.arithmetic import Arithmetic
-from tasks.common import Task, TaskMixture, show
+from tasks.common import HELD_OUT_ROWS, Task, TaskMixture, TaskSlice, hold_out, show
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
@@ -94,6 +94,22 @@ def split_weight(spec: str) -> tuple[str, float]:
 def build_mixture(specs: Sequence[str], split: str, seed: int = 0, **options: Any) -> TaskMixture:
     weighted = [split_weight(spec) for spec in specs]
     return TaskMixture([(build(spec, split, **options), w) for spec, w in weighted], seed)
+
+
+def build_halves(spec: str, **options: Any) -> tuple[Task, Task | None]:
+    """A task's rows to train on, and rows to watch training by, none of them among the former.
+
+    These are the split val where its content is disjoint from train's, else some of train's own
+    rows: a test split is for the end, and not every data set has a third one.
+    """
+    train = build(spec, "train", **options)
+    if not train.VAL_BY_CONTENT:
+        return hold_out(train)
+    try:
+        val = build(spec, "val", **options)
+    except UserError:  # a list with a few words may have none for val
+        return hold_out(train)
+    return train, TaskSlice(val, 0, HELD_OUT_ROWS)
 
 
 def main(*names: str) -> None:

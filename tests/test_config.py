@@ -37,6 +37,19 @@ def test_flags_have_no_prefix_and_survive_json(cls: type[Any]) -> None:
     assert from_dict(cls, json.loads(json.dumps(to_dict(config)))) == config
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--mix a:1 b:2",
+        "--mix a:1 --mix b:2",
+        "--mix=a:1 --depth 3 --mix b:2",
+        "--mix a:1 --mix=b:2",
+    ],
+)
+def test_a_list_may_be_given_in_one_flag_or_in_several(argv: str) -> None:
+    assert parse(BaseConfig, [*argv.split(), "--portable"]).mix == ("a:1", "b:2")
+
+
 def test_lists_and_switches() -> None:
     base = parse(BaseConfig, ["--mix", "a:0.9", "b:0.1", "--portable", "--kv-heads", "2"])
     assert (base.mix, base.portable, base.kv_heads) == (("a:0.9", "b:0.1"), True, 2)
@@ -94,6 +107,10 @@ def test_from_dict_takes_defaults_and_refuses_the_unknown() -> None:
         from_dict(Old, {"zoom": 1}, "meta.json")
     with pytest.raises(UserError, match=r"x\.old: unknown setting b"):
         from_dict(Nested, {"old": {"b": 3}}, "x")
+
+
+def test_a_list_saved_as_its_only_value_is_read() -> None:
+    assert from_dict(MidConfig, {"corpus": "bbe"}).corpus == ("bbe",)
 
 
 def test_model_configuration_survives_json() -> None:

@@ -401,7 +401,20 @@ class Engine:
         index: int = 0,
         streaming: bool = False,
     ) -> Request:
-        """Queue a prompt; `step()` does the work.
+        """Queue a prompt; `step()` does the work. Raises UserError as `prepare` does."""
+        request = self.prepare(prompt, params, num_samples, index, streaming)
+        self.enqueue(request)
+        return request
+
+    def prepare(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        num_samples: int = 1,
+        index: int = 0,
+        streaming: bool = False,
+    ) -> Request:
+        """Check a prompt without queueing it yet; any thread may do this.
 
         Raises UserError for a prompt that is empty, has unknown ids or leaves no room in the
         context for a single token.
@@ -420,7 +433,7 @@ class Engine:
                 f"a prompt of {len(prompt)} tokens leaves no room for an answer in the context of "
                 f"{self.context_length}; shorten it"
             )
-        request = Request(
+        return Request(
             prompt,
             params,
             index,
@@ -428,8 +441,10 @@ class Engine:
             streaming,
             min(params.max_tokens, room),
         )
+
+    def enqueue(self, request: Request) -> None:
+        """Queue a prepared request."""
         self._waiting.append(request)
-        return request
 
     def step(self) -> list[Event]:
         """Read a chunk of waiting prompts, if there is room for them, and decode one token per row.

@@ -1,0 +1,125 @@
+"""Serve models in the browser and with OpenAI's HTTP interface: `python -m scripts.chat_web`.
+
+The page is at http://127.0.0.1:8000; any OpenAI client works with base URL
+http://127.0.0.1:8000/v1. To be reached from other machines it takes `--host 0.0.0.0`, and then
+better an `--api-key` too. `docs/serving.md` tells more.
+"""
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Literal
+
+import uvicorn
+
+from nanochat.checkpoint_manager import load_model
+from nanochat.engine import Engine, python_tool
+from nanochat.errors import UserError
+from nanochat.launch import launch
+from nanochat.runtime import Runtime
+from nanochat.server import Limits, Served, Service, create_app
+
+
+@dataclass(frozen=True)
+class Config:
+    source: tuple[str, ...] = ("sft",)
+    """Models to offer, the first by default: stages, stage/tag, or checkpoint folders."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all of this machine's."""
+    port: int = 8000
+    """Port to listen on."""
+    api_key: str | None = None
+    """Ask clients for this key."""
+    cors: tuple[str, ...] = ()
+    """Origins whose pages may call this server, such as https://example.org; * for any."""
+    allow_host: tuple[str, ...] = ()
+    """Further names this server is reached by (through a proxy), when it listens on 127.0.0.1."""
+    temperature: float = 0.6
+    """For requests that don't say."""
+    top_k: int = 50
+    """For requests that don't say; 0 = all."""
+    max_tokens: int = 512
+    """Longest answer for requests that don't say."""
+    max_slots: int = 32
+    """Samples decoded at once."""
+    max_queue: int = 128
+    """Samples that may wait; beyond that clients are told to come back later (429)."""
+    tools: bool = True
+    """Let the models use the calculator."""
+    python_tool: bool = False
+    """Let the models run Python in the sandbox instead."""
+    sandbox: Literal["strict", "best-effort"] = "strict"
+    """strict refuses to run Python where a layer of the sandbox is missing."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Activation dtype."""
+
+
+def load(cfg: Config, runtime: Runtime) -> list[Served]:
+    """The models to offer."""
+    if not cfg.source:
+        raise UserError("--source needs at least one model")
+    tool = python_tool(cfg.sandbox) if cfg.python_tool else cfg.tools
+    models = []
+    for source in cfg.source:
+        model, tokenizer, meta = load_model(source, device=runtime.device, dtype=runtime.dtype)
+        # Only the compute dtype is read; the float32 masters are for training.
+        model.to(runtime.dtype)
+        run_config = meta.get("run_config") or {}
+        models.append(
+            Served(
+                name=source,
+                engine=Engine(model, tokenizer, max_slots=cfg.max_slots, tools=tool),
+                chat=meta.get("stage") != "base",
+                system="merge" if run_config.get("system") == "merge" else "tokens",
+                parameters=sum(model.num_parameters().values()),
+            )
+        )
+    return models
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; UserError names the remedy where that is not possible."""
+    if not 0 <= port < 65536:
+        raise UserError(f"cannot listen on port {port}; choose a --port from 0 (any) to 65535")
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family)
+        if os.name == "posix":  # elsewhere it would take a port that is in use
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {host} port {port} ({error}); choose another --port or --host"
+        ) from None
+    return listener
+
+
+def main(cfg: Config, runtime: Runtime) -> None:
+    local = cfg.host in ("127.0.0.1", "localhost", "::1")
+    hosts = None
+    if local:
+        hosts = ("127.0.0.1", "localhost", "[::1]", *(name.lower() for name in cfg.allow_host))
+    listener = listen(cfg.host, cfg.port)
+    limits = Limits(
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        max_tokens=cfg.max_tokens,
+        max_queue=cfg.max_queue,
+    )
+    service = Service(load(cfg, runtime), limits)
+    app = create_app(service, api_key=cfg.api_key, cors=cfg.cors, hosts=hosts)
+    port = listener.getsockname()[1]
+    shown = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
+    runtime.print(f"serving {', '.join(cfg.source)} at http://{shown}:{port}  (Ctrl-C ends)")
+    if not local and cfg.api_key is None:
+        runtime.print("anyone who reaches this address can use it: consider --api-key")
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
+    )
+    server.run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    launch(main, Config, __doc__)

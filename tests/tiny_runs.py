@@ -100,7 +100,7 @@ def mid_config(text: str, **changes: Any) -> MidConfig:
         duration=Duration(num_steps=6),
         evaluating=Evaluating(eval_every=0, eval_tokens=512),
         saving=Saving(save_every=2, keep_last=0),
-        corpus=text,
+        corpus=(text,),
         mix=("arithmetic:60:1", "customjson:0.1"),
     )
     return changed(config, **changes)
@@ -114,7 +114,7 @@ def sft_config(text: str, **changes: Any) -> SftConfig:
         duration=mid.duration,
         evaluating=mid.evaluating,
         saving=mid.saving,
-        corpus=text,
+        corpus=(text,),
         mix=mid.mix,
     )
     return changed(config, **changes)

@@ -293,3 +293,85 @@ class SftConfig(MidConfig):
     source: str = "mid"
     replay: float = 0.0
     prompt_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What is sampled for a step."""
+
+    prompts_per_step: int = 16
+    """Prompts of a rollout over all ranks, in the order of the mixture (dpo: pairs)."""
+    group_size: int = 16
+    """Answers to each prompt; their mean reward is the baseline."""
+    temperature: float = 1.0
+    """Of sampling, and of the loss, which scores what was sampled; at least 0.5."""
+    max_tokens: int = 256
+    """Longest answer. Longer ones are cut off and not trained on."""
+    max_slots: int = 64
+    """Answers that a rank decodes at once."""
+    updates_per_rollout: int = 1
+    """Optimizer steps on each rollout; above 1 with CISPO's clipped importance weights."""
+    max_importance: float = 2.0
+    """Upper bound of these weights."""
+    format_bonus: float = 0.0
+    """Added in training to the reward of an answer that its task can read, right or wrong."""
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Direct preference optimisation (--algo dpo)."""
+
+    pairs: str = ""
+    """A .jsonl file with lines {"messages": [...], "chosen": "...", "rejected": "..."}."""
+    beta: float = 0.1
+    """How firmly the model is held to where it began."""
+    length_normalised: bool = False
+    """Compare log-probabilities per token; beta then has to be larger, such as 2."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What to do with a line that is no pair, or too long."""
+
+
+@dataclass(frozen=True)
+class RlEvaluating(Evaluating):
+    """What is measured on the way."""
+
+    eval_every: int = 20
+    """Optimizer steps between evaluations (also at the start and at the end); 0 = both ends."""
+    eval_tokens: tyro.conf.Suppress[int] = 0
+    eval_problems: int = 128
+    """Held-out problems (dpo: pairs) over all tasks."""
+    eval_samples: int = 4
+    """Answers drawn to each of them beside the greedy one."""
+    sample_every: int = 0
+    """Optimizer steps between printed rollouts; 0 = only the last one."""
+
+
+@dataclass(frozen=True)
+class RlConfig:
+    """Reinforcement learning on tasks with rewards, or preference optimisation on pairs."""
+
+    run: Run = field(default_factory=Run)
+    rollouts: Rollouts = field(default_factory=Rollouts)
+    preferences: Preferences = field(default_factory=Preferences)
+    learning: Learning = field(
+        default_factory=lambda: Learning(lr_scale=0.05, warmup=0.0, warmdown=1.0, weight_decay=0.0)
+    )
+    evaluating: RlEvaluating = field(default_factory=RlEvaluating)
+    saving: Saving = field(default_factory=Saving)
+    algo: Literal["reinforce", "dpo"] = "reinforce"
+    """Policy gradient on rollouts, or direct preference optimisation on pairs."""
+    source: str = "sft"
+    """Where the weights come from: a stage, stage/tag, or a checkpoint folder."""
+    mix: tuple[str, ...] = ("gsm8k",)
+    """Tasks with rewards as NAME[:options][:weight]."""
+    num_steps: int | None = None
+    """Optimizer steps; default: as many as --epochs has."""
+    epochs: int = 1
+    """Passes over the prompts (dpo: pairs)."""
+    device_batch_size: Literal["auto"] | int = "auto"
+    """Rows per rank and micro-batch; auto: the largest that fits."""
+    recompute: bool = False
+    """Recompute each block's activations in the backward pass: less memory, about 30 % slower."""
+    system: Literal["auto", "tokens", "merge"] = "auto"
+    """System message in its own tokens, or merged into the first user message; auto: as the source
+    was trained."""

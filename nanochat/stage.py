@@ -234,7 +234,10 @@ def set_up(
     )
     model.recompute = cfg.batching.recompute
     loader = make_loader(plan.device_batch_size)
-    return assemble(name, cfg, runtime, model, tokenizer, plan, loader, held_out, extra_meta)
+    stage = assemble(name, cfg, runtime, model, tokenizer, plan, loader, held_out, extra_meta)
+    if len(sources) > 1 and not stage.finished:
+        runtime.print(describe_mixture(sources, plan.tokens))
+    return stage
 
 
 def checkpoint_to_resume(name: str, cfg: BaseConfig | MidConfig | RlConfig) -> Path | None:
@@ -319,6 +322,4 @@ def assemble(
         return stage
     runtime.watch_signals()
     log.start(to_dict(cfg), to_dict(model.config), state)
-    if len(sources) > 1:
-        runtime.print(describe_mixture(sources, plan.tokens))
     return stage

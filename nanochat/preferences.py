@@ -1,0 +1,261 @@
+"""Direct preference optimisation (DPO, arXiv 2305.18290): pairs, their store, their weights.
+
+P pairs; document 2i of a store is pair i's chosen answer, document 2i + 1 the rejected one
+
+The loss of a pair is -log sigmoid(beta (m_chosen - m_rejected)), where an answer's margin m is its
+log-probability minus that under the reference, the model training began with. Its gradient is that
+of sum(w nll), w being +beta sigmoid(-beta (m_chosen - m_rejected)) on the tokens of the chosen
+answer and minus that on those of the rejected one: DPO is a batch like any other.
+"""
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from nanochat import conversation, paths
+from nanochat.errors import UserError
+from nanochat.gpt import GPT
+from nanochat.rl import Rows, Sample, pack_samples, score
+from nanochat.runtime import Runtime
+from nanochat.token_store import StoreWriter, TokenStore
+from nanochat.tokenizer import SystemStyle, Tokenizer
+
+VERSION = 1
+
+
+def read_pairs(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where, value) of each line of a .jsonl file; blank lines are left out."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--pairs {path} cannot be read ({error}); give a .jsonl file with lines like "
+            '{"messages": [...], "chosen": "...", "rejected": "..."}'
+        ) from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{path.name} line {number}"
+            try:
+                yield where, json.loads(line)
+            except ValueError as error:
+                yield where, error
+
+
+def encode_pair(
+    pair: Any, where: str, tokenizer: Tokenizer, max_tokens: int, system: SystemStyle
+) -> list[tuple[list[int], list[int]]]:
+    """(ids, mask) of the chosen and of the rejected answer, the mask 1 on the answer alone.
+
+    Raises UserError for a line that is no pair, and for one longer than `max_tokens`.
+    """
+    if not isinstance(pair, dict) or not {"messages", "chosen", "rejected"} <= pair.keys():
+        shown = str(pair)[:60]
+        raise UserError(f"{where}: expected an object with messages, chosen, rejected; got {shown}")
+    conversation.validate({"messages": pair["messages"]}, where, last_role="user")
+    prompt = {"messages": pair["messages"]}
+    before = len(tokenizer.render_for_completion(prompt, system))
+    documents = []
+    for key in ("chosen", "rejected"):
+        answer = {"role": "assistant", "content": pair[key]}
+        full = {"messages": [*pair["messages"], answer]}
+        conversation.validate(full, f"{where}, {key}")
+        ids, mask = tokenizer.render_conversation(full, system=system)
+        if len(ids) > max_tokens:
+            raise UserError(
+                f"{where}: with its {key} answer it has {len(ids)} tokens, the context takes "
+                f"{max_tokens}; shorten it, or leave such lines out with --bad-rows skip"
+            )
+        documents.append((ids, [0] * before + mask[before:]))
+    if documents[0] == documents[1]:
+        raise UserError(f"{where}: chosen and rejected are equal; there is nothing to prefer")
+    return documents
+
+
+def pairs_store(
+    path: Path,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    *,
+    system: SystemStyle = "tokens",
+    bad_rows: Literal["error", "skip"] = "error",
+) -> TokenStore:
+    """The encoded pairs of a file, under `stores_dir()`; reused while the file stays the same."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"--pairs {path} cannot be read: {error}") from error
+    content = hashlib.sha256(data).hexdigest()
+    settings = json.dumps([content, max_tokens, system, bad_rows, VERSION])
+    fingerprint = hashlib.sha256(settings.encode()).hexdigest()
+    digest = hashlib.sha256((tokenizer.hash + fingerprint).encode()).hexdigest()[:10]
+    folder = paths.stores_dir() / f"pairs-{digest}"
+    store = TokenStore.open_if_current(folder, tokenizer.hash, fingerprint)
+    if store is not None:
+        return store
+    skipped: list[str] = []
+    with StoreWriter(
+        folder,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_hash=tokenizer.hash,
+        fingerprint=fingerprint,
+        with_mask=True,
+    ) as writer:
+        for where, pair in read_pairs(path):
+            try:
+                documents = encode_pair(pair, where, tokenizer, max_tokens, system)
+            except UserError as error:
+                if bad_rows == "error":
+                    raise
+                skipped.append(str(error))
+                continue
+            for ids, mask in documents:
+                writer.add(ids, mask)
+        if writer.num_documents == 0:
+            first = f"; the first of {len(skipped)} bad lines: {skipped[0]}" if skipped else ""
+            raise UserError(f"--pairs {path} holds no pair{first}")
+        writer.extra["skipped"] = skipped
+    return TokenStore.open(folder, tokenizer.hash)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """An open store with the reference's log-probabilities."""
+
+    store: TokenStore
+    reference: np.ndarray
+    """(documents,) float64: log-probability of each answer under the reference."""
+
+    def __len__(self) -> int:
+        return len(self.store) // 2
+
+    def samples(self, indices: Sequence[int]) -> list[Sample]:
+        """Chosen and rejected answer of each pair in turn."""
+        return [
+            Sample(self.store.ids(d).tolist(), self._mask(d).tolist())
+            for i in indices
+            for d in (2 * i, 2 * i + 1)
+        ]
+
+    def of_reference(self, indices: Sequence[int]) -> torch.Tensor:
+        """(2 len(indices),) in the order of `samples`."""
+        documents = [d for i in indices for d in (2 * i, 2 * i + 1)]
+        return torch.from_numpy(self.reference[documents])
+
+    def _mask(self, document: int) -> np.ndarray:
+        mask = self.store.mask(document)
+        assert mask is not None
+        return mask
+
+
+def with_reference(
+    store: TokenStore, model: GPT, name: str, rows_per_batch: int, runtime: Runtime
+) -> Pairs:
+    """Score every answer with the model as it is now, and keep the result in the store's folder.
+
+    `name` says which model that is; what is there under that name is reused. Every rank calls it
+    and scores a part.
+    """
+    path = store.folder / f"reference-{name}.npy"
+    known = None
+    if runtime.is_main and path.is_file():
+        try:
+            known = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            known = None
+        if known is not None and known.shape != (len(store),):
+            known = None
+    known = runtime.broadcast_object(known)
+    if known is not None:
+        return Pairs(store, known)
+    pairs = Pairs(store, np.zeros(len(store)))
+    logprobs = torch.zeros(len(store), dtype=torch.float64)
+    mine = range(len(pairs))[runtime.rank :: runtime.world_size]
+    for start in range(0, len(mine), 64):
+        block = mine[start : start + 64]
+        answers, _ = answer_logprobs(model, pairs, block, rows_per_batch)
+        logprobs[[d for i in block for d in (2 * i, 2 * i + 1)]] = answers
+    if runtime.world_size > 1:
+        logprobs = runtime.all_reduce_sum(logprobs.to(runtime.device)).cpu()
+    values = logprobs.numpy()
+    if runtime.local_rank == 0:
+        buffer = io.BytesIO()
+        np.save(buffer, values, allow_pickle=False)
+        paths.atomic_write(path, buffer.getvalue())
+    return Pairs(store, values)
+
+
+def answer_logprobs(
+    model: GPT, pairs: Pairs, indices: Sequence[int], rows_per_batch: int, fill_up: bool = False
+) -> tuple[torch.Tensor, list[Rows]]:
+    """Log-probability (2 len(indices),) float64 of every answer, and the rows it was read from."""
+    samples = pairs.samples(indices)
+    T = model.config.context_length
+    rows = pack_samples(samples, T, rows_per_batch, model.device, fill_up=fill_up)
+    sums = torch.zeros(len(samples), dtype=torch.float64)
+    for r, nll in zip(rows, score(model, rows), strict=True):
+        r.sum_by_sample(-nll, sums)
+    return sums, rows
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """What DPO thinks of some pairs."""
+
+    margins: torch.Tensor
+    """(P,) float64: m_chosen - m_rejected, per token if `length_normalised`."""
+    losses: torch.Tensor
+    """(P,) float64."""
+    weights: torch.Tensor
+    """(2 P,) float64: of each answer's tokens in sum(w nll), chosen and rejected in turn."""
+
+
+def pair_scores(
+    ours: torch.Tensor,
+    reference: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    beta: float,
+    length_normalised: bool = False,
+) -> PairScores:
+    """ours, reference, lengths: (2 P,) log-probabilities and token counts of the answers in turn.
+
+    With `length_normalised` an answer's margin is divided by its number of tokens, so that a long
+    answer counts as much as a short one; beta then has to be larger by about that number.
+    """
+    size = lengths.double() if length_normalised else torch.ones_like(ours)
+    per_answer = (ours - reference) / size
+    margins = per_answer[0::2] - per_answer[1::2]
+    push = beta * torch.sigmoid(-beta * margins)
+    weights = torch.stack([push, -push], dim=1).flatten() / size
+    return PairScores(margins, torch.nn.functional.softplus(-beta * margins), weights)
+
+
+def answer_lengths(samples: Sequence[Sample]) -> torch.Tensor:
+    """(len(samples),) tokens of each answer."""
+    return torch.tensor([sum(sample.mask) for sample in samples])
+
+
+def tally_pairs(scores: PairScores, ours: torch.Tensor) -> dict[str, float]:
+    """Sums over pairs; a tie is half a win."""
+    wins = (torch.sign(scores.margins) + 1) / 2
+    return {
+        "pairs": float(len(scores.margins)),
+        "pair_loss": scores.losses.sum().item(),
+        "pair_wins": wins.sum().item(),
+        "margin": scores.margins.sum().item(),
+        "chosen_logprob": ours[0::2].sum().item(),
+        "rejected_logprob": ours[1::2].sum().item(),
+    }
+
+
+def check_preferences(beta: float) -> None:
+    if not 0 < beta < math.inf:
+        raise UserError(f"--beta {beta} must be above 0 and finite, such as 0.1")

@@ -63,8 +63,8 @@ else
             vocabulary=4096 problems=200
             base=(--depth 4 --context-length 256 --num-steps 440 --save-every 110 --eval-every 110)
             chat=(--save-every 100 --eval-every 0)
-            mid_mix=(customjson:2 simplespelling:10000:1 spellingbee:5000:1 arithmetic:3000:1)
-            sft_mix=(customjson:2 simplespelling:5000:1 spellingbee:2000:1 arithmetic:1000:1)
+            mid_mix=(customjson:2 simplespelling:14000:1 spellingbee:5000:1 arithmetic:3000:1)
+            sft_mix=(customjson:2 simplespelling:8000:1 spellingbee:2000:1 arithmetic:1000:1)
             ;;
         smoke)
             vocabulary=512 problems=4
@@ -87,9 +87,9 @@ else
     run python -m scripts.base_eval --corpus "$corpus"
     # Replayed text and low rates keep what pretraining taught; the tasks learn fast enough.
     run python -m scripts.mid_train "${small[@]}" "${chat[@]}" --mix "${mid_mix[@]}" \
-        --replay 0.3 --lr-scale 0.6 --warmdown 0.5
+        --replay 0.3 --lr-scale 0.8 --warmdown 0.5
     run python -m scripts.chat_sft "${small[@]}" "${chat[@]}" --mix "${sft_mix[@]}" \
-        --replay 0.1 --lr-scale 0.25
+        --replay 0.15 --lr-scale 0.25
     for stage in base mid sft; do
         run python -m scripts.chat_eval --source "$stage" --max-problems "$problems" \
             "${tasks[@]/#/--task=}"

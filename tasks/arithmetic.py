@@ -303,6 +303,9 @@ class Arithmetic(Task):
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         return same_number(final_answer(completion), parse_number(conversation["answer"]))
 
+    def well_formed(self, conversation: Conversation, completion: str) -> bool:
+        return final_answer(completion) is not None
+
 
 if __name__ == "__main__":
     from tasks.registry import main

@@ -93,6 +93,10 @@ class Task(ABC):
             )
         return float(self.evaluate(conversation, completion))
 
+    def well_formed(self, conversation: Conversation, completion: str) -> bool:
+        """Whether there is an answer in `completion` that can be judged, right or wrong."""
+        return bool(completion.strip())
+
     def fingerprint(self) -> str:
         """Of name, split, settings, data and code version: the rows are equal where it is."""
         identity = [type(self).__name__, self.VERSION, self.name, self.split, self.settings()]
@@ -140,6 +144,9 @@ class TaskSlice(Task):
     def reward(self, conversation: Conversation, completion: str) -> float:
         return self.task.reward(conversation, completion)
 
+    def well_formed(self, conversation: Conversation, completion: str) -> bool:
+        return self.task.well_formed(conversation, completion)
+
 
 class TaskRest(Task):
     """The rows of a task that a slice of it leaves out, in order."""
@@ -178,6 +185,9 @@ class TaskRest(Task):
 
     def reward(self, conversation: Conversation, completion: str) -> float:
         return self.task.reward(conversation, completion)
+
+    def well_formed(self, conversation: Conversation, completion: str) -> bool:
+        return self.task.well_formed(conversation, completion)
 
 
 def hold_out(task: Task) -> tuple[Task, Task | None]:
@@ -230,6 +240,10 @@ class _Joined(Task):
     def reward(self, conversation: Conversation, completion: str) -> float:
         task, conversation = self._unwrap(conversation)
         return task.reward(conversation, completion)
+
+    def well_formed(self, conversation: Conversation, completion: str) -> bool:
+        task, conversation = self._unwrap(conversation)
+        return task.well_formed(conversation, completion)
 
 
 class TaskMixture(_Joined):

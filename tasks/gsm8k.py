@@ -32,6 +32,9 @@ class GSM8K(HubTask):
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         return same_number(final_answer(completion), parse_number(conversation["answer"]))
 
+    def well_formed(self, conversation: Conversation, completion: str) -> bool:
+        return final_answer(completion) is not None
+
 
 def solution_parts(solution: str) -> list[dict[str, str]]:
     """Turn calculator annotations into tool calls.

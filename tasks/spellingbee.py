@@ -253,6 +253,9 @@ class SpellingBee(_WordTask):
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         return same_number(final_answer(completion), parse_number(conversation["answer"]))
 
+    def well_formed(self, conversation: Conversation, completion: str) -> bool:
+        return final_answer(completion) is not None
+
 
 def count_up(letter: str, count: int) -> str:
     """The count said one by one.

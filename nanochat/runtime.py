@@ -26,6 +26,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from nanochat.errors import UserError
 
+TIMEOUT = timedelta(minutes=30)
+"""For a collective to end, and for all ranks to come."""
 LAST_SAVE = 30.0
 """Seconds a failing rank gives a checkpoint that is being written."""
 
@@ -133,9 +135,7 @@ class Alarm:
     def __init__(self, rank: int, local_rank: int, world_size: int):
         self.rank, self.local_rank = rank, local_rank
         # A connection of its own: another thread may be waiting on the process group's.
-        self.store, _, _ = next(
-            rendezvous("env://", rank, world_size, timeout=timedelta(minutes=5))
-        )
+        self.store = job_store(rank, world_size)
         self.leaving = threading.Lock()
         """Held by the thread that ends the process."""
         self.closed = threading.Event()
@@ -206,6 +206,17 @@ class Alarm:
         _exit()
 
 
+def job_store(rank: int, world_size: int) -> Any:
+    """A new connection to the store through which the job's ranks find each other."""
+    store, _, _ = next(rendezvous("env://", rank, world_size, timeout=TIMEOUT))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's own store outlives a restart of the workers: what the ranks of the last attempt
+        # wrote must not be read as this one's (torch 2.13 hangs in that case).
+        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        return dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]
+    return store
+
+
 def _is_lost_connection(error: BaseException) -> bool:
     """Whether a collective failed because of another rank."""
     return isinstance(error, dist.DistError) or (
@@ -252,9 +263,10 @@ def start(device: str = "auto", dtype: str = "auto") -> Runtime:
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
+            store=job_store(rank, world_size),
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(minutes=30),
+            timeout=TIMEOUT,
             device_id=chosen if chosen.type == "cuda" else None,
         )
     chosen_dtype = best_dtype(chosen) if dtype == "auto" else DTYPES[dtype]

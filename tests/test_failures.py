@@ -232,7 +232,7 @@ def test_a_job_that_goes_well_ends_well(tmp_path: Path) -> None:
 
 
 TORCHRUN_JOB = """
-import sys
+import os
 from nanochat.errors import UserError
 from nanochat.launch import launch
 from test_failures import Config
@@ -240,27 +240,30 @@ from test_failures import Config
 def main(cfg, runtime):
     runtime.barrier()
     if runtime.rank == 1:
-        raise UserError("value 3, limit 2, remedy")
+        raise UserError(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']} failed")
     runtime.barrier()
 
 launch(main, Config, None)
 """
 
 
-def test_torchrun_quotes_the_reason(tmp_path: Path) -> None:
+def test_torchrun_restarts_the_job_and_quotes_the_reason(tmp_path: Path) -> None:
+    """Its store outlives the first attempt: the second must read nothing of it."""
     script = tmp_path / "job.py"
     script.write_text(TORCHRUN_JOB)
     root = Path(__file__).parent.parent
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     result = subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", str(script)],
+        [*torchrun, "--nproc-per-node", "2", "--max-restarts", "1", str(script)],
         env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"},
         capture_output=True,
         text=True,
         timeout=processes.TIMEOUT,
     )
     assert result.returncode == 1
-    assert "error: rank 1: value 3, limit 2, remedy\n" in result.stderr
-    assert "error: rank 0 stops, since rank 1 failed: value 3, limit 2" in result.stderr
+    for attempt in (0, 1):
+        assert f"error: rank 1: attempt {attempt} failed\n" in result.stderr
+        reason = f"error: rank 0 stops, since rank 1 failed: attempt {attempt} failed\n"
+        assert reason in result.stderr
     cause = result.stderr.split("Root Cause")[1]
-    assert "rank 1: value 3, limit 2, remedy" in cause
+    assert "rank 1: attempt 1 failed" in cause

@@ -1,0 +1,670 @@
+"""Reinforce a chat model on tasks with rewards: `python -m scripts.chat_rl --mix arithmetic`.
+
+Every step samples `--group-size` answers to each of `--prompts-per-step` prompts, calculator calls
+included, and makes those likelier that got more reward than the others to the same prompt
+(nanochat/rl.py has the algorithm). What is held out of the tasks' train split is answered on the
+way; the test split is for `scripts.chat_eval --source rl`.
+
+`--algo dpo --pairs pairs.jsonl` learns from pairs of a better and a worse answer instead
+(nanochat/preferences.py).
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat.checkpoint_manager import check_tokenizer, find, load_weights, read_meta
+from nanochat.config import Batching, Duration, RlConfig, from_dict
+from nanochat.conversation import parts
+from nanochat.engine import Completion, Engine, SamplingParams
+from nanochat.errors import UserError
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.launch import launch
+from nanochat.plan import make_plan
+from nanochat.preferences import (
+    Pairs,
+    PairScores,
+    answer_lengths,
+    answer_logprobs,
+    check_preferences,
+    pair_scores,
+    pairs_store,
+    tally_pairs,
+    with_reference,
+)
+from nanochat.rl import (
+    Group,
+    Judge,
+    Prompt,
+    RolloutPlan,
+    Rows,
+    RowStream,
+    Verdict,
+    agree_to_stop,
+    as_sample,
+    check_sampling,
+    checked_reward,
+    describe_tally,
+    mean_kl,
+    pack_samples,
+    policy_batches,
+    roll_out,
+    sum_over_ranks,
+    tally,
+)
+from nanochat.runtime import Runtime, seed_everything
+from nanochat.stage import HeldOut, Stage, assemble, checkpoint_to_resume
+from nanochat.token_store import TokenStore
+from nanochat.tokenizer import SystemStyle, Tokenizer
+from nanochat.train import StepStats, due, train_step
+from tasks.common import Conversation, Task, TaskSlice, pass_at_k
+from tasks.registry import build_halves, split_weight
+
+EVALUATION_SEED = 2**32
+"""Added to the run's seed: what is drawn to evaluate is drawn from streams of its own."""
+
+
+def main(cfg: RlConfig, runtime: Runtime) -> Stage[RowStream]:
+    check_config(cfg)
+    seed_everything(cfg.run.seed)
+    start = load_start(cfg, runtime)
+    cfg = replace(cfg, system=start.system)
+    return learn_pairs(cfg, runtime, start) if cfg.algo == "dpo" else reinforce(cfg, runtime, start)
+
+
+def check_config(cfg: RlConfig) -> None:
+    """UserError for values that make no sense."""
+    rollouts, evaluating = cfg.rollouts, cfg.evaluating
+    limits = (
+        ("num-steps", 1 if cfg.num_steps is None else cfg.num_steps, 1),
+        ("epochs", cfg.epochs, 1),
+        ("prompts-per-step", rollouts.prompts_per_step, 1),
+        ("max-tokens", rollouts.max_tokens, 1),
+        ("max-slots", rollouts.max_slots, 1),
+        ("updates-per-rollout", rollouts.updates_per_rollout, 1),
+        ("max-importance", rollouts.max_importance, 1),
+        ("format-bonus", rollouts.format_bonus, 0),
+        ("eval-problems", evaluating.eval_problems, 1),
+        ("eval-samples", evaluating.eval_samples, 1),
+        ("device-batch-size", 1 if cfg.device_batch_size == "auto" else cfg.device_batch_size, 1),
+    )
+    for flag, value, least in limits:
+        if not least <= value < math.inf:
+            raise UserError(f"--{flag} {value} must be at least {least}")
+    if cfg.algo == "dpo":
+        if not cfg.preferences.pairs:
+            raise UserError("--algo dpo needs --pairs FILE.jsonl")
+        check_preferences(cfg.preferences.beta)
+    elif rollouts.group_size < 2:
+        raise UserError(
+            f"--group-size {rollouts.group_size} leaves nothing to compare an answer with; "
+            "take at least 2"
+        )
+    updates = 1 if cfg.algo == "dpo" else rollouts.updates_per_rollout
+    if cfg.num_steps is not None and cfg.num_steps % updates:
+        raise UserError(
+            f"--num-steps {cfg.num_steps} must be a multiple of --updates-per-rollout {updates}"
+        )
+
+
+@dataclass(frozen=True)
+class Start:
+    """What training starts from, and is compared with."""
+
+    folder: Path
+    meta: dict[str, Any]
+    model: GPT
+    tokenizer: Tokenizer
+    system: SystemStyle
+
+
+def load_start(cfg: RlConfig, runtime: Runtime) -> Start:
+    """The source's model; a resumed run takes the step that it took when it began."""
+    newest = checkpoint_to_resume("rl", cfg)
+    step = read_meta(newest, verify=False)["source"]["step"] if newest else None
+    folder = find(cfg.source, step)
+    meta = read_meta(folder)
+    tokenizer = Tokenizer.load()
+    check_tokenizer(meta, tokenizer, folder)
+    trained = meta.get("run_config", {}).get("system", "tokens")
+    runtime.print(f"starting from {folder}")
+    return Start(
+        folder,
+        meta,
+        model_of(folder, meta, runtime),
+        tokenizer,
+        trained if cfg.system == "auto" else cfg.system,
+    )
+
+
+def model_of(folder: Path, meta: dict[str, Any], runtime: Runtime) -> GPT:
+    config = from_dict(GPTConfig, meta["model_config"], str(folder))
+    with torch.device("meta"):
+        model = GPT(config, runtime.dtype)
+    model.to_empty(device=runtime.device)
+    load_weights(folder, model)
+    return model
+
+
+def open_stage(
+    cfg: RlConfig,
+    runtime: Runtime,
+    start: Start,
+    stream: RowStream,
+    num_steps: int,
+    samples: int,
+    what: str,
+) -> Stage[RowStream]:
+    """Plan the run and assemble the stage; a step trains on at most `samples` documents."""
+    model, T = start.model, start.model.config.context_length
+    rows = 1 if cfg.device_batch_size == "auto" else cfg.device_batch_size
+    per_pass = rows * runtime.world_size
+    plan = make_plan(
+        model.config,
+        batching=Batching(
+            device_batch_size=cfg.device_batch_size,
+            total_batch_size=-(-samples // per_pass) * per_pass * T,
+            recompute=cfg.recompute,
+        ),
+        duration=Duration(num_steps=num_steps),
+        learning=cfg.learning,
+        sequence_length=T,
+        world_size=runtime.world_size,
+        device_type=runtime.device.type,
+        dtype=runtime.dtype,
+        memory_limit=runtime.memory_limit(),
+    )
+    model.recompute = cfg.recompute
+    source = {"stage": start.meta["stage"], "tag": start.meta["tag"], "step": start.meta["step"]}
+    return assemble(
+        "rl",
+        cfg,
+        runtime,
+        model,
+        start.tokenizer,
+        RolloutPlan(**vars(plan), what=what),
+        stream,
+        HeldOut([]),
+        {"source": source},
+    )
+
+
+def is_compiled(cfg: RlConfig, runtime: Runtime) -> bool:
+    """Then every micro-batch should have the same shape."""
+    return cfg.run.compile == "on" or (cfg.run.compile == "auto" and runtime.device.type == "cuda")
+
+
+def every_rounds(steps: int, updates: int) -> int:
+    """`steps` optimizer steps in whole rollouts, at least one; 0 stays 0."""
+    return -(-steps // updates)
+
+
+# Policy gradient
+
+
+def reinforce(cfg: RlConfig, runtime: Runtime, start: Start) -> Stage[RowStream]:
+    tasks, weights, held_out = open_tasks(cfg)
+    names = [task.name for task in tasks]
+    stream = RowStream([len(task) for task in tasks], weights, cfg.run.seed, names)
+    updates, prompts = cfg.rollouts.updates_per_rollout, cfg.rollouts.prompts_per_step
+    available = sum(stream.order.epoch_length(epoch) for epoch in range(cfg.epochs))
+    num_steps = cfg.num_steps or max(1, available // prompts) * updates
+    size = cfg.rollouts.group_size
+    what = f"{prompts} prompts x {size} answers" + (f" / {updates} updates" if updates > 1 else "")
+    stage = open_stage(cfg, runtime, start, stream, num_steps, prompts * size, what)
+    if stage.finished:
+        return stage
+    sampler = Sampler(cfg, stage, tasks, held_out, start)
+    first, rounds = stage.state.step // updates, num_steps // updates
+    for number in range(first, rounds + 1):
+        last = number == rounds
+        if number == first or due(number, every_rounds(cfg.evaluating.eval_every, updates), last):
+            sampler.evaluate()
+        save = due(number, every_rounds(cfg.saving.save_every, updates), last)
+        if number > first and (save or runtime.stop_requested):
+            stage.save()
+        if last or runtime.stop_requested:
+            break
+        rollout = sampler.roll_out()
+        every = every_rounds(cfg.evaluating.sample_every, updates)
+        if due(number, every, number == rounds - 1):
+            sampler.show(rollout)
+        for update in range(updates):
+            stage.record(*learn(cfg, stage, rollout, update))
+    stage.close()
+    return stage
+
+
+def open_tasks(cfg: RlConfig) -> tuple[list[Task], list[float], list[Task]]:
+    """What to train on, with which weights, and what is held out; all of it has rewards."""
+    tasks: list[Task] = []
+    weights: list[float] = []
+    held_out: list[Task] = []
+    for spec in cfg.mix:
+        name, weight = split_weight(spec)
+        train, held = build_halves(name)
+        check_rewards(train)
+        if held is None:
+            raise UserError(f"{name} has only {len(train)} rows, too few to hold any out")
+        count = max(1, cfg.evaluating.eval_problems // len(cfg.mix))
+        if train.VAL_BY_CONTENT and isinstance(held, TaskSlice) and held.split == "val":
+            held = held.task  # it can be had in any size
+        count = min(count, len(held))
+        tasks.append(train)
+        weights.append(weight)
+        step = len(held) // count
+        held_out.append(TaskSlice(held, 0, step * count, step))
+    if not tasks:
+        raise UserError("--mix names no task")
+    return tasks, weights, held_out
+
+
+def check_rewards(task: Task) -> None:
+    """UserError for a task without rewards, before anything is computed."""
+    checked_reward(task.reward(task[0], ""), task.where(0))
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What a step learns from: this rank's part, and facts about the whole."""
+
+    groups: list[Group]
+    rows: list[Rows]
+    advantages: torch.Tensor
+    """(S,) of the samples in `rows`."""
+    targets: int
+    """Sampled tokens with an advantage, over all ranks."""
+    divisor: int
+    """N: sampled tokens of all finished answers, over all ranks."""
+    tokens: int
+    """Input positions, over all ranks."""
+    seconds: float
+    metrics: dict[str, float]
+
+
+class Sampler:
+    """Draws answers from the model of a stage, for training and to evaluate it."""
+
+    def __init__(
+        self,
+        cfg: RlConfig,
+        stage: Stage[RowStream],
+        tasks: Sequence[Task],
+        held_out: Sequence[Task],
+        start: Start,
+    ):
+        self.cfg, self.stage, self.tasks, self.start = cfg, stage, tasks, start
+        self.runtime, self.model = stage.runtime, stage.model
+        rollouts = cfg.rollouts
+        self.engine = Engine(stage.model, stage.tokenizer, max_slots=rollouts.max_slots)
+        self.params = SamplingParams(
+            temperature=rollouts.temperature, max_tokens=rollouts.max_tokens, seed=cfg.run.seed
+        )
+        check_sampling(self.params)
+        # As in chat_eval, a prompt must leave the answer a quarter of the context.
+        context = stage.model.config.context_length
+        self.longest_prompt = context - min(rollouts.max_tokens, max(1, context // 4))
+        self.problems = self._problems(held_out)
+
+    def _prompt(self, number: int, source: int, conversation: Conversation) -> Prompt | None:
+        """None where it is too long."""
+        system: SystemStyle = self.start.system
+        ids = self.stage.tokenizer.render_for_completion(conversation, system)
+        if len(ids) > self.longest_prompt:
+            return None
+        return Prompt(number, source, ids, conversation)
+
+    def _problems(self, held_out: Sequence[Task]) -> list[Prompt]:
+        """What is held out; each problem's number is its place."""
+        problems: list[Prompt] = []
+        for source, task in enumerate(held_out):
+            for row in range(len(task)):
+                prompt = self._prompt(len(problems), source, task[row])
+                if prompt is not None:
+                    problems.append(prompt)
+        if not problems:
+            raise UserError(
+                f"no held-out prompt has at most {self.longest_prompt} tokens, which leave room "
+                f"for an answer in the context of {self.model.config.context_length}; "
+                "choose other tasks or a smaller --max-tokens"
+            )
+        return problems
+
+    def _next_prompts(self) -> tuple[list[Prompt], int]:
+        """The prompts of a step, the same on every rank, and how many were too long for it."""
+        prompts: list[Prompt] = []
+        too_long = 0
+        while len(prompts) < self.cfg.rollouts.prompts_per_step:
+            number, source, row = next(self.stage.loader)
+            prompt = self._prompt(number, source, self.tasks[source][row])
+            if prompt is not None:
+                prompts.append(prompt)
+                continue
+            too_long += 1
+            if too_long > sum(len(task) for task in self.tasks):
+                raise UserError(
+                    f"no prompt has at most {self.longest_prompt} tokens, which leave room for an "
+                    "answer in the context; choose other tasks or a smaller --max-tokens"
+                )
+        return prompts, too_long
+
+    def judge(self, bonus: float) -> Judge:
+        def judge(prompt: Prompt, completion: Completion) -> Verdict:
+            task, text = self.tasks[prompt.source], completion.text
+            reward = task.reward(prompt.conversation, text)
+            formed = bonus > 0 and task.well_formed(prompt.conversation, text)
+            where = f"{task.name}/{task.split}, answer {text[:40]!r}"
+            return Verdict(checked_reward(reward, where), bonus if formed else 0.0)
+
+        return judge
+
+    def roll_out(self) -> Rollout:
+        """Sample the next step's groups, each rank its share, and prepare them for learning."""
+        began = time.perf_counter()
+        runtime, rollouts = self.runtime, self.cfg.rollouts
+        prompts, too_long = self._next_prompts()
+        mine = prompts[runtime.rank :: runtime.world_size]
+        self.model.eval()
+        groups = roll_out(
+            self.engine, mine, self.params, rollouts.group_size, self.judge(rollouts.format_bonus)
+        )
+        self.model.train()
+        kept = [
+            (as_sample(group.prompt, completion), advantage)
+            for group in groups
+            for completion, advantage in zip(group.completions, group.advantages, strict=True)
+            if advantage
+        ]
+        rows = pack_samples(
+            [sample for sample, _ in kept],
+            self.model.config.context_length,
+            self.stage.plan.device_batch_size,
+            runtime.device,
+            fill_up=is_compiled(self.cfg, runtime),
+        )
+        sums = tally(groups)
+        sums["targets"] = sum(sum(sample.mask) for sample, _ in kept)
+        sums["tokens"] = sum(r.tokens for r in rows)
+        for source in range(len(self.tasks)):
+            sums[f"tokens of {source}"] = sum(
+                sum(completion.mask)
+                for group in groups
+                if group.prompt.source == source
+                for completion in group.completions
+            )
+        sums = sum_over_ranks(sums, runtime)
+        for source in range(len(self.tasks)):
+            documents = sum(prompt.source == source for prompt in prompts)
+            self.stage.loader.count(source, documents, int(sums[f"tokens of {source}"]))
+        runtime.synchronize()
+        seconds = time.perf_counter() - began
+        metrics = {
+            **describe_tally(sums),
+            "kept_groups": sums["kept_groups"] / sums["groups"],
+            "rollout_tokens_per_second": sums["length"] / seconds,
+            "rollout_seconds": seconds,
+        }
+        if too_long:
+            metrics["prompts_too_long"] = too_long
+        return Rollout(
+            groups,
+            rows,
+            torch.tensor([advantage for _, advantage in kept], device=runtime.device),
+            int(sums["targets"]),
+            int(sums["trainable_tokens"]),
+            int(sums["tokens"]),
+            seconds,
+            metrics,
+        )
+
+    def show(self, rollout: Rollout, num_prompts: int = 2, num_answers: int = 3) -> None:
+        """Print and log a few answers with their rewards, of groups that teach if there are any."""
+        groups = sorted(rollout.groups, key=lambda group: not any(group.advantages))
+        for group in groups[:num_prompts]:
+            question = "".join(part["text"] for part in parts(last_question(group.prompt)))
+            answers = [
+                f"[reward {verdict.reward + verdict.bonus:g}, advantage {advantage:+.2f}, "
+                f"{completion.finish_reason}] {written(completion)}"
+                for completion, verdict, advantage in zip(
+                    group.completions, group.verdicts, group.advantages, strict=True
+                )
+            ]
+            self.stage.log.sample(
+                self.stage.state.step, question, "\n" + "\n".join(answers[:num_answers])
+            )
+
+    def evaluate(self) -> dict[str, float]:
+        """Answer the held-out problems, greedily and by sampling; each rank its share."""
+        runtime, samples = self.runtime, self.cfg.evaluating.eval_samples
+        mine = self.problems[runtime.rank :: runtime.world_size]
+        judge = self.judge(0.0)
+        self.model.eval()
+        greedy = self.engine.generate(
+            [problem.ids for problem in mine],
+            replace(self.params, temperature=0.0),
+            indices=[problem.number for problem in mine],
+        )
+        params = replace(self.params, seed=self.cfg.run.seed + EVALUATION_SEED)
+        groups = roll_out(self.engine, mine, params, samples, judge)
+        ks = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
+        sums = tally(groups)
+        sums |= dict.fromkeys(("right", *(f"right of {k}" for k in ks)), 0.0)
+        for source in range(len(self.tasks)):
+            sums |= {f"problems of task {source}": 0.0, f"right of task {source}": 0.0}
+        for problem, (answer,), group in zip(mine, greedy, groups, strict=True):
+            right = float(judge(problem, answer).reward >= 1)
+            sums["right"] += right
+            sums[f"problems of task {problem.source}"] += 1
+            sums[f"right of task {problem.source}"] += right
+            correct = sum(verdict.reward >= 1 for verdict in group.verdicts)
+            for k in ks:
+                sums[f"right of {k}"] += pass_at_k(samples, correct, k)
+        sums["kl"], sums["kl_tokens"] = self._kl(groups)
+        self.model.train()
+        sums = sum_over_ranks(sums, runtime)
+        count = sums["groups"]
+        metrics = {"pass@1_greedy": sums["right"] / count}
+        metrics |= {f"pass@{k}": sums[f"right of {k}"] / count for k in ks}
+        metrics |= describe_tally(sums)
+        metrics["kl_to_start"] = sums["kl"] / max(sums["kl_tokens"], 1)
+        if len(self.tasks) > 1:
+            for source, task in enumerate(self.tasks):
+                if sums[f"problems of task {source}"]:
+                    metrics[f"pass@1_greedy_{task.name}"] = (
+                        sums[f"right of task {source}"] / sums[f"problems of task {source}"]
+                    )
+        self.stage.state.metrics = metrics
+        self.stage.log.eval(self.stage.state.step, metrics)
+        return metrics
+
+    def _kl(self, groups: Sequence[Group]) -> tuple[float, float]:
+        """Of the samples' tokens, to the model training started from.
+
+        That one is read anew each time: it would otherwise take the memory of a second model.
+        """
+        rows = pack_samples(
+            [as_sample(group.prompt, c) for group in groups for c in group.completions],
+            self.model.config.context_length,
+            self.stage.plan.device_batch_size,
+            self.runtime.device,
+            fill_up=is_compiled(self.cfg, self.runtime),
+        )
+        reference = model_of(self.start.folder, self.start.meta, self.runtime)
+        return mean_kl(self.model, reference, rows, self.params.temperature)
+
+
+def last_question(prompt: Prompt) -> dict[str, Any]:
+    """The message that is to be answered."""
+    messages = [m for m in prompt.conversation["messages"] if m["role"] == "user"]
+    return dict(messages[-1] if messages else prompt.conversation["messages"][0])
+
+
+def written(completion: Completion) -> str:
+    """The answer with its calls and what they gave."""
+    return "".join(
+        part["text"] if part["type"] == "text" else f"[{part['type']}: {part['text']}]"
+        for part in completion.parts
+    )
+
+
+def learn(
+    cfg: RlConfig, stage: Stage[RowStream], rollout: Rollout, update: int
+) -> tuple[StepStats, dict[str, float]]:
+    """One optimizer step on a rollout, and what to log beside it.
+
+    A rollout without a single advantage is skipped and counted: momentum alone would move weights.
+    """
+    runtime = stage.runtime
+    more = rollout.metrics if update == 0 else {}
+    seconds = rollout.seconds if update == 0 else 0.0
+    began = time.perf_counter()
+    if rollout.targets == 0:
+        agree_to_stop(runtime)
+        seconds += time.perf_counter() - began
+        return StepStats(0.0, 0, 0, seconds, skipped=True), more
+    batches, clipped = policy_batches(
+        stage.model,
+        rollout.rows,
+        rollout.advantages,
+        temperature=cfg.rollouts.temperature,
+        max_importance=cfg.rollouts.max_importance if update else None,
+    )
+    stats = train_step(
+        stage.model,
+        stage.optimizer,
+        batches,
+        stage.plan.hypers(stage.state.step),
+        runtime,
+        stage.loss_scale,
+        temperature=cfg.rollouts.temperature,
+        divisor=rollout.divisor,
+    )
+    if update:
+        clipped = sum_over_ranks({"clipped": clipped}, runtime)["clipped"]
+        more = {"clipped": clipped / rollout.targets}
+    learning = time.perf_counter() - began
+    more = {**more, "update_tokens_per_second": rollout.tokens / learning}
+    return replace(stats, tokens=rollout.tokens, seconds=seconds + learning), more
+
+
+# Preferences
+
+
+def learn_pairs(cfg: RlConfig, runtime: Runtime, start: Start) -> Stage[RowStream]:
+    """Direct preference optimisation."""
+    model, count = start.model, cfg.rollouts.prompts_per_step
+    if runtime.local_rank == 0:
+        open_pairs(cfg, start)
+    runtime.barrier()
+    store = open_pairs(cfg, start)
+    size = len(store) // 2
+    held_out = range(size - max(1, min(cfg.evaluating.eval_problems, size // 10)), size)
+    if len(held_out) == size:
+        raise UserError(f"--pairs {cfg.preferences.pairs} holds one pair; give at least two")
+    stream = RowStream([held_out.start], [1.0], cfg.run.seed, [Path(cfg.preferences.pairs).stem])
+    num_steps = cfg.num_steps or max(1, cfg.epochs * held_out.start // count)
+    name = f"{start.meta['digest'][:16]}-{str(runtime.dtype).removeprefix('torch.')}"
+    model.eval()
+    pairs = with_reference(store, model, name, 4, runtime)
+    model.train()
+    stage = open_stage(cfg, runtime, start, stream, num_steps, 2 * count, f"{count} pairs")
+    if stage.finished:
+        return stage
+    first = stage.state.step
+    for step in range(first, num_steps + 1):
+        last = step == num_steps
+        if step == first or due(step, cfg.evaluating.eval_every, last):
+            evaluate_pairs(cfg, stage, pairs, held_out)
+        if step > first and (due(step, cfg.saving.save_every, last) or runtime.stop_requested):
+            stage.save()
+        if last or runtime.stop_requested:
+            break
+        stage.record(*learn_preferences(cfg, stage, pairs))
+    stage.close()
+    return stage
+
+
+def open_pairs(cfg: RlConfig, start: Start) -> TokenStore:
+    return pairs_store(
+        Path(cfg.preferences.pairs).expanduser(),
+        start.tokenizer,
+        start.model.config.context_length + 1,
+        system=start.system,
+        bad_rows=cfg.preferences.bad_rows,
+    )
+
+
+def compare(
+    cfg: RlConfig, stage: Stage[RowStream], pairs: Pairs, indices: Sequence[int]
+) -> tuple[PairScores, torch.Tensor, list[Rows]]:
+    """DPO's scores of some pairs, their log-probabilities, and the rows they are in."""
+    ours, rows = answer_logprobs(
+        stage.model,
+        pairs,
+        indices,
+        stage.plan.device_batch_size,
+        fill_up=is_compiled(cfg, stage.runtime),
+    )
+    scores = pair_scores(
+        ours,
+        pairs.of_reference(indices),
+        answer_lengths(pairs.samples(indices)),
+        beta=cfg.preferences.beta,
+        length_normalised=cfg.preferences.length_normalised,
+    )
+    return scores, ours, rows
+
+
+def learn_preferences(
+    cfg: RlConfig, stage: Stage[RowStream], pairs: Pairs
+) -> tuple[StepStats, dict[str, float]]:
+    """One optimizer step on the next pairs, and what to log beside it."""
+    runtime, began = stage.runtime, time.perf_counter()
+    indices = [next(stage.loader)[2] for _ in range(cfg.rollouts.prompts_per_step)]
+    mine = indices[runtime.rank :: runtime.world_size]
+    scores, ours, rows = compare(cfg, stage, pairs, mine)
+    stats = train_step(
+        stage.model,
+        stage.optimizer,
+        [r.weighted(scores.weights) for r in rows],
+        stage.plan.hypers(stage.state.step),
+        runtime,
+        stage.loss_scale,
+        divisor=len(indices),
+    )
+    sums = {**tally_pairs(scores, ours), "tokens": float(sum(r.tokens for r in rows))}
+    sums = sum_over_ranks(sums, runtime)
+    tokens = int(sums.pop("tokens"))
+    stage.loader.count(0, len(indices), tokens)
+    seconds = time.perf_counter() - began
+    metrics = pair_metrics(sums)
+    return replace(stats, loss=metrics["pair_loss"], tokens=tokens, seconds=seconds), metrics
+
+
+def pair_metrics(sums: dict[str, float]) -> dict[str, float]:
+    """Means over pairs."""
+    return {name: value / sums["pairs"] for name, value in sums.items() if name != "pairs"}
+
+
+def evaluate_pairs(
+    cfg: RlConfig, stage: Stage[RowStream], pairs: Pairs, held_out: Sequence[int]
+) -> dict[str, float]:
+    """Loss, wins and margins on the pairs that are not trained on; each rank its share."""
+    runtime = stage.runtime
+    mine = list(held_out)[runtime.rank :: runtime.world_size]
+    stage.model.eval()
+    scores, ours, _ = compare(cfg, stage, pairs, mine)
+    stage.model.train()
+    metrics = pair_metrics(sum_over_ranks(tally_pairs(scores, ours), runtime))
+    stage.state.metrics = metrics
+    stage.log.eval(stage.state.step, metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    launch(main, RlConfig, __doc__)

@@ -41,6 +41,7 @@ class Rule:
     lr: float
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.8, 0.95)
+    eps: float = 1e-10
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,10 @@ def parameter_rules(
         elif name.endswith("value_gate.weight"):
             rules[name] = Rule("adamw", learning.gate_lr * adam_scale, betas=betas)
         else:
-            # Scalars act on the whole stream: a longer memory, and no scaling by width.
-            rules[name] = Rule("adamw", learning.scalar_lr * lr_scale, betas=(0.95, 0.99))
+            # Scalars act on the whole stream: a longer memory, and no scaling by width. At the
+            # first step the final norm undoes whatever they do, so their gradient is rounding
+            # (1e-10 in float32, 5e-7 in bfloat16; 1e-3 later) and must not become a full step.
+            rules[name] = Rule("adamw", learning.scalar_lr * lr_scale, betas=(0.95, 0.99), eps=1e-5)
     return rules
 
 
@@ -242,6 +245,7 @@ class Optimizer:
                 step=self.steps,
                 lr=lr,
                 betas=rule.betas,
+                eps=rule.eps,
                 weight_decay=rule.weight_decay,
             )
 

@@ -126,7 +126,7 @@ def test_step_equals_the_rules_applied_one_by_one() -> None:
                 )
             else:
                 buffers = state.setdefault(name, [torch.zeros_like(p), torch.zeros_like(p)])
-                adamw_update(value, g, *buffers, step=step, lr=lr, betas=rule.betas)
+                adamw_update(value, g, *buffers, step=step, lr=lr, betas=rule.betas, eps=rule.eps)
         optimizer.step(hypers)
         optimizer.zero_grad()
         for name, p in model.named_parameters():

@@ -106,6 +106,7 @@ class ApiError(Exception):
 # What clients send
 
 Count = Annotated[int, Field(ge=1)]
+TokenId = Annotated[int, Field(ge=0)]
 Neutral = Annotated[float, Field(ge=0, le=0)]
 
 
@@ -186,11 +187,11 @@ class CompletionRequest(Sampling):
     prompt: (
         str
         | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[int], Field(min_length=1)]
-        | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
     )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: Literal[False] | None = None
+    echo: bool | None = None
     suffix: Annotated[str, Field(max_length=0)] | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
 
@@ -732,6 +733,8 @@ def create_app(
     async def complete(body: CompletionRequest, request: Request) -> Response | dict[str, Any]:
         served = find_model(body.model)
         engine = served.engine
+        if body.echo:
+            raise ApiError(400, "echo is not supported", param="echo")
         prompts = as_prompts(body.prompt)
         n = samples(body, len(prompts))
         if sum(len(p) for p in prompts) > limits.max_characters:

@@ -409,6 +409,7 @@ def choice_conversation(
             {"role": "user", "content": prompt},
             {"role": "assistant", "content": letters[answer]},
         ],
+        "question": question,
         "letters": letters,
         "choices": list(choices),
         "answer": letters[answer],

@@ -89,22 +89,20 @@ def test_accumulation_does_not_change_the_step(cuts: tuple[int, ...]) -> None:
     torch.testing.assert_close(after_split, after, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_accumulation_does_not_change_the_first_steps(dtype: torch.dtype) -> None:
+def test_accumulation_does_not_change_the_first_steps() -> None:
     """From the real initialisation, where some gradients are zero but for rounding."""
     scalars = []
     for cuts in ((0, 8), (0, 1, 2, 8)):
-        model = GPT(CONFIG, dtype).init_weights(0)
+        model = GPT(CONFIG).init_weights(0)
         rules = parameter_rules(model, Learning(), width=16)
         optimizer = Optimizer(model, rules, muon_dtype=torch.float32)
         for seed in range(3):
             whole = batch(8, seed)
             split = [rows_of(whole, a, b) for a, b in itertools.pairwise(cuts)]
-            train_step(model, optimizer, split, Hypers(0.1), RUNTIME)
+            train_step(model, optimizer, split, Hypers(), RUNTIME)
         scalars.append(torch.cat([model.residual_scale, model.first_scale]).detach())
-    assert (scalars[0] - torch.tensor([1.0, 1.0, 0.0, 0.0])).abs().max() > 0.01, "they move"
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-3
-    torch.testing.assert_close(scalars[1], scalars[0], rtol=0, atol=tolerance)
+    assert (scalars[0] - torch.tensor([1.0, 1.0, 0.0, 0.0])).abs().max() > 0.1, "they move"
+    torch.testing.assert_close(scalars[1], scalars[0], rtol=0, atol=1e-3)
 
 
 def test_a_micro_batch_without_targets_is_harmless() -> None:

@@ -1,0 +1,292 @@
+"""A nanochat model with all its options, for transformers.
+
+This file is copied into the folder of an exported model and runs there without the nanochat
+package: it needs torch and transformers alone, and no more of transformers than its base classes.
+
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+B batch, T time, S keys (the cached ones and the T new ones), C channels, H query heads,
+K key/value heads, D head dim, V vocabulary
+
+The function is a decoder with rotary positions, QK-norm, weightless RMSNorm, ReLU^2 MLP (arXiv
+2109.08668), grouped-query attention and a logit softcap, and on top of that: value embeddings on
+alternating layers behind a gate per head (arXiv 2410.17897), scalars per layer on the residual
+stream and on the first embedding, sliding windows, and a rotary base of their own for windowed
+layers.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+class NanoChatFullConfig(PretrainedConfig):
+    """The names that transformers has for these sizes, and the options' own."""
+
+    model_type = "nanochat_full"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    def __init__(
+        self,
+        vocab_size: int = 32768,
+        hidden_size: int = 768,
+        intermediate_size: int = 3072,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 6,
+        num_key_value_heads: int = 6,
+        head_dim: int = 128,
+        max_position_embeddings: int = 2048,
+        rms_norm_eps: float = 1e-6,
+        final_logit_softcapping: float = 15.0,
+        rope_base: float = 10000.0,
+        windowed_rope_base: float = 10000.0,
+        windows: list[int] | None = None,
+        value_embedding_layers: list[int] | None = None,
+        residual_scalars: bool = False,
+        initializer_range: float = 0.02,
+        use_cache: bool = True,
+        **kwargs: Any,
+    ):
+        """windows: tokens that each layer sees, itself included; 0 = all."""
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.max_position_embeddings = max_position_embeddings
+        self.rms_norm_eps = rms_norm_eps
+        self.final_logit_softcapping = final_logit_softcapping
+        self.rope_base = rope_base
+        self.windowed_rope_base = windowed_rope_base
+        self.windows = windows or [0] * num_hidden_layers
+        self.value_embedding_layers = value_embedding_layers or []
+        self.residual_scalars = residual_scalars
+        self.initializer_range = initializer_range
+        self.use_cache = use_cache
+        super().__init__(**kwargs)
+
+
+class Visibility:
+    """Which keys each query of a forward pass may see, built once per window size."""
+
+    def __init__(self, attention_mask: torch.Tensor | None, past: int, T: int):
+        """attention_mask: (B, up to S), 0 on padding; or (B, 1, T, S) as for static caches."""
+        self.mask, self.past, self.T = attention_mask, past, T
+        self.no_padding = attention_mask is None or (
+            attention_mask.ndim == 2 and bool(attention_mask.all())
+        )
+        self.masks: dict[int, torch.Tensor | None] = {}
+
+    def __call__(self, window: int, S: int, device: torch.device) -> torch.Tensor | None:
+        """bool (B or 1, 1, T, S), True where attended; None: plain causal (for T = 1, all)."""
+        if window not in self.masks:
+            self.masks[window] = self._build(window, S, device)
+        return self.masks[window]
+
+    def _build(self, window: int, S: int, device: torch.device) -> torch.Tensor | None:
+        last = self.past + self.T
+        everything = self.no_padding and last == S and (window == 0 or window >= S)
+        if everything and (self.T == 1 or self.past == 0):
+            return None
+        query = torch.arange(self.T, device=device) + self.past
+        distance = query[:, None] - torch.arange(S, device=device)  # (T, S)
+        visible = distance >= 0
+        if window > 0:
+            visible = visible & (distance < window)
+        visible = visible[None, None]
+        if self.mask is not None and self.mask.ndim == 4:
+            given = self.mask if self.mask.dtype == torch.bool else self.mask == 0
+            visible = visible & given
+        elif self.mask is not None and not self.no_padding:
+            # A static cache has slots that the mask does not know yet; no query sees them.
+            given = F.pad(self.mask.bool(), (0, S - self.mask.shape[1]))
+            visible = visible & given[:, None, None, :]
+        # Padding sees itself: over no key at all, softmax is not defined.
+        return visible | (distance == 0)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: NanoChatFullConfig, layer_idx: int):
+        super().__init__()
+        C, D = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
+        self.layer_idx, self.head_dim, self.eps = layer_idx, D, config.rms_norm_eps
+        self.window = config.windows[layer_idx]
+        self.q_proj = nn.Linear(C, H * D, bias=False)
+        self.k_proj = nn.Linear(C, K * D, bias=False)
+        self.v_proj = nn.Linear(C, K * D, bias=False)
+        self.o_proj = nn.Linear(H * D, C, bias=False)
+        if layer_idx in config.value_embedding_layers:
+            self.value_gate = nn.Linear(C, K, bias=False)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        value_embedding: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        visibility: Visibility,
+        cache: Any,
+    ) -> torch.Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        if value_embedding is not None:
+            gate = 2 * torch.sigmoid(self.value_gate(x))[..., None]  # (B, T, K, 1)
+            v = v + gate * value_embedding.view_as(v)
+        v = v.transpose(1, 2)
+        q, k = norm(rotate(q, *rotary), self.eps), norm(rotate(k, *rotary), self.eps)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        mask = visibility(self.window, k.shape[2], k.device)
+        y = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: NanoChatFullConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.relu(self.fc1(x)).square())
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: NanoChatFullConfig, layer_idx: int):
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.self_attn = Attention(config, layer_idx)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor, *context: Any) -> torch.Tensor:
+        x = x + self.self_attn(norm(x, self.eps), *context)
+        return x + self.mlp(norm(x, self.eps))
+
+
+class NanoChatFullModel(nn.Module):
+    """Token ids to normalised hidden states."""
+
+    def __init__(self, config: NanoChatFullConfig):
+        super().__init__()
+        self.config = config
+        V, C = config.vocab_size, config.hidden_size
+        self.embed_tokens = nn.Embedding(V, C)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.value_embeddings = nn.ModuleDict(
+            {
+                str(i): nn.Embedding(V, config.num_key_value_heads * config.head_dim)
+                for i in config.value_embedding_layers
+            }
+        )
+        if config.residual_scalars:
+            self.residual_scale = nn.Parameter(torch.ones(config.num_hidden_layers))
+            self.first_scale = nn.Parameter(torch.zeros(config.num_hidden_layers))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Any,
+    ) -> torch.Tensor:
+        """input_ids (B, T) -> (B, T, C)."""
+        T = input_ids.shape[1]
+        # A static cache counts in a tensor, which its first layer advances in place: + 0 copies it.
+        past = 0 if cache is None else cache.get_seq_length() + 0
+        if position_ids is None:
+            position_ids = (torch.arange(T, device=input_ids.device) + past)[None]
+        visibility = Visibility(attention_mask, past, T)
+        x = norm(self.embed_tokens(input_ids), self.config.rms_norm_eps)
+        first = x
+        bases = {False: self.config.rope_base, True: self.config.windowed_rope_base}
+        rotary = {
+            windowed: rotary_table(position_ids, self.config.head_dim, base, x.dtype)
+            for windowed, base in bases.items()
+        }
+        for i, layer in enumerate(self.layers):
+            if self.config.residual_scalars:
+                x = self.residual_scale[i] * x + self.first_scale[i] * first
+            value = None
+            if str(i) in self.value_embeddings:
+                value = self.value_embeddings[str(i)](input_ids)
+            x = layer(x, value, rotary[self.config.windows[i] > 0], visibility, cache)
+        return norm(x, self.config.rms_norm_eps)
+
+
+class NanoChatFullForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = NanoChatFullConfig
+    base_model_prefix = "model"
+    _no_split_modules = ("DecoderLayer",)
+    _supports_sdpa = True
+
+    def __init__(self, config: NanoChatFullConfig):
+        super().__init__(config)
+        self.model = NanoChatFullModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """input_ids (B, T) -> softcapped float32 logits (B, T, V).
+
+        attention_mask is 0 on padding, which may be on either side. logits_to_keep: only the last
+        so many positions (0: all), or the positions in a tensor.
+        """
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        hidden = self.model(input_ids, attention_mask, position_ids, past_key_values)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        cap = self.config.final_logit_softcapping
+        logits = cap * torch.tanh(self.lm_head(hidden[:, kept]).float() / cap)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+
+def norm(x: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.rms_norm(x, (x.shape[-1],), eps=eps)
+
+
+def rotary_table(
+    position_ids: torch.Tensor, head_dim: int, base: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of position_ids (B or 1, T), each (B or 1, 1, T, D/2)."""
+    steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device)
+    angles = position_ids.float()[:, None, :, None] * base ** -(steps / head_dim)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x (B, heads, T, D): pair (i, i + D/2) is turned by minus its angle."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)

@@ -1,0 +1,65 @@
+"""Export a model for transformers: `python -m scripts.export_hf --source sft`.
+
+Models trained with --portable become transformers' own `nanochat` type; the others carry their
+code along and are loaded with trust_remote_code=True. The result is loaded with transformers and
+compared with the checkpoint, logit by logit, before the folder gets its name. Needs the extra `hf`.
+docs/serving.md says what can be done with it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from nanochat import export, paths
+from nanochat.checkpoint_manager import load_model
+from nanochat.errors import UserError
+from nanochat.launch import launch
+from nanochat.runtime import DTYPES, Runtime
+
+
+@dataclass(frozen=True)
+class Config:
+    source: str = "sft"
+    """A stage (base, mid, sft, rl), stage/tag, or a checkpoint folder."""
+    step: int | None = None
+    """The checkpoint's step; default: the newest."""
+    out: Path | None = None
+    """Folder to write; default: NANOCHAT_BASE_DIR/export/<stage>-<tag>."""
+    weights: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the saved weights; float32 is exact."""
+    check: bool = True
+    """Load what was written and compare it with the checkpoint."""
+    texts: int = 10_000
+    """Random texts on which the tokenizers are compared."""
+    device: Literal["cpu"] = "cpu"
+    """The comparison runs in float32 on the CPU."""
+
+
+def main(cfg: Config, runtime: Runtime) -> Path:
+    """Returns the folder written."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise UserError("export needs transformers; pip install 'nanochat[hf]'") from error
+    model, tokenizer, meta = load_model(
+        cfg.source, device=torch.device("cpu"), dtype=torch.float32, step=cfg.step
+    )
+    folder = cfg.out or paths.base_dir() / "export" / f"{meta['stage']}-{meta['tag']}"
+    texts = cfg.texts if cfg.check else None
+    result = export.export(
+        model, tokenizer, folder, dtype=DTYPES[cfg.weights], meta=meta, texts=texts
+    )
+    kind = "nanochat" if model.config.is_portable else "nanochat_full, with its own code"
+    runtime.print(f"written: {folder} (model type {kind})")
+    if result is not None:
+        runtime.print(
+            f"loaded by transformers: logits within {result.largest_difference:.1e}, "
+            f"{result.texts:,} random texts and the special tokens encoded alike"
+        )
+    return folder
+
+
+if __name__ == "__main__":
+    launch(main, Config, __doc__)

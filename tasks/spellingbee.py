@@ -8,9 +8,9 @@ Words of the train and test split are disjoint, hence a held-out word can be spe
   space, and with their space most words are one token: 59 % of the embedded corpus' words at
   vocabulary 4096. Nobody can say which letters an unseen token has. In `"wisdom"` there is no
   space, so the word is cut into pieces that other words share (`w|isdom`; so are 97 %), for a quote
-  after a space is a piece of its own to the split pattern. A sixth of the prompts leave the quotes
-  out all the same, since people do too: what is one token there counts against the model. Capitals
-  would not help, `Wisdom` starts sentences.
+  after a space is a piece of its own to the split pattern. One prompt in twelve leaves the quotes
+  out all the same, since people do too, and an unseen token there counts against the model.
+  Capitals would not help, `Wisdom` starts sentences.
 - **Letters are answered as `b a n i s h e d`.** A space and a letter are a token of their own for
   most letters, the others take two, whatever their neighbours are. `b-a-n` would take two tokens
   for all letters, and of `ban` or `b,a,n` a tokenizer may merge parts again.
@@ -84,8 +84,6 @@ SPELLING_PROMPTS = (
     "Take the word {word} to pieces, letter by letter.",
     "Spell this word:\n{plain}",
     "Spell the word: {plain}",
-    "Spell the word {plain}.",
-    "Spell {plain}",
     "How do you spell {plain}?",
 )
 # {words}: quoted, with commas between; {lines}: as they are, a line each.
@@ -123,9 +121,7 @@ COUNTING_PROMPTS = (
     "In {word}, how many {letter} are there?",
     "The word is {word}. How many {letter} has it?",
     "How many {letter} are in {plain}?",
-    "How many {letter} are there in the word {plain}?",
-    "How many times does {letter} appear in {plain}?",
-    "Count the {letter} in {plain}.",
+    "Count the {letter} in the word {plain}.",
 )
 
 
@@ -136,6 +132,8 @@ class _WordTask(Task):
     None for those of the corpus (`NANOCHAT_BASE_DIR/words.txt`, see `write_words`). A split goes
     through its words in a keyed order, pass after pass, each pass in another one.
     """
+
+    VERSION = 2
 
     VAL_BY_CONTENT = True
 
@@ -226,9 +224,7 @@ class SpellingBee(_WordTask):
     def row(self, index: int) -> Conversation:
         random = self.random(index)
         word = self.word(index, random)
-        # One letter in ten is any letter, most often one that the word has not.
-        source = word if random.random() < 0.9 else random.choice(self.words)
-        letter = random.choice(source)
+        letter = self.letter(word, random)
         shown = f'"{letter}"' if random.random() < 0.5 else letter
         prompt = random.choice(COUNTING_PROMPTS).replace("{letter}", shown)
         prompt = prompt.replace("{word}", _quoted(word, random)).replace("{plain}", word)
@@ -249,6 +245,18 @@ class SpellingBee(_WordTask):
             "letter": letter,
             "answer": str(count),
         }
+
+    def letter(self, word: str, random: Random) -> str:
+        """Mostly the word's most frequent letter. Of letters taken at random three in four occur
+        just once, and "1" would be right 73 times in 100; so it is 47 times.
+        """
+        kind = random.random()
+        if kind < 0.2:  # of another word: most often this one does not have it
+            return random.choice(random.choice(self.words))
+        if kind < 0.35:
+            return random.choice(word)
+        most = max(word.count(letter) for letter in word)
+        return random.choice([letter for letter in word if word.count(letter) == most])
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         return same_number(final_answer(completion), parse_number(conversation["answer"]))

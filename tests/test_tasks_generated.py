@@ -150,7 +150,7 @@ def test_every_prompt_names_its_word_and_most_quote_it(kind: str, templates: tup
     ]
     assert all(word in prompt for prompt, word in prompts)
     quoted = sum(re.search(f"[\"']{word}[\"']", prompt) is not None for prompt, word in prompts)
-    assert 0.7 < quoted / len(prompts) < 0.95
+    assert 0.8 < quoted / len(prompts) < 0.98
     shapes = {prompt.replace(word, "W").replace("'W'", '"W"') for prompt, word in prompts}
     assert len(shapes) >= len(templates)
 
@@ -201,9 +201,10 @@ def test_counting():
         assert said(conversation).startswith(" ".join(word) + "\n")
         assert conversation["answer"] == str(count)
         counts[count] += 1
-    assert counts[0] > 5
-    assert counts[1] > 100
-    assert counts[2] > 30
+    # No guess is right half of the time.
+    assert counts[0] > 20
+    assert counts[2] > 100
+    assert max(counts.values()) < 250
     row = {"answer": "3"}
     assert task.evaluate(row, "whatever, #### 3.0")
     assert not task.evaluate(row, "3")

@@ -48,9 +48,7 @@ def batch(seed: int) -> torch.Tensor:
 
 
 def ours(depth: int, dtype: torch.dtype, compiled: bool) -> tuple[Callable[[int], None], GPT]:
-    config = config_from_depth(
-        depth, VOCAB, head_dim=64, context_length=T, window_pattern="L"
-    )
+    config = config_from_depth(depth, VOCAB, head_dim=64, context_length=T, window_pattern="L")
     model = GPT(config, dtype).init_weights(0)
     optimizer = Optimizer(
         model, parameter_rules(model, Learning(), width=config.n_embd), muon_dtype=dtype

@@ -14,10 +14,11 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,8 @@ from rich.console import Console
 from torch.distributed.rendezvous import rendezvous
 
 from nanochat.errors import UserError
+
+T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
 """For a collective to end, and for all ranks to come."""
@@ -85,6 +88,19 @@ class Runtime:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def in_turns(self, build: Callable[[], T]) -> T:
+        """`build()` on rank 0, then on the first rank of each other machine, then on the rest.
+
+        So a file that the first one writes and the others then find is written once, be the file
+        system shared between machines or not.
+        """
+        result: list[T] = []
+        for turn in (self.is_main, self.local_rank == 0, True):
+            if turn and not result:
+                result.append(build())
+            self.barrier()
+        return result[0]
 
     def memory_limit(self) -> int | None:
         """Bytes this rank may plan with: 90 % of the GPU's memory, None where it is not known."""

@@ -558,10 +558,7 @@ def learn(
 def learn_pairs(cfg: RlConfig, runtime: Runtime, start: Start) -> Stage[RowStream]:
     """Direct preference optimisation."""
     model, count = start.model, cfg.rollouts.prompts_per_step
-    if runtime.local_rank == 0:
-        open_pairs(cfg, start)
-    runtime.barrier()
-    store = open_pairs(cfg, start)
+    store = runtime.in_turns(lambda: open_pairs(cfg, start))
     size = len(store) // 2
     held_out = range(size - max(1, min(cfg.evaluating.eval_problems, size // 10)), size)
     if len(held_out) == size:

@@ -231,6 +231,34 @@ def test_a_job_that_goes_well_ends_well(tmp_path: Path) -> None:
     assert said == ["done\n", ""]
 
 
+def build_once(runtime: Runtime, folder: Path, machines: bool) -> None:
+    """Two machines of two ranks; with `machines` each has its own folder."""
+    runtime.local_rank = runtime.rank % 2
+    folder = folder / str(runtime.rank // 2) if machines else folder
+
+    def build() -> bool:
+        found = folder.exists()
+        folder.mkdir(exist_ok=True)
+        return found
+
+    print(runtime.in_turns(build))
+
+
+@pytest.mark.parametrize(
+    ("machines", "found"),
+    [(False, [False, True, True, True]), (True, [False, True, False, True])],
+)
+def test_files_are_built_once_and_then_found(
+    machines: bool, found: list[bool], tmp_path: Path
+) -> None:
+    folder = tmp_path / "built"
+    if machines:
+        folder.mkdir()
+    status, said = run_job(tmp_path, 4, build_once, folder, machines)
+    assert status == [0] * 4
+    assert [text.strip() for text in said] == [str(value) for value in found]
+
+
 TORCHRUN_JOB = """
 import os
 from nanochat.errors import UserError

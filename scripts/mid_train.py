@@ -99,12 +99,9 @@ def prepare(name: str, cfg: MidConfig, runtime: Runtime) -> Stage:
     seed_everything(cfg.run.seed)
     tokenizer = Tokenizer.load()
     model, meta = load_source(cfg, runtime, tokenizer)
-    # Rank 0 of each machine builds the stores, the others then find them.
-    if runtime.local_rank == 0:
-        sources, held_out = build_sources(cfg, tokenizer), build_held_out(cfg, tokenizer)
-    runtime.barrier()
-    if runtime.local_rank != 0:
-        sources, held_out = build_sources(cfg, tokenizer), build_held_out(cfg, tokenizer)
+    sources, held_out = runtime.in_turns(
+        lambda: (build_sources(cfg, tokenizer), build_held_out(cfg, tokenizer))
+    )
     return set_up(
         name,
         cfg,

@@ -313,11 +313,24 @@ def evaluation_path(stage: str, tag: str) -> Path:
     return paths.report_dir() / f"eval_{stage}-{tag}.json"
 
 
-def read_evaluation(stage: str, tag: str, step: int) -> dict[str, Any]:
-    """What is known of this checkpoint; of another step of its run nothing is: {}."""
+def weights_digest(meta: Mapping[str, Any]) -> str | None:
+    """What tells a checkpoint from another of the same name and step (a run begun anew)."""
+    files: Mapping[str, Mapping[str, str]] = meta.get("files", {})
+    return files.get("model.safetensors", {}).get("sha256")
+
+
+def read_evaluation(stage: str, tag: str, step: int, weights: str | None = None) -> dict[str, Any]:
+    """What is known of this checkpoint; of another step of its run nothing is: {}.
+
+    With `weights` (of `weights_digest`) nothing either of other weights.
+    """
     with suppress(FileNotFoundError, ValueError):  # none yet, or a torn one
         known = json.loads(evaluation_path(stage, tag).read_text(encoding="utf-8"))
-        if isinstance(known, dict) and known.get("step") == step:
+        if (
+            isinstance(known, dict)
+            and known.get("step") == step
+            and (weights is None or known.get("weights") == weights)
+        ):
             return known
     return {}
 
@@ -327,15 +340,18 @@ def record_evaluation(
     tag: str,
     step: int,
     results: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    weights: str | None = None,
     **values: Any,
 ) -> dict[str, Any]:
     """Add `results` (task -> task_result) and other values to what is known; returns all of it."""
-    known = read_evaluation(stage, tag, step)
+    known = read_evaluation(stage, tag, step, weights)
     merged = {
         **known,
         "stage": stage,
         "tag": tag,
         "step": step,
+        **({"weights": weights} if weights else {}),
         **values,
         "results": {**known.get("results", {}), **(results or {})},
     }

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nanochat import paths
-from nanochat.checkpoint_manager import load_model
+from nanochat.checkpoint_manager import find, load_model, read_meta
 from nanochat.core_eval import describe_core, evaluate_core, load_hf
 from nanochat.dataloader import DataLoader, Source
 from nanochat.errors import UserError
@@ -21,7 +21,7 @@ from nanochat.gpt import GPT
 from nanochat.launch import launch
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.runtime import Runtime
-from nanochat.scoring import record_evaluation
+from nanochat.scoring import read_evaluation, record_evaluation, weights_digest
 from nanochat.tokenizer import Tokenizer
 from scripts.base_train import open_store, sample_texts
 
@@ -44,6 +44,8 @@ class Config:
     """A quick look at CORE: at most so many items of each task."""
     hf: str | None = None
     """Measure CORE of this Hugging Face model instead (a folder or a hub id)."""
+    resume: bool = False
+    """Keep what an earlier run of this command has measured on this checkpoint."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     dtype: str = "auto"
@@ -81,30 +83,70 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
         runtime.print(describe_core(result))
         return {"core": result}
 
+    asked = questions(cfg, bundle)
+    if "core" not in asked:
+        runtime.print(f"CORE is not measured: {bundle} is missing")
+    known: dict[str, Any] = {}
+    if cfg.resume:
+        meta = read_meta(find(cfg.source, cfg.step), verify=False)
+        weights = weights_digest(meta)
+        known = read_evaluation(meta["stage"], meta["tag"], meta["step"], weights)
+        known = runtime.broadcast_object(known)
+    answered = known.get("asked", {})
+    kept = [name for name, question in asked.items() if answered.get(name) == question]
+    for name in kept:
+        runtime.print(f"{name}: kept from an earlier run")
+    if len(kept) == len(asked):
+        return known
+
     model, tokenizer, meta = load_model(
         cfg.source, device=runtime.device, dtype=runtime.dtype, step=cfg.step
     )
-    values: dict[str, Any] = {"bpb": {}}
-    for split in ("train", "val"):
-        values["bpb"][split] = bits_per_byte(model, tokenizer, cfg, split, runtime)
-        runtime.print(f"{cfg.source}: {values['bpb'][split]:.4f} bits per byte on {split}")
-    if runtime.is_main:
-        values["samples"] = [
-            {"prompt": prompt, "text": text}
-            for prompt, text in sample_texts(model, tokenizer, temperature=0.0)
-        ]
-        for sample in values["samples"]:
-            runtime.print(f"  {sample['prompt']} |{sample['text']}")
-    if bundle.is_dir():
+
+    def record(name: str, **values: Any) -> None:
+        """Each answer as soon as it is known."""
+        answered[name] = asked[name]
+        known.update(values, asked=answered)
+        if runtime.is_main:
+            weights = weights_digest(meta)
+            stage, tag, step = meta["stage"], meta["tag"], meta["step"]
+            record_evaluation(stage, tag, step, weights=weights, asked=answered, **values)
+
+    if "bpb" not in kept:
+        bpb = {}
+        for split in ("train", "val"):
+            bpb[split] = bits_per_byte(model, tokenizer, cfg, split, runtime)
+            runtime.print(f"{cfg.source}: {bpb[split]:.4f} bits per byte on {split}")
+        samples = []
+        if runtime.is_main:
+            samples = [
+                {"prompt": prompt, "text": text}
+                for prompt, text in sample_texts(model, tokenizer, temperature=0.0)
+            ]
+            for sample in samples:
+                runtime.print(f"  {sample['prompt']} |{sample['text']}")
+        record("bpb", bpb=bpb, samples=samples)
+    if "core" in asked and "core" not in kept:
         core = evaluate_core(model, tokenizer, bundle, runtime, cfg.max_per_task)
         runtime.print(describe_core(core))
         key = "core" if "core" in core else "core_partial"
-        values |= {key: core[key], "core_tasks": core}
-    else:
-        runtime.print(f"CORE is not measured: {bundle} is missing")
-    if runtime.is_main:
-        record_evaluation(meta["stage"], meta["tag"], meta["step"], **values)
-    return values
+        record("core", **{key: core[key]}, core_tasks=core)
+    return known
+
+
+def questions(cfg: Config, bundle: Path) -> dict[str, dict[str, Any]]:
+    """What is to be measured, and what its result depends on beside the model."""
+    asked: dict[str, dict[str, Any]] = {
+        "bpb": {"corpus": cfg.corpus, "eval_tokens": cfg.eval_tokens}
+    }
+    if bundle.is_dir():
+        files = [path.stat() for path in bundle.rglob("*") if path.is_file()]
+        asked["core"] = {
+            "max_per_task": cfg.max_per_task,
+            # A partial score is measured again when more task files are there.
+            "bundle": [len(files), sum(file.st_size for file in files)],
+        }
+    return asked
 
 
 if __name__ == "__main__":

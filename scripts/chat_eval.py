@@ -4,12 +4,13 @@ Categorical tasks are answered by the most likely option, generative ones by dec
 calculator. Without --task all tasks that have answers to check are measured. On several GPUs:
 `torchrun --nproc_per_node 8 -m scripts.chat_eval --source sft`.
 
-The result goes to report/eval_<stage>-<tag>.json under NANOCHAT_BASE_DIR, next to what is known of
-the same checkpoint.
+Results go to report/eval_<stage>-<tag>.json under NANOCHAT_BASE_DIR, next to what is known of the
+same checkpoint, each as soon as its task is done. With --resume a task that has been measured on
+this checkpoint with these settings is not measured again.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import torch
 import tyro
 from rich.table import Table
 
-from nanochat.checkpoint_manager import load_model
+from nanochat.checkpoint_manager import find, load_model, read_meta
 from nanochat.conversation import parts
 from nanochat.engine import Engine, Request, SamplingParams
 from nanochat.errors import UserError
@@ -35,6 +36,7 @@ from nanochat.scoring import (
     read_evaluation,
     record_evaluation,
     task_result,
+    weights_digest,
 )
 from nanochat.tokenizer import SystemStyle, Tokenizer
 from tasks.common import Conversation, Task, pass_at_k
@@ -78,6 +80,8 @@ class Config:
     """Problems (categorical) or samples (generative) computed at once."""
     show: int = 0
     """Print so many problems of each task with the answers and the verdicts."""
+    resume: bool = False
+    """Keep what an earlier run of this command has measured on this checkpoint."""
     seed: int = 1337
     """Of sampling."""
     device: str = "auto"
@@ -116,36 +120,69 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
     tasks = {spec: build(spec, cfg.split) for spec in cfg.task or ALL_TASKS}
     for spec, task in tasks.items():
         check_task(task, spec)
-    model, tokenizer, meta = load_model(
-        cfg.source, step=cfg.step, device=runtime.device, dtype=runtime.dtype
-    )
+    settings = {spec: settings_of(task, cfg) for spec, task in tasks.items()}
+    results: dict[str, dict[str, Any]] = {}
+    if cfg.resume:
+        meta = read_meta(find(cfg.source, cfg.step), verify=False)
+        results = runtime.broadcast_object(finished(meta, settings, cfg))
+        for spec, result in results.items():
+            runtime.print(f"{spec}: {result['accuracy']:.4f}, kept from an earlier run")
+    todo = {spec: task for spec, task in tasks.items() if spec not in results}
+    if todo:
+        model, tokenizer, meta = load_model(
+            cfg.source, step=cfg.step, device=runtime.device, dtype=runtime.dtype
+        )
     stage, tag, step = meta["stage"], meta["tag"], int(meta["step"])
-    runtime.print(f"{stage}/{tag} step {step}: {', '.join(tasks)}")
+    weights = weights_digest(meta)
+    runtime.print(f"{stage}/{tag} step {step}: {', '.join(todo) or 'all tasks are measured'}")
     system: SystemStyle = meta.get("run_config", {}).get("system", "tokens")
-    results = {
-        spec: evaluate_task(model, tokenizer, task, cfg, runtime, label=spec, system=system)
-        for spec, task in tasks.items()
-    }
+    for spec, task in todo.items():
+        result = evaluate_task(model, tokenizer, task, cfg, runtime, label=spec, system=system)
+        results[spec] = {**result, **settings[spec]}
+        if runtime.is_main:
+            record_evaluation(stage, tag, step, {spec: results[spec]}, weights=weights)
     record: dict[str, Any] = {}
     if runtime.is_main:
-        settings = {
-            "split": cfg.split,
-            "max_problems": cfg.max_problems,
-            "num_samples": cfg.num_samples,
-            "temperature": cfg.temperature,
-            "seed": cfg.seed,
-        }
-        results = {spec: {**result, **settings} for spec, result in results.items()}
         # Over all that is known of this checkpoint: tasks may be measured in several runs.
-        known = {**read_evaluation(stage, tag, step).get("results", {}), **results}
+        known = read_evaluation(stage, tag, step, weights)["results"]
         chat_core = math.fsum(result["centered"] for result in known.values()) / len(known)
-        record = record_evaluation(stage, tag, step, results, chat_core=chat_core)
+        record = record_evaluation(stage, tag, step, weights=weights, chat_core=chat_core)
+        results = {spec: results[spec] for spec in tasks}
         runtime.console.print(make_table(results, f"{stage}/{tag} step {step}"))
         runtime.print(
             f"ChatCORE {chat_core:.4f}: mean centred accuracy of {', '.join(known)}\n"
             f"written to {evaluation_path(stage, tag)}"
         )
     return cast(dict[str, Any], runtime.broadcast_object(record))
+
+
+def settings_of(task: Task, cfg: Config) -> dict[str, Any]:
+    """What a result depends on, beside the model."""
+    return {
+        "task": task.fingerprint(),
+        "split": cfg.split,
+        "max_problems": cfg.max_problems,
+        "num_samples": cfg.num_samples,
+        "temperature": cfg.temperature,
+        "top_k": cfg.top_k,
+        "max_tokens": cfg.max_tokens,
+        "seed": cfg.seed,
+    }
+
+
+def finished(
+    meta: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]], cfg: Config
+) -> dict[str, dict[str, Any]]:
+    """The recorded results of this checkpoint that the same settings gave."""
+    recorded = read_evaluation(meta["stage"], meta["tag"], int(meta["step"]), weights_digest(meta))
+    kept = {}
+    for spec, wanted in settings.items():
+        result = recorded.get("results", {}).get(spec, {})
+        same = all(key in result and result[key] == value for key, value in wanted.items())
+        estimates = {str(k) for k in cfg.pass_at if k <= result.get("samples", 0)}
+        if same and estimates <= set(result.get("pass_at", {})):
+            kept[spec] = result
+    return kept
 
 
 def check_task(task: Task, spec: str) -> None:

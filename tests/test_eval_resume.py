@@ -1,0 +1,169 @@
+"""--resume of the evaluations: what is measured is kept, as long as it would come out the same."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+
+from nanochat.runtime import single
+from scripts import base_eval, chat_eval
+
+
+@pytest.fixture(scope="module")
+def trained(encoded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "base"
+    shutil.copytree(encoded, folder)
+    config = tiny_runs.base_config(tiny_runs.corpus(encoded), duration={"num_steps": 2})
+    tiny_runs.train("base", folder, config)
+    return folder
+
+
+@pytest.fixture
+def base(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(trained, tmp_path / "base")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    return tmp_path / "base"
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[str]:
+    """The labels of what `module.name` is called for from now on."""
+    calls: list[str] = []
+    original: Callable[..., Any] = getattr(module, name)
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(keywords.get("label", name))
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(module, name, call)
+    return calls
+
+
+def retrain(base: Path, encoded: Path) -> None:
+    """The same tag and step, other weights."""
+    shutil.rmtree(base / "checkpoints")
+    config = tiny_runs.base_config(tiny_runs.corpus(encoded), duration={"num_steps": 2})
+    tiny_runs.train("base", base, tiny_runs.changed(config, run={"seed": 5}))
+
+
+CHAT = chat_eval.Config(
+    source="base",
+    task=("arithmetic:5", "arithmetic:5:level=2"),
+    max_problems=2,
+    max_tokens=3,
+    device="cpu",
+    dtype="float32",
+    resume=True,
+)
+
+
+def test_a_finished_task_is_not_measured_again(
+    base: Path,
+    encoded: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    calls = counted(monkeypatch, chat_eval, "evaluate_task")
+    loads = counted(monkeypatch, chat_eval, "load_model")
+    first, second = CHAT.task
+
+    def measured(cfg: chat_eval.Config) -> list[str]:
+        calls.clear()
+        chat_eval.main(cfg, single())
+        return list(calls)
+
+    # Interrupted in the second task: the first is on record.
+    def interrupt(*_: Any, **keywords: Any) -> dict[str, Any]:
+        if keywords["label"] == second:
+            raise KeyboardInterrupt
+        return task(*_, **keywords)
+
+    task = chat_eval.evaluate_task
+    monkeypatch.setattr(chat_eval, "evaluate_task", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        chat_eval.main(CHAT, single())
+    monkeypatch.setattr(chat_eval, "evaluate_task", task)
+    assert measured(CHAT) == [second]
+    whole = json.loads((base / "report" / "eval_base-default.json").read_text())
+    assert list(whole["results"]) == [first, second]
+
+    loads.clear()
+    capsys.readouterr()
+    assert measured(CHAT) == []
+    out = capsys.readouterr().out
+    assert f"{first}: " in out
+    assert "kept from an earlier run" in out
+    assert not loads, "the model is not needed"
+    assert json.loads((base / "report" / "eval_base-default.json").read_text()) == whole
+
+    assert measured(replace(CHAT, resume=False)) == [first, second]
+    assert measured(replace(CHAT, max_problems=3)) == [first, second]
+    assert measured(replace(CHAT, max_problems=3, split="val")) == [first, second]
+    sampled = replace(CHAT, num_samples=2, temperature=1.0, pass_at=(1,))
+    assert measured(sampled) == [first, second]
+    assert measured(sampled) == []
+    assert measured(replace(sampled, seed=3)) == [first, second]
+    assert measured(replace(sampled, seed=3, pass_at=(1, 2))) == [first, second]
+    assert measured(CHAT) == [first, second], "only the latest settings are on record"
+    retrain(base, encoded)
+    assert measured(replace(CHAT, task=(first,))) == [first]
+    record = json.loads((base / "report" / "eval_base-default.json").read_text())
+    assert list(record["results"]) == [first], "the other was of other weights"
+
+
+def test_base_eval_keeps_what_it_knows(
+    base: Path, encoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = counted(monkeypatch, base_eval, "bits_per_byte")
+    core = counted(monkeypatch, base_eval, "evaluate_core")
+    loads = counted(monkeypatch, base_eval, "load_model")
+    cfg = base_eval.Config(
+        corpus=tiny_runs.corpus(encoded),
+        eval_tokens=128,
+        batch_size=1,
+        bundle=tmp_path / "bundle",
+        device="cpu",
+        dtype="float32",
+        resume=True,
+    )
+    path = base / "report" / "eval_base-default.json"
+
+    def measured(cfg: base_eval.Config) -> tuple[int, int, int]:
+        for calls in (text, core, loads):
+            calls.clear()
+        values = base_eval.main(cfg, single())
+        known = json.loads(path.read_text())
+        assert {key: known[key] for key in values} == json.loads(json.dumps(values))
+        return len(text), len(core), len(loads)
+
+    assert measured(cfg) == (2, 0, 1)
+    assert measured(cfg) == (0, 0, 0)
+    assert measured(replace(cfg, resume=False)) == (2, 0, 1)
+    assert measured(replace(cfg, eval_tokens=256)) == (2, 0, 1)
+    assert measured(cfg) == (2, 0, 1)
+
+    data = tmp_path / "bundle" / "eval_data"
+    data.mkdir(parents=True)
+    entries = "".join(
+        f"- {{label: {label}, dataset_uri: {label}.jsonl, num_fewshot: [0], "
+        "icl_task_type: language_modeling}\n"
+        for label in ("one", "two")
+    )
+    (tmp_path / "bundle" / "core.yaml").write_text(f"icl_tasks:\n{entries}")
+    (tmp_path / "bundle" / "eval_meta_data.csv").write_text(
+        "Eval Task,Random baseline\none,0\ntwo,0\n"
+    )
+    item = json.dumps({"context": "the king", "continuation": "gave"})
+    (data / "one.jsonl").write_text(item)
+    assert measured(cfg) == (0, 1, 1), "the bundle is new"
+    assert "core_partial" in json.loads(path.read_text())
+    assert measured(cfg) == (0, 0, 0)
+    (data / "two.jsonl").write_text(item)
+    assert measured(cfg) == (0, 1, 1), "it is complete now"
+    assert measured(replace(cfg, max_per_task=1)) == (0, 1, 1)
+    retrain(base, encoded)
+    assert measured(cfg) == (2, 1, 1)

@@ -49,11 +49,11 @@ if [ "$profile" = gpu ]; then
     wait "$download" || { tail "$NANOCHAT_BASE_DIR/download.log" >&2; exit 1; }
     run python -m scripts.tok_encode --corpus "$corpus"
     train scripts.base_train --depth "$depth" --corpus "$corpus" --save-every 1000 --resume
-    train scripts.base_eval --corpus "$corpus"
+    train scripts.base_eval --corpus "$corpus" --resume
     train scripts.mid_train --corpus "$corpus" --save-every 500 --resume
     train scripts.chat_sft --corpus "$corpus" --save-every 500 --resume
     for stage in base mid sft; do
-        train scripts.chat_eval --source "$stage" --task mmlu --task arc:easy --task arc:challenge \
+        train scripts.chat_eval --source "$stage" --resume --task mmlu --task arc:easy --task arc:challenge \
             --task gsm8k --task humaneval --task simplespelling --task spellingbee
     done
 else
@@ -84,14 +84,14 @@ else
     # Small shapes: heads of 64, every layer sees the whole (short) row, 4,096 tokens a step.
     small=(--corpus "$corpus" --total-batch-size 4096 --resume)
     run python -m scripts.base_train "${small[@]}" "${base[@]}" --head-dim 64 --window-pattern L
-    run python -m scripts.base_eval --corpus "$corpus"
+    run python -m scripts.base_eval --corpus "$corpus" --resume
     # Replayed text and low rates keep what pretraining taught; the tasks learn fast enough.
     run python -m scripts.mid_train "${small[@]}" "${chat[@]}" --mix "${mid_mix[@]}" \
         --replay 0.3 --lr-scale 0.8 --warmdown 0.5
     run python -m scripts.chat_sft "${small[@]}" "${chat[@]}" --mix "${sft_mix[@]}" \
         --replay 0.15 --lr-scale 0.25
     for stage in base mid sft; do
-        run python -m scripts.chat_eval --source "$stage" --max-problems "$problems" \
+        run python -m scripts.chat_eval --source "$stage" --resume --max-problems "$problems" \
             "${tasks[@]/#/--task=}"
     done
 fi

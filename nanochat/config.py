@@ -237,6 +237,9 @@ class BaseConfig:
     """Key/value heads (grouped-query attention); default: as many as query heads."""
     context_length: int = 2048
     """Tokens per row."""
+    context_schedule: str | None = None
+    """Short rows first, instead: each length with its share of the steps, like 256:0.5,512:0.5.
+    A step's tokens stay the same; each length must divide the last, which is the context."""
     window_pattern: str = "SSSL"
     """Attention per layer, repeated over the depth: L full, S half the context; the last is L."""
     portable: bool = False
@@ -277,6 +280,14 @@ class MidConfig:
     """Share of the documents' tokens that is replayed pretraining text."""
     prompt_weight: float = 1.0
     """Loss weight of tokens the assistant does not produce."""
+    context_length: int | None = None
+    """Extend the model to so many tokens per row; default: as it was trained."""
+    rope_scaling: Literal["abf", "none"] = "abf"
+    """With --context-length: raise the rotary base of full attention (ABF, arXiv 2309.16039), or
+    leave it, for comparison."""
+    long_fraction: float = 0.34
+    """With --context-length: share of the tokens from documents of --corpus that are at least that
+    long."""
     system: Literal["tokens", "merge"] = "tokens"
     """System message in its own tokens, or merged into the first user message."""
     bad_rows: Literal["error", "skip"] = "error"
@@ -293,6 +304,7 @@ class SftConfig(MidConfig):
     source: str = "mid"
     replay: float = 0.0
     prompt_weight: float = 0.0
+    long_fraction: float = 0.0
 
 
 @dataclass(frozen=True)

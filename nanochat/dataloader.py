@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nanochat.errors import UserError
-from nanochat.packing import MixtureOrder, PackedRows, count_rows, make_key, pack_window
+from nanochat.packing import MixtureOrder, count_rows, make_key, pack_window
 from nanochat.token_store import TokenStore
 from nanochat.tokenizer import unpack_mask
 
@@ -81,20 +81,37 @@ class Batch:
 
 
 class _Window:
-    """The packed rows of one window, and what they take from each source."""
+    """The packed rows of one window, and what they take from each source.
+
+    sources, documents: what the window's documents are, by their number in it. parts: (number,
+    start, stop) of each part of a document that is to be packed, at first all of each.
+    """
 
     def __init__(
-        self, sources: np.ndarray, documents: np.ndarray, packed: PackedRows, num_sources: int
+        self,
+        sources: np.ndarray,
+        documents: np.ndarray,
+        parts: np.ndarray,
+        capacity: int,
+        key: int,
+        num_sources: int,
     ):
-        # Pieces are numbered within the window: translate to source and document.
+        packed = pack_window(parts[:, 2] - parts[:, 1], capacity, key)
+        # The packer knows parts by their place in the list, and counts from their beginnings.
+        self.numbers, begin = parts[packed.documents, 0], parts[packed.documents, 1]
         self.pieces = np.stack(
-            [sources[packed.documents], documents[packed.documents], packed.starts, packed.stops],
+            [
+                sources[self.numbers],
+                documents[self.numbers],
+                begin + packed.starts,
+                begin + packed.stops,
+            ],
             axis=1,
         )
         self.offsets = packed.offsets
         row_of = np.repeat(np.arange(len(packed)), np.diff(packed.offsets))
         taken = np.zeros((len(packed) + 1, num_sources, 2), dtype=np.int64)
-        np.add.at(taken[:, :, 0], (row_of + 1, self.pieces[:, 0]), packed.starts == 0)
+        np.add.at(taken[:, :, 0], (row_of + 1, self.pieces[:, 0]), self.pieces[:, 2] == 0)
         np.add.at(taken[:, :, 1], (row_of + 1, self.pieces[:, 0]), packed.stops - packed.starts - 1)
         self.taken = taken.cumsum(axis=0)  # (rows + 1, sources, 2): documents begun, targets
 
@@ -104,6 +121,19 @@ class _Window:
     def row(self, row: int) -> list[list[int]]:
         """[source, document, start, stop] of each piece."""
         return self.pieces[self.offsets[row] : self.offsets[row + 1]].tolist()
+
+    def rest(self, row: int) -> np.ndarray:
+        """The parts that the rows from `row` on hold.
+
+        Pieces that touch are joined: where one ends the next begins with its last token.
+        """
+        numbers, pieces = self.numbers[self.offsets[row] :], self.pieces[self.offsets[row] :]
+        order = np.lexsort((pieces[:, 2], numbers))
+        numbers, starts, stops = numbers[order], pieces[order, 2], pieces[order, 3]
+        first = np.ones(len(order), dtype=bool)
+        first[1:] = (numbers[1:] != numbers[:-1]) | (starts[1:] != stops[:-1] - 1)
+        last = np.roll(first, -1)
+        return np.stack([numbers[first], starts[first], stops[last]], axis=1)
 
 
 class DataLoader:
@@ -152,8 +182,10 @@ class DataLoader:
         )
         self.window = window or self._default_window()
         self._rows_of_epoch: dict[int, int] = {}
-        self._packed: tuple[int, int, _Window] | None = None
+        self._packed: tuple[int, int, int, _Window] | None = None
         self._epoch = self._window = self._row = 0
+        self._cuts: list[list[int]] = []
+        """[sequence length, rows read] of each length the present window had before this one."""
         self._consumed = np.zeros((len(self.sources), 2), dtype=np.int64)
         self._settle()
 
@@ -186,13 +218,22 @@ class DataLoader:
         return sources, documents, lengths
 
     def _current(self) -> _Window:
-        if self._packed is None or self._packed[:2] != (self._epoch, self._window):
+        place = self._epoch, self._window, len(self._cuts)
+        if self._packed is None or self._packed[:3] != place:
             sources, documents, lengths = self._located(self._epoch, self._window)
             key = make_key(self.seed, -2, self._epoch, self._window)
-            packed = pack_window(lengths, self.sequence_length + 1, key)
-            window = _Window(sources, documents, packed, len(self.sources))
-            self._packed = self._epoch, self._window, window
-        return self._packed[2]
+            numbers = np.arange(len(lengths))
+            parts = np.stack([numbers, np.zeros_like(numbers), lengths], axis=1)
+
+            def packed(sequence_length: int) -> _Window:
+                capacity = sequence_length + 1
+                return _Window(sources, documents, parts, capacity, key, len(self.sources))
+
+            for number, (sequence_length, rows_read) in enumerate(self._cuts, start=1):
+                parts = packed(sequence_length).rest(rows_read)
+                key = make_key(self.seed, -2, self._epoch, self._window, number)
+            self._packed = *place, packed(self.sequence_length)
+        return self._packed[3]
 
     def _settle(self) -> None:
         """Go on to the next window while there is no row left in this one."""
@@ -200,7 +241,7 @@ class DataLoader:
             if self._window >= self._num_windows(self._epoch):
                 self._epoch, self._window = self._epoch + 1, 0
             elif self._row >= len(self._current()):
-                self._window, self._row = self._window + 1, 0
+                self._window, self._row, self._cuts = self._window + 1, 0, []
             else:
                 return
 
@@ -225,6 +266,24 @@ class DataLoader:
                 for window in range(self._num_windows(epoch))
             )
         return self._rows_of_epoch[epoch]
+
+    def set_rows(self, sequence_length: int, batch_size: int) -> None:
+        """Rows of another length from here on, and another number of them in a micro-batch.
+
+        What is left of the present window is packed anew: pieces of a document that touch are
+        joined and cut at the new length. So an epoch is still every document once, and each of its
+        targets exactly once, whatever the lengths of the rows. Every rank calls it at the same
+        place; nothing happens where both are as they were.
+        """
+        _check(self.sources, batch_size, sequence_length, self.rank, self.world_size, None, None)
+        self.batch_size = batch_size
+        if sequence_length == self.sequence_length:
+            return
+        if self._row:
+            self._cuts.append([self.sequence_length, self._row])
+        self.sequence_length, self._row = sequence_length, 0
+        self._packed, self._rows_of_epoch = None, {}
+        self._settle()
 
     # Batches
 
@@ -327,6 +386,7 @@ class DataLoader:
             "epoch": self._epoch,
             "window": self._window,
             "row": self._row,
+            "cuts": [list(cut) for cut in self._cuts],
             "consumed": self._consumed.tolist(),
             **self._identity(),
         }
@@ -340,6 +400,7 @@ class DataLoader:
                     f"{here}; resume with the same data settings, or start a new run"
                 )
         self._epoch, self._window, self._row = state["epoch"], state["window"], state["row"]
+        self._cuts = [list(cut) for cut in state.get("cuts", [])]
         self._consumed = np.array(state["consumed"], dtype=np.int64)
         self._settle()
 

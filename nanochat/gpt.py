@@ -14,7 +14,8 @@ weight. Norms, softmax and the loss reduce in float32.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -24,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from nanochat.attention import Layout, attend, attend_cached, choose_backend, make_layout
 from nanochat.errors import UserError
 from nanochat.kv_cache import KVCache
-from nanochat.rope import apply_rope, rope_table
+from nanochat.rope import apply_rope, extended_base, rope_table
 
 NORM_EPS = 1e-6
 LOSS_CHUNK_LOGITS = 2**21
@@ -51,7 +52,9 @@ class GPTConfig:
     windowed_rope_base: float = 10000.0
     """Rotary base of layers with a window: a longer context leaves it alone."""
     trained_context_length: int | None = None
-    """The context before it was extended; None: never extended."""
+    """The context before it was first extended; None: never extended."""
+    trained_rope_base: float | None = None
+    """rope_base before the context was first extended."""
     value_embeddings: bool = True
     residual_scalars: bool = True
     softcap: float = 15.0
@@ -124,6 +127,42 @@ def config_from_depth(
         windows=tuple(windows) if any(windows) else (),
         value_embeddings=not portable,
         residual_scalars=not portable,
+    )
+
+
+def extend_context(
+    config: GPTConfig, new_length: int, rope_scaling: Literal["abf", "none"] = "abf"
+) -> GPTConfig:
+    """The same weights for a longer context; only the rotary base of full attention changes.
+
+    The base is raised from the one the model was first trained with, by the ratio of the new
+    context to the first one (`rope.extended_base`), so extending twice is extending once to the
+    final length, exactly. Layers with a window keep base and window: they look no farther than
+    before. rope_scaling="none" leaves the base alone, for comparison. The present length gives the
+    configuration back as it is.
+
+    >>> twice = extend_context(extend_context(GPTConfig(64), 4096), 8192)
+    >>> twice == extend_context(GPTConfig(64), 8192)
+    True
+    """
+    if new_length < config.context_length:
+        raise UserError(
+            f"--context-length {new_length} is shorter than the model's {config.context_length}; "
+            "a context can only be extended (shorter inputs need no change)"
+        )
+    if new_length == config.context_length:
+        return config
+    first_length = config.trained_context_length or config.context_length
+    first_base = config.trained_rope_base or config.rope_base
+    base = config.rope_base
+    if rope_scaling == "abf":
+        base = extended_base(first_base, config.head_dim, first_length, new_length)
+    return replace(
+        config,
+        context_length=new_length,
+        rope_base=base,
+        trained_context_length=first_length,
+        trained_rope_base=first_base,
     )
 
 
@@ -234,6 +273,7 @@ class GPT(nn.Module):
             self.residual_scale = nn.Parameter(torch.ones(config.n_layer))
             self.first_scale = nn.Parameter(torch.zeros(config.n_layer))
         self.token_losses: Callable[..., torch.Tensor] = self._token_losses
+        self.summed_loss: Callable[..., torch.Tensor] = self._summed_loss
 
     def init_weights(self, seed: int = 0) -> "GPT":
         """Draw every parameter from one seeded stream, the same on any device; returns self.
@@ -441,14 +481,53 @@ class GPT(nn.Module):
         exist at once. Longer rows than the context, and a temperature so low that exponentials of
         float32 overflow, raise UserError.
         """
+        layout = self._loss_layout(inputs, doc_ids, temperature)
+        return self.token_losses(inputs, targets, layout, temperature)
+
+    def weighted_loss(
+        self,
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        doc_ids: torch.Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> torch.Tensor:
+        """sum(weights * nll), a scalar: what training minimises. All arguments (B, T).
+
+        Equal to `(weights * nll(...)).sum()`, but as the weights are known beforehand, the gradient
+        of the logits is computed beside them: the head is not run again in the backward pass.
+        """
+        layout = self._loss_layout(inputs, doc_ids, temperature)
+        return self.summed_loss(inputs, targets, weights, layout, temperature)
+
+    def _loss_layout(
+        self, inputs: torch.Tensor, doc_ids: torch.Tensor | None, temperature: float
+    ) -> Layout:
         self._check_length(inputs.shape[1], None)
         if not 2 * self.config.softcap / MAX_EXPONENT <= temperature < math.inf:
             raise UserError(
                 f"temperature {temperature} of the loss must be at least "
                 f"{2 * self.config.softcap / MAX_EXPONENT:g} and finite"
             )
-        layout = self.make_layout(doc_ids, inputs.shape)
-        return self.token_losses(inputs, targets, layout, temperature)
+        return self.make_layout(doc_ids, inputs.shape)
+
+    def _summed_loss(
+        self,
+        inputs: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        layout: Layout,
+        temperature: float = 1.0,
+    ) -> torch.Tensor:
+        return SummedLoss.apply(
+            self.hidden(inputs, layout).flatten(0, 1),
+            self.head.weight,
+            targets.flatten(),
+            weights.flatten(),
+            self.config.softcap,
+            self.config.vocab_size,
+            temperature,
+        )
 
     def _token_losses(
         self, inputs: torch.Tensor, targets: torch.Tensor, layout: Layout, temperature: float = 1.0
@@ -465,8 +544,15 @@ class GPT(nn.Module):
         return losses.view_as(targets)
 
     def compile_loss(self) -> None:
-        """Compile the loss graph; the layout stays outside, so documents never recompile it."""
+        """Compile the loss graph; the layout stays outside, so documents never recompile it.
+
+        Each shape has a graph of its own: training and evaluation, every length of a
+        `--context-schedule`, every doubling of the documents in a batch.
+        """
+        # By default the ninth graph of a run would be an error.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
         self.token_losses = torch.compile(self._token_losses, fullgraph=True, dynamic=False)
+        self.summed_loss = torch.compile(self._summed_loss, fullgraph=True, dynamic=False)
 
 
 class SoftcappedLoss(torch.autograd.Function):
@@ -530,6 +616,56 @@ class SoftcappedLoss(torch.autograd.Function):
             grad_hidden.append(((grad @ cast) * scale[rows]).to(hidden.dtype))
             grad_weight[:vocab_size] += grad.t() @ scaled[rows]
         return torch.cat(grad_hidden), grad_weight.to(weight.dtype), None, None, None, None
+
+
+class SummedLoss(torch.autograd.Function):
+    """sum(weights * SoftcappedLoss), a scalar, whose gradient is computed in the forward pass.
+
+    weights (N,); the others as in SoftcappedLoss. Saves a third of the head's arithmetic and half of
+    the exponentials at the price of keeping the head's gradient, (V', C), until the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        softcap: float,
+        vocab_size: int,
+        temperature: float = 1.0,
+    ) -> torch.Tensor:
+        height = softcap / temperature
+        cast = weight[:vocab_size].to(hidden.dtype)
+        weights = torch.where(targets >= 0, weights.float(), 0.0)[:, None]
+        # d capped / d raw = 4 s (1 - s); the factor of a row is applied where rows are short.
+        scale = 4 / temperature * weights
+        scaled = (hidden * scale).to(hidden.dtype)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        grad_hidden = []
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for rows in _chunks(len(hidden), vocab_size):
+            s = F.linear(hidden[rows], cast).float().mul_(2 / softcap).sigmoid_()
+            index = targets[rows].clamp(min=0)[:, None]
+            exponentials = (s * (2 * height)).exp_()
+            normalizer = exponentials.sum(dim=-1, keepdim=True)
+            losses = normalizer.log() - 2 * height * s.gather(1, index)
+            total = total + (weights[rows] * losses).sum()
+            probabilities = exponentials.div_(normalizer)
+            probabilities.scatter_add_(1, index, s.new_full((1, 1), -1.0).expand_as(index))
+            grad = torch.ops.aten.sigmoid_backward(probabilities, s).to(hidden.dtype)
+            grad_hidden.append(((grad @ cast) * scale[rows]).to(hidden.dtype))
+            grad_weight[:vocab_size] += grad.t() @ scaled[rows]
+        ctx.save_for_backward(torch.cat(grad_hidden), grad_weight)
+        return total
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad_output: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad_hidden * grad_output, grad_weight * grad_output, *(None,) * 5
 
 
 def _chunks(tokens: int, vocab_size: int) -> list[slice]:

@@ -5,13 +5,14 @@ depth 12 at a batch of 2^19 tokens.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
 
-from nanochat.config import Batching, Duration, Learning
+from nanochat.config import BaseConfig, Batching, Duration, Learning
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, LOSS_CHUNK_LOGITS, GPTConfig, config_from_depth
 from nanochat.optim import Hypers
@@ -26,6 +27,15 @@ MINIMAL_LR_SCALE = 1.0
 at scales of 0.1, 0.3 and 1."""
 CPU_TOKENS = 4096
 """Tokens per micro-batch on a CPU: large enough for its matmuls, small enough for its caches."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps, from `first_step` on, with rows of one length; the tokens of a step stay the same."""
+
+    first_step: int
+    sequence_length: int
+    device_batch_size: int
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,13 @@ class Plan:
     weight_decay: float
     learning: Learning
     parameters: dict[str, int]
+    phases: tuple[Phase, ...] = ()
+    """Of a --context-schedule; `sequence_length` and `device_batch_size` are those of the last."""
+
+    def phase(self, step: int) -> Phase:
+        """How long the rows of a step are, and how many a micro-batch has."""
+        begun = [phase for phase in self.phases if phase.first_step <= step]
+        return begun[-1] if begun else Phase(0, self.sequence_length, self.device_batch_size)
 
     @property
     def rows_per_step(self) -> int:
@@ -72,11 +89,16 @@ class Plan:
     def describe(self) -> str:
         """One paragraph for the console."""
         parts = ", ".join(f"{k} {v:,}" for k, v in self.parameters.items() if v)
+        phases = ", then ".join(
+            f"{phase.device_batch_size} rows x {phase.sequence_length} tokens from step "
+            f"{phase.first_step}"
+            for phase in self.phases
+        )
+        rows = phases or f"{self.device_batch_size} rows x {self.sequence_length} tokens"
         return (
             f"{sum(self.parameters.values()):,} parameters ({parts})\n"
             f"{self.num_steps:,} steps x {self.total_batch_size:,} tokens = {self.tokens:,} tokens"
-            f", {self.flops:.2e} FLOPs; step = {self.device_batch_size} rows x "
-            f"{self.sequence_length} tokens x {self.micro_batches} micro-batches x "
+            f", {self.flops:.2e} FLOPs; step = {rows} x {self.micro_batches} micro-batches x "
             f"{self.world_size} ranks; lr scale {self.lr_scale:.3f}, "
             f"weight decay {self.weight_decay:.4f}"
         )
@@ -105,6 +127,40 @@ def scaled_weight_decay(
         return 0.0
     share = total_batch_size / REFERENCE_BATCH * reference_tokens / tokens
     return float(min(REFERENCE_DECAY * share / lr_scale, 0.02 / (lr * lr_scale)))
+
+
+def context_schedule(cfg: BaseConfig) -> list[tuple[int, Fraction]]:
+    """(row length, share of the steps) one after the other; the last length is the context.
+
+    From `--context-schedule 256:0.5,512:0.5`; without it from --context-length alone. Each length
+    divides the last one, so that a step has the same tokens in each.
+    """
+    if cfg.context_schedule is None:
+        return [(cfg.context_length, Fraction(1))]
+    schedule: list[tuple[int, Fraction]] = []
+    for part in cfg.context_schedule.split(","):
+        length, _, share = part.partition(":")
+        try:
+            schedule.append((int(length), Fraction(share)))
+        except (ValueError, ZeroDivisionError):
+            schedule.append((0, Fraction(0)))
+        if schedule[-1][0] < 1 or schedule[-1][1] <= 0:
+            raise UserError(
+                f"--context-schedule {part!r}: write a length and its share of the steps, "
+                "like 256:0.5,512:0.5"
+            )
+    lengths, shares = zip(*schedule, strict=True)
+    if sum(shares) != 1:
+        raise UserError(
+            f"--context-schedule {cfg.context_schedule}: the shares add up to "
+            f"{float(sum(shares)):g}, they must to 1"
+        )
+    if list(lengths) != sorted(set(lengths)) or any(lengths[-1] % length for length in lengths):
+        raise UserError(
+            f"--context-schedule {cfg.context_schedule}: lengths must rise, and each must divide "
+            f"the last one, {lengths[-1]}, so that every step has the same number of tokens"
+        )
+    return schedule
 
 
 def meta_model(config: GPTConfig) -> GPT:
@@ -203,18 +259,28 @@ def make_plan(
     dtype: torch.dtype,
     memory_limit: int | None = None,
     rows_in_epochs: Callable[[int], int] | None = None,
+    schedule: Sequence[tuple[int, Fraction]] = (),
 ) -> Plan:
     """Resolve every "auto" and count the steps.
 
     memory_limit: bytes a rank may use, None for no limit. rows_in_epochs tells how many rows so
-    many epochs have (for --epochs). Raises UserError for impossible batch arithmetic.
+    many epochs have (for --epochs). schedule: of `context_schedule`, which ends with
+    sequence_length. Raises UserError for impossible batch arithmetic.
     """
+    schedule = schedule or [(sequence_length, Fraction(1))]
+    if duration.counts_epochs and len(schedule) > 1:
+        raise UserError(
+            f"--epochs {duration.epochs} with a --context-schedule: how many rows an epoch has "
+            "depends on their length; give --num-steps or --target-tokens instead"
+        )
     model = meta_model(model_config)
     parameters = model.num_parameters()
     scaling = parameters["block_matrices"] + parameters["head"]
     reference = meta_model(config_from_depth(12, model_config.vocab_size)).num_parameters()
     reference_tokens = DEFAULT_RATIO * (reference["block_matrices"] + reference["head"])
-    flops_per_token = model.flops_per_token(sequence_length)
+    flops_per_token = float(
+        sum(share * model.flops_per_token(length) for length, share in schedule)
+    )
 
     tokens = _token_budget(duration, scaling, flops_per_token)
     total = batching.total_batch_size
@@ -265,6 +331,11 @@ def make_plan(
         if learning.weight_decay == "auto"
         else learning.weight_decay
     )
+    phases: list[Phase] = []
+    done = Fraction(0)
+    for length, share in schedule:
+        phases.append(Phase(round(done * num_steps), length, rows * sequence_length // length))
+        done += share
     return Plan(
         num_steps=num_steps,
         total_batch_size=total,
@@ -273,15 +344,16 @@ def make_plan(
         sequence_length=sequence_length,
         world_size=world_size,
         tokens=num_steps * total,
-        flops=float(flops_per_token) * num_steps * total,
+        flops=flops_per_token * num_steps * total,
         lr_scale=lr_scale,
         weight_decay=weight_decay,
         learning=learning,
         parameters=parameters,
+        phases=tuple(phases) if len(phases) > 1 else (),
     )
 
 
-def _token_budget(duration: Duration, scaling: int, flops_per_token: int) -> float | None:
+def _token_budget(duration: Duration, scaling: int, flops_per_token: float) -> float | None:
     """Tokens to train on, where the duration says so directly; None for steps and epochs."""
     if duration.num_steps is not None or duration.counts_epochs:
         return None

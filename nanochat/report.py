@@ -107,6 +107,8 @@ class Material:
     tokenizer: Record | None
     missing: list[str]
     price_per_hour: float | None = None
+    long_evaluations: list[Record] = field(default_factory=list)
+    """report/long_eval_<stage>-<tag>.json, of all tags where none was chosen."""
 
 
 def collect(tag: str | None = None, price_per_hour: float | None = None) -> Material:
@@ -151,12 +153,15 @@ def collect(tag: str | None = None, price_per_hour: float | None = None) -> Mate
         elif stage in runs:
             script = "base_eval" if stage == "base" else "chat_eval"
             missing.append(f"an evaluation of {stage} (python -m scripts.{script})")
+    found = sorted(paths.report_dir().glob(f"long_eval_*-{tag or '*'}.json"))
+    read = (_read_json(path, missing) for path in found)
+    long_evaluations = [record for record in read if record is not None]
     tokenizer = None
     if (paths.report_dir() / "tok_eval.json").is_file():
         tokenizer = _read_json(paths.report_dir() / "tok_eval.json", missing)
     else:
         missing.append("the tokenizer's evaluation (python -m scripts.tok_eval)")
-    return Material(runs, evaluations, tokenizer, missing, price_per_hour)
+    return Material(runs, evaluations, tokenizer, missing, price_per_hour, long_evaluations)
 
 
 def _read_json(path: Path, missing: list[str]) -> Record | None:
@@ -194,6 +199,8 @@ class Table:
     head: list[str]
     rows: list[list[str]]
     note: str = ""
+    heat: bool = False
+    """Whether cells are shares from 0 to 1, to be coloured."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +237,8 @@ def compose(material: Material) -> list[Section]:
         sections.append(_evaluations(material))
     for stage, run in material.runs.items():
         sections.append(_stage(run, material.evaluations.get(stage, {})))
+    if material.long_evaluations:
+        sections.append(_long_context(material.long_evaluations))
     if material.tokenizer is not None:
         sections.append(_tokenizer(material.tokenizer))
     if material.missing:
@@ -504,6 +513,51 @@ def _points(records: dict[int, Record], name: str, factor: float) -> tuple[list[
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
+def _long_context(records: list[Record]) -> Section:
+    names = [f"{record.get('stage')}/{record.get('tag')}" for record in records]
+    rows: dict[str, list[str]] = {}
+
+    def add(name: str, column: int, value: Any, digits: int) -> None:
+        cells = rows.setdefault(name, ["–"] * len(records))
+        cells[column] = _fixed(value, digits)
+
+    heat = []
+    for column, (name, record) in enumerate(zip(names, records, strict=True)):
+        add("context of the model", column, record.get("model_context_length"), 0)
+        add("context it was first trained with", column, record.get("first_context_length"), 0)
+        add("rotary base", column, record.get("rope_base"), 0)
+        for length, value in _mapping(record.get("bpb")).items():
+            add(f"bits per byte in rows of {length}", column, value, 4)
+        gain = _mapping(record.get("context_gain"))
+        if gain:
+            last = _whole(gain.get("last_tokens"))
+            add(f"context gain over the last {last} tokens", column, gain.get("gain"), 4)
+        for bucket in map(_mapping, record.get("loss_by_position") or []):
+            span = f"{_whole(bucket.get('from'))} to {_whole(bucket.get('to'))}"
+            add(f"loss with {span} tokens of context", column, bucket.get("loss"), 3)
+        grid = _mapping(record.get("passkey"))
+        for how in ("forced", "generated"):
+            head = [f"{name}, {how}: depth", *map(_whole, grid.get("lengths") or [])]
+            cells = [
+                [_fixed(depth, 2), *(_fixed(value, 2) for value in line)]
+                for depth, line in zip(grid.get("depths") or [], grid.get(how) or [], strict=False)
+            ]
+            if cells:
+                heat.append(Table(head, cells, heat=True))
+    note = (
+        "Losses in nats per token. The gain is the loss with the last tokens of the context minus "
+        "the loss with all of it."
+    )
+    if heat:
+        note += (
+            " Below: shares of hidden words that were found, by where in the text they stood "
+            "(0 the beginning, 1 the end) and how many tokens it had; forced: each token of the "
+            "word is the likeliest after the true ones before it."
+        )
+    table = Table(["", *names], [[name, *cells] for name, cells in rows.items()], note)
+    return Section("Long context", [table, *heat])
+
+
 def _tokenizer(result: Record) -> Section:
     sizes = _mapping(result.get("vocab_sizes"))
     rows = []
@@ -766,6 +820,8 @@ def _html_table(table: Table) -> str:
     rows = []
     for row in table.rows:
         cells = [f"<td>{_html_cell(cell)}</td>" for cell in row]
+        if table.heat:
+            cells[1:] = [f'<td style="{_heat(cell)}">{html.escape(cell)}</td>' for cell in row[1:]]
         share = re.fullmatch(r"([0-9.]+) %", row[-1])
         if table.head[-1] == "share" and share:
             bar = f'<span class="bar" style="width:{min(100.0, float(share[1])):.1f}%"></span>'
@@ -776,6 +832,12 @@ def _html_table(table: Table) -> str:
         f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>{note}"
     )
+
+
+def _heat(cell: str) -> str:
+    """A background, from none at 0 to the full colour at 1; pale enough for the text on it."""
+    share = float(cell) if re.fullmatch(r"[01]\.[0-9]+", cell) else 0.0
+    return f"background: color-mix(in srgb, var(--c2) {60 * share:.0f}%, transparent)"
 
 
 def _figure(plot: Plot, name: str) -> str:

@@ -20,7 +20,7 @@ from nanochat.gpt import GPT
 from nanochat.log import RunLog
 from nanochat.loss_eval import evaluate_bpb, evaluate_roles, mixture_bpb
 from nanochat.optim import Optimizer, parameter_rules
-from nanochat.plan import Plan, make_plan
+from nanochat.plan import Plan, context_schedule, make_plan
 from nanochat.runtime import Runtime, best_dtype
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import LossScale, StepStats, TrainState, check_replicas
@@ -122,7 +122,9 @@ class Stage(Generic[L]):
 
     def _batches(self, sources: Sequence[Source], tokens: int) -> Iterator[Batch]:
         """About so many tokens of one pass over the sources, over all ranks; at least one batch."""
-        T, rows = self.plan.sequence_length, self.plan.device_batch_size
+        # As the last step was: positions never trained on would tell nothing of what was learned.
+        phase = self.plan.phase(max(0, self.state.step - 1))
+        T, rows = phase.sequence_length, phase.device_batch_size
         loader = DataLoader(
             sources,
             batch_size=rows,
@@ -231,9 +233,12 @@ def set_up(
         dtype=runtime.dtype,
         memory_limit=runtime.memory_limit(),
         rows_in_epochs=make_loader(1).num_rows,
+        schedule=context_schedule(cfg) if isinstance(cfg, BaseConfig) else (),
     )
     model.recompute = cfg.batching.recompute
     loader = make_loader(plan.device_batch_size)
+    phase = plan.phase(max(0, read_meta(newest, verify=False)["step"] - 1) if newest else 0)
+    loader.set_rows(phase.sequence_length, phase.device_batch_size)
     stage = assemble(name, cfg, runtime, model, tokenizer, plan, loader, held_out, extra_meta)
     if len(sources) > 1 and not stage.finished:
         runtime.print(describe_mixture(sources, plan.tokens))

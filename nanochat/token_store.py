@@ -41,6 +41,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dty
 # Below this many rows the processes would take longer to start than they save.
 _PARALLEL_FROM = 20_000
 _SLICE_ROWS = 4_000
+_OFFSETS_BLOCK = 2**20
 
 
 class TokenStore:
@@ -141,6 +142,9 @@ class TokenStore:
     def _span(self, index: int, start: int, stop: int | None) -> slice:
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)} in {self.folder}")
+        return self._slice(index, start, stop)
+
+    def _slice(self, index: int, start: int, stop: int | None) -> slice:
         first, end = int(self._offsets[index]), int(self._offsets[index + 1])
         return slice(min(first + start, end), end if stop is None else min(first + stop, end))
 
@@ -156,6 +160,41 @@ class TokenStore:
         """The loss mask (0 or 1, uint8) of the same tokens as `ids`; None for plain documents."""
         packed = self.mask_bytes(index, start, stop)
         return None if packed is None else unpack_mask(packed)[0]
+
+
+class LongDocuments(TokenStore):
+    """The documents of a store that have at least `minimum` tokens, in the store's order.
+
+    Nothing is copied. Memory: 8 bytes for each of them; the offsets are read once, in blocks.
+    There may be none: `longest` says how many tokens the store's longest document has.
+    """
+
+    def __init__(self, store: TokenStore, minimum: int):
+        vars(self).update(vars(store))
+        self.minimum = minimum
+        self.longest = 0
+        found = []
+        for start in range(0, len(store), _OFFSETS_BLOCK):
+            lengths = np.diff(store._offsets[start : start + _OFFSETS_BLOCK + 1])
+            self.longest = max(self.longest, int(lengths.max()))
+            found.append(start + np.flatnonzero(lengths >= minimum))
+        self._indices = np.concatenate(found) if found else np.empty(0, np.int64)
+        self.num_tokens = int(store.lengths(self._indices).sum())
+
+    @property
+    def name(self) -> str:
+        return f"{self.folder.name} from {self.minimum} tokens"
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        return super().lengths(self._indices[indices])
+
+    def _span(self, index: int, start: int, stop: int | None) -> slice:
+        if not 0 <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)} in {self.name}")
+        return self._slice(int(self._indices[index]), start, stop)
 
 
 def _torn(path: Path, what: str) -> UserError:

@@ -15,6 +15,7 @@ from nanochat.engine import Engine, SamplingParams
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.launch import launch
+from nanochat.plan import context_schedule
 from nanochat.runtime import Runtime, seed_everything
 from nanochat.stage import HeldOut, Stage, set_up
 from nanochat.token_store import TokenStore
@@ -109,7 +110,7 @@ def main(cfg: BaseConfig, runtime: Runtime) -> Stage:
         aspect_ratio=cfg.aspect_ratio,
         head_dim=cfg.head_dim,
         kv_heads=cfg.kv_heads,
-        context_length=cfg.context_length,
+        context_length=context_schedule(cfg)[-1][0],
         window_pattern=cfg.window_pattern,
         portable=cfg.portable,
     )
@@ -137,6 +138,8 @@ def main(cfg: BaseConfig, runtime: Runtime) -> Stage:
             stage.save()
         if last or runtime.stop_requested:
             break
+        phase = plan.phase(step)
+        stage.loader.set_rows(phase.sequence_length, phase.device_batch_size)
         batches, hypers = take(stage.loader, plan.micro_batches), plan.hypers(step)
         stage.record(
             train_step(stage.model, stage.optimizer, batches, hypers, runtime, stage.loss_scale)

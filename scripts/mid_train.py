@@ -2,6 +2,7 @@
 
 Every token is trained (`--prompt-weight 1`), in conversation format, while a share of the
 pretraining text is replayed (`--replay`): without it a small model forgets within minutes.
+`--context-length` extends the context (docs/long_context.md).
 """
 
 from collections.abc import Sequence
@@ -15,23 +16,30 @@ from nanochat.checkpoint_manager import check_tokenizer, find, load_weights, rea
 from nanochat.config import MidConfig, from_dict
 from nanochat.dataloader import Source
 from nanochat.errors import UserError
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, GPTConfig, extend_context
 from nanochat.launch import launch
 from nanochat.runtime import Runtime, seed_everything
 from nanochat.stage import HeldOut, Stage, set_up
-from nanochat.token_store import conversations_store
+from nanochat.token_store import LongDocuments, conversations_store
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import due, take, train_step
 from scripts.base_train import parse_shares, text_sources
+from tasks.passkey import corpus_sentences
 from tasks.registry import build_halves, split_weight
 
 
 def task_sources(cfg: MidConfig, tokenizer: Tokenizer, split: str = "train") -> list[Source]:
     """The tasks of `--mix`, each with its weight; the split val is what is held out of them."""
+    options: dict[str, Any] = {}
+    if any(spec.split(":")[0] == "passkey" for spec in cfg.mix):
+        sentences = corpus_sentences(replayed(cfg, tokenizer)[0].store, tokenizer)
+        options = {"tokenizer": tokenizer, "sentences": sentences}
+        if cfg.context_length is not None:
+            options["length"] = cfg.context_length
     sources = []
     for spec in cfg.mix:
         name, weight = split_weight(spec)
-        train, held_out = build_halves(name)
+        train, held_out = build_halves(name, **options)
         task = train if split == "train" else held_out
         if task is None:
             continue
@@ -53,16 +61,46 @@ def replayed(cfg: MidConfig, tokenizer: Tokenizer, split: str = "train") -> list
 
 
 def build_sources(cfg: MidConfig, tokenizer: Tokenizer, split: str = "train") -> list[Source]:
-    """The tasks of `--mix`, and pretraining text as `--replay` of all targets."""
+    """The tasks of `--mix`, and pretraining text as `--replay` of all targets.
+
+    With `--context-length`, `--long-fraction` of all targets are of long documents alone.
+    """
     sources = task_sources(cfg, tokenizer, split)
     if not 0 <= cfg.replay < 1:
         raise UserError(f"--replay {cfg.replay} must be at least 0 and below 1")
-    if cfg.replay and sources:
-        texts = replayed(cfg, tokenizer, split)
-        replay = Fraction(str(cfg.replay))
-        scale = replay / (1 - replay) * _targets(sources) / _targets(texts)
-        sources += [replace(text, weight=Fraction(text.weight) * scale) for text in texts]
+    replay = Fraction(str(cfg.replay))
+    long = Fraction(str(cfg.long_fraction)) if cfg.context_length is not None else Fraction(0)
+    if not 0 <= long < 1 - replay:
+        raise UserError(
+            f"--long-fraction {cfg.long_fraction} must be at least 0, and below 1 together with "
+            f"--replay {cfg.replay}: the rest is for the tasks"
+        )
+    tasks = _targets(sources)
+    for share, minimum in ((replay, 0), (long, cfg.context_length or 0)):
+        if share and sources:
+            texts = replayed(cfg, tokenizer, split)
+            texts = long_documents(texts, minimum) if minimum else texts
+            scale = share / (1 - replay - long) * tasks / _targets(texts)
+            sources += [replace(text, weight=Fraction(text.weight) * scale) for text in texts]
     return sources
+
+
+def long_documents(texts: Sequence[Source], minimum: int) -> list[Source]:
+    """The texts' documents of at least `minimum` tokens; UserError where there are none at all."""
+    views = [(text, LongDocuments(text.store, minimum)) for text in texts]
+    found = [
+        replace(text, store=view, name=f"{text.name} from {minimum} tokens")
+        for text, view in views
+        if len(view)
+    ]
+    if not found:
+        longest = max(view.longest for _, view in views)
+        raise UserError(
+            f"no document of {', '.join(text.name for text in texts)} has {minimum} tokens, the "
+            f"longest has {longest}; choose a --context-length up to that, a --corpus with longer "
+            "documents, or --long-fraction 0"
+        )
+    return found
 
 
 def _targets(sources: Sequence[Source]) -> Fraction:
@@ -86,6 +124,8 @@ def load_source(
     meta = read_meta(folder)
     check_tokenizer(meta, tokenizer, folder)
     config = from_dict(GPTConfig, meta["model_config"], str(folder))
+    if cfg.context_length is not None:
+        config = extend_context(config, cfg.context_length, cfg.rope_scaling)
     with torch.device("meta"):
         model = GPT(config, runtime.dtype)
     model.to_empty(device=runtime.device)

@@ -16,7 +16,13 @@ from nanochat.errors import UserError
 from nanochat.gpt import config_from_depth
 from nanochat.launch import launch
 from nanochat.log import PEAK_FLOPS, duration_text
-from nanochat.plan import DEFAULT_RATIO, estimate_memory, largest_batch, make_plan, meta_model
+from nanochat.plan import (
+    DEFAULT_RATIO,
+    context_schedule,
+    estimate_memory,
+    largest_batch,
+    make_plan,
+)
 from nanochat.runtime import DTYPES, Runtime
 
 GPU_MEMORY = {
@@ -51,6 +57,8 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
         raise UserError(f"--gpus {cfg.gpus} must be at least 1")
     device_type = "cpu" if cfg.gpu == "cpu" else "cuda"
     world_size = 1 if device_type == "cpu" else cfg.gpus
+    schedule = context_schedule(cfg)
+    context_length = schedule[-1][0]
     dtype = runtime.dtype if device_type == "cpu" else torch.bfloat16
     if cfg.run.dtype != "auto":
         dtype = DTYPES[cfg.run.dtype]
@@ -60,7 +68,7 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
         aspect_ratio=cfg.aspect_ratio,
         head_dim=cfg.head_dim,
         kv_heads=cfg.kv_heads,
-        context_length=cfg.context_length,
+        context_length=context_length,
         window_pattern=cfg.window_pattern,
         portable=cfg.portable,
     )
@@ -71,14 +79,15 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
         batching=cfg.batching,
         duration=cfg.duration,
         learning=cfg.learning,
-        sequence_length=cfg.context_length,
+        sequence_length=context_length,
         world_size=world_size,
         device_type=device_type,
         dtype=dtype,
         memory_limit=limit,
+        schedule=schedule,
     )
     shape: dict[str, Any] = {
-        "sequence_length": cfg.context_length,
+        "sequence_length": context_length,
         "world_size": world_size,
         "dtype": dtype,
         "device_type": device_type,
@@ -88,11 +97,11 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
     # One slot of the decoding cache: a full context in the activation dtype.
     kv_bytes = (
         2 * model_config.n_layer * model_config.n_kv_head * model_config.head_dim
-        * cfg.context_length * dtype.itemsize
+        * context_length * dtype.itemsize
     )  # fmt: skip
     result: dict[str, Any] = {
         **asdict(plan),
-        "flops_per_token": meta_model(model_config).flops_per_token(cfg.context_length),
+        "flops_per_token": round(plan.flops / plan.tokens),
         "memory": memory,
         "kv_cache_per_chat": kv_bytes,
         "largest_device_batch_size": largest_batch(model_config, limit=limit, **shape)

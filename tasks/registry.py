@@ -21,6 +21,7 @@ from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
+from tasks.passkey import Passkey
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
@@ -32,6 +33,7 @@ TASKS: dict[str, tuple[Callable[..., Task], str | None]] = {
     "gsm8k": (GSM8K, None),
     "humaneval": (HumanEval, None),
     "mmlu": (MMLU, None),
+    "passkey": (Passkey, "size"),
     "simplespelling": (SimpleSpelling, "size"),
     "smoltalk": (SmolTalk, None),
     "spellingbee": (SpellingBee, "size"),

@@ -1,0 +1,309 @@
+"""What a model makes of a long context: `python -m scripts.long_eval --source mid --corpus bbe`.
+
+Loss by position, what the far context gains, bits per byte at the first and the present context,
+and a grid of hidden words (tasks/passkey.py) by depth and length. Written to
+report/long_eval_<stage>-<tag>.json, from which scripts.report draws.
+
+A model whose context was never extended can be asked beyond it, its rotary base as it is:
+`--source base --context-length 1024`.
+
+B batch, T time (the context), W the short context, S targets per short row
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from nanochat import paths
+from nanochat.checkpoint_manager import load_model
+from nanochat.dataloader import DataLoader, Source
+from nanochat.engine import Engine, SamplingParams
+from nanochat.errors import UserError
+from nanochat.gpt import GPT, extend_context
+from nanochat.launch import launch
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.runtime import Runtime
+from nanochat.scoring import GPTScorer
+from nanochat.token_store import LongDocuments, TokenStore
+from nanochat.tokenizer import Tokenizer
+from scripts.base_train import open_store
+from tasks.common import Conversation, row_random
+from tasks.passkey import FILLER, Haystack, Passkey, corpus_sentences
+
+
+@dataclass(frozen=True)
+class Config:
+    source: str = "mid"
+    """A stage (base, mid, sft, rl), stage/tag, or a checkpoint folder."""
+    step: int | None = None
+    """The checkpoint's step; default: the newest."""
+    corpus: str = "climbmix"
+    """Corpus for the losses and for the text around the hidden words."""
+    split: Literal["val", "train"] = "val"
+    """Its split."""
+    context_length: int | None = None
+    """Measure up to so many tokens, beyond the model's context with the rotary base it has."""
+    eval_tokens: int = 2**18
+    """Tokens per measured loss, at most, but at least one row."""
+    lengths: tuple[int, ...] = ()
+    """Lengths of the grid in tokens; default: an eighth, a quarter, half and all of the context,
+    as far as question and answer fit."""
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Where the word is hidden, from 0 (the beginning) to 1 (right before the question)."""
+    samples: int = 20
+    """Hidden words per cell of the grid; 0 leaves it out."""
+    distractors: int = 2
+    """Other people's words in the text."""
+    haystack: Literal["corpus", "filler"] = "corpus"
+    """What surrounds the words: the corpus, or the built-in sentences."""
+    batch_size: int = 4
+    """Rows computed at once."""
+    seed: int = 0
+    """Of the hidden words."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    dtype: str = "auto"
+    """Activation dtype: auto, float32, bfloat16 or float16."""
+
+
+def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
+    model, tokenizer, meta = load_model(
+        cfg.source, device=runtime.device, dtype=runtime.dtype, step=cfg.step
+    )
+    trained = model.config
+    if cfg.context_length is not None and cfg.context_length > trained.context_length:
+        model.config = extend_context(trained, cfg.context_length, "none")
+    T = cfg.context_length or trained.context_length
+    store = open_store(cfg.corpus, cfg.split, tokenizer)
+    first = trained.trained_context_length or trained.context_length
+    result: dict[str, Any] = {
+        "stage": meta["stage"],
+        "tag": meta["tag"],
+        "step": meta["step"],
+        "context_length": T,
+        "model_context_length": trained.context_length,
+        "first_context_length": first,
+        "rope_base": trained.rope_base,
+        "bpb": {
+            str(length): bits_per_byte(model, tokenizer, store, length, cfg, runtime)
+            for length in sorted({min(first, T), T})
+        },
+        **losses_by_position(model, store, T, cfg, runtime),
+    }
+    if cfg.samples:
+        corpus = cfg.haystack == "corpus"
+        haystack = Haystack(corpus_sentences(store, tokenizer) if corpus else FILLER, tokenizer)
+        result["passkey"] = passkey_grid(model, tokenizer, haystack, T, cfg, runtime)
+    if runtime.is_main:
+        path = paths.report_dir() / f"long_eval_{meta['stage']}-{meta['tag']}.json"
+        paths.atomic_write(path, json.dumps(result, indent=2) + "\n")
+        show(result, runtime)
+    return result
+
+
+def bits_per_byte(
+    model: GPT, tokenizer: Tokenizer, store: TokenStore, T: int, cfg: Config, runtime: Runtime
+) -> float:
+    """Of the split in packed rows of T tokens, as in training."""
+    rows = cfg.batch_size * runtime.world_size
+    loader = DataLoader(
+        [Source(store)],
+        batch_size=cfg.batch_size,
+        sequence_length=T,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        epochs=1,
+        device=runtime.device,
+    )
+    count = min(-(-loader.num_rows(1) // rows), max(1, cfg.eval_tokens // (T * rows)))
+    sizes = torch.as_tensor(tokenizer.token_bytes()).to(runtime.device)
+    return evaluate_bpb(model, (next(loader) for _ in range(count)), sizes, runtime)["bpb"]
+
+
+# Losses
+
+
+@torch.no_grad()
+def losses_by_position(
+    model: GPT, store: TokenStore, T: int, cfg: Config, runtime: Runtime
+) -> dict[str, Any]:
+    """Loss by how much context there is, and what the context beyond the last W tokens gains.
+
+    On rows of T + 1 consecutive tokens of documents that have so many. W is 512, or a quarter of
+    the context where that is less; the gain is measured on targets with at least 2 W tokens before
+    them, as the loss with the last W of these (up to W + W/8: targets are computed S = W/8 at a
+    time) minus the loss with all.
+    """
+    W = min(512, T // 4)
+    S = max(1, W // 8)
+    starts = range(2 * W, T + 2 - S, S) if W else range(0)
+    buckets = max(1, math.ceil(math.log2(T)))
+    by_position = torch.zeros(buckets, 2, dtype=torch.float64)  # nats, targets
+    with_all, with_last = (torch.zeros(2, dtype=torch.float64) for _ in range(2))
+    rows = list(long_rows(store, T, max(1, cfg.eval_tokens // T)))
+    position = torch.arange(1, T + 1)
+    bucket = (position.log2().floor().long()).clamp(max=buckets - 1)
+    for chosen in rows[runtime.rank :: runtime.world_size]:
+        row = torch.from_numpy(chosen).to(runtime.device)  # (T + 1,)
+        nll = model.nll(row[None, :-1], row[None, 1:])[0].cpu().double()
+        by_position[:, 0].index_add_(0, bucket, nll)
+        by_position[:, 1].index_add_(0, bucket, torch.ones(T, dtype=torch.float64))
+        # A short row: W tokens of context for the first of its last S targets.
+        short = [row[start - W : start + S] for start in starts]
+        for at in range(0, len(short), per_batch := max(1, cfg.batch_size * T // (W + S))):
+            part = torch.stack(short[at : at + per_batch])  # (B, W + S)
+            losses = model.nll(part[:, :-1], part[:, 1:])[:, -S:].cpu().double()
+            with_last += torch.stack([losses.sum(), torch.tensor(losses.numel())])
+        for start in starts:
+            with_all += torch.stack([nll[start - 1 : start + S - 1].sum(), torch.tensor(S)])
+    by_position, with_all, with_last = (
+        _summed(totals, runtime) for totals in (by_position, with_all, with_last)
+    )
+    losses_of = (by_position[:, 0] / by_position[:, 1]).tolist()
+    result: dict[str, Any] = {
+        "rows": len(rows),
+        "loss_by_position": [
+            {"from": 2**i, "to": min(2 ** (i + 1) - 1, T) if i < buckets - 1 else T, "loss": loss}
+            for i, loss in enumerate(losses_of)
+        ],
+    }
+    if starts:
+        loss_all, loss_last = (float(x[0] / x[1]) for x in (with_all, with_last))
+        result["context_gain"] = {
+            "last_tokens": W,
+            "targets": int(with_all[1]),
+            "loss_all": loss_all,
+            "loss_last": loss_last,
+            "gain": loss_last - loss_all,
+        }
+    return result
+
+
+def long_rows(store: TokenStore, T: int, limit: int) -> Iterator[np.ndarray]:
+    """Up to `limit` rows (T + 1,) int64 of consecutive tokens, none of them in two rows."""
+    documents = LongDocuments(store, T + 1)
+    if not len(documents):
+        raise UserError(
+            f"no document in {store.folder} has {T + 1} tokens, the longest has "
+            f"{documents.longest}; measure up to that with --context-length, or take another "
+            "--corpus or --split"
+        )
+    count = 0
+    for document in range(len(documents)):
+        ids = documents.ids(document)
+        for start in range(0, len(ids) - T, T + 1):
+            if count == limit:
+                return
+            count += 1
+            yield ids[start : start + T + 1].astype(np.int64)
+
+
+def _summed(totals: torch.Tensor, runtime: Runtime) -> torch.Tensor:
+    """Over all ranks; not every device has float64."""
+    device = "cpu" if runtime.device.type == "mps" else runtime.device
+    return runtime.all_reduce_sum(totals.to(device)).cpu()
+
+
+# Hidden words
+
+
+def passkey_grid(
+    model: GPT, tokenizer: Tokenizer, haystack: Haystack, T: int, cfg: Config, runtime: Runtime
+) -> dict[str, Any]:
+    """Shares of hidden words that are found, by depth and length.
+
+    "forced": each of the word's tokens is the most likely one after the text, the question, and the
+    true answer up to it. "generated": the answer that the model writes, greedily, ends with it.
+    """
+    least = haystack.least(1, cfg.distractors)
+    lengths = list(cfg.lengths) or [T // k for k in (8, 4, 2) if T // k >= least] + [T]
+    if max(lengths) > T:
+        raise UserError(f"--lengths {max(lengths)} is beyond the context of {T}")
+    scorer, engine = GPTScorer(model), Engine(model, tokenizer, tools=False)
+    judge = Passkey("test", 1)
+    found = torch.zeros(2, len(cfg.depths), len(lengths), dtype=torch.float64)
+    for n, length in enumerate(lengths):
+        column = [(d, i) for d in range(len(cfg.depths)) for i in range(cfg.samples)]
+        mine = column[runtime.rank :: runtime.world_size]
+        rows = []
+        for d, i in mine:
+            random = row_random("long_eval", cfg.seed, length, d, i)
+            rows.append(haystack.conversation(random, length, [cfg.depths[d]], cfg.distractors))
+        split = [split_at_answer(tokenizer, row) for row in rows]
+        scored = scorer.score([before for before, _ in split], [[word] for _, word in split])
+        prompts = [tokenizer.render_for_completion(row) for row in rows]
+        params = [
+            SamplingParams(temperature=0, max_tokens=length - len(prompt)) for prompt in prompts
+        ]
+        written = engine.generate(prompts, params)
+        for (d, _), row, [option], [completion] in zip(mine, rows, scored, written, strict=True):
+            found[0, d, n] += option.greedy
+            found[1, d, n] += judge.evaluate(row, completion.text)
+    forced, generated = (_summed(found, runtime) / cfg.samples).tolist()
+    return {
+        "lengths": lengths,
+        "depths": list(cfg.depths),
+        "samples": cfg.samples,
+        "distractors": cfg.distractors,
+        "forced": forced,
+        "generated": generated,
+    }
+
+
+def split_at_answer(tokenizer: Tokenizer, row: Conversation) -> tuple[list[int], list[int]]:
+    """(everything before the hidden word in the answer, the tokens of the word)."""
+    answer = row["messages"][-1]["content"]
+    ids = tokenizer.encode(answer)
+    ends = np.cumsum(tokenizer.token_bytes()[ids])
+    begin = len(answer[: answer.rindex(row["answer"])].encode())
+    end = begin + len(row["answer"].encode())
+    first = int(np.searchsorted(ends, begin, side="right"))
+    last = int(np.searchsorted(ends, end, side="left"))
+    return tokenizer.render_for_completion(row) + ids[:first], ids[first : last + 1]
+
+
+# What is printed
+
+
+def show(result: dict[str, Any], runtime: Runtime) -> None:
+    name = f"{result['stage']}/{result['tag']} step {result['step']}"
+    runtime.print(
+        f"{name}: context {result['model_context_length']}, first trained at "
+        f"{result['first_context_length']}, rotary base {result['rope_base']:,.0f}"
+    )
+    for length, bpb in result["bpb"].items():
+        runtime.print(f"rows of {length}: {bpb:.4f} bits per byte")
+    table = Table(title="loss by tokens of context (nats per token)")
+    for bucket in result["loss_by_position"]:
+        table.add_column(f"{bucket['from']}–{bucket['to']}", justify="right")
+    table.add_row(*(f"{bucket['loss']:.3f}" for bucket in result["loss_by_position"]))
+    runtime.console.print(table)
+    if "context_gain" in result:
+        gain = result["context_gain"]
+        runtime.print(
+            f"context gain {gain['gain']:.4f} nats: {gain['loss_last']:.4f} with the last "
+            f"{gain['last_tokens']} tokens, {gain['loss_all']:.4f} with all"
+        )
+    if "passkey" in result:
+        for how in ("forced", "generated"):
+            show_grid(result["passkey"], how, runtime)
+
+
+def show_grid(grid: dict[str, Any], how: str, runtime: Runtime) -> None:
+    table = Table(title=f"hidden words found, {how} ({grid['samples']} per cell)")
+    table.add_column("depth", justify="right")
+    for length in grid["lengths"]:
+        table.add_column(str(length), justify="right")
+    for depth, row in zip(grid["depths"], grid[how], strict=True):
+        table.add_row(f"{depth:g}", *(f"{value:.2f}" for value in row))
+    runtime.console.print(table)
+
+
+if __name__ == "__main__":
+    launch(main, Config, __doc__)

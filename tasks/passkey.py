@@ -1,0 +1,269 @@
+"""Find a secret word in a long text: needles at any depth and length, among distractors.
+
+    ... And the people of the town came out to him. The secret word of the baker is silver lion.
+    And in the morning he went up to the mountain ...
+
+    What is the secret word of the baker?
+    > The secret word of the baker is silver lion.
+
+The text is consecutive sentences of a corpus, or built-in filler. Whose word is asked has to be
+read in the question, and where it is told has to be found by that: every other `distractors`
+sentence tells somebody else's word. The answer repeats the needle, so that a model which has
+learned to go on as in an earlier place ("induction", arXiv 2209.11895) has a way to begin with.
+
+Words are pairs such as "silver lion", drawn anew for every row; the pair's hash decides the split,
+so no pair that is tested was ever an answer in training.
+"""
+
+import re
+from collections.abc import Sequence
+from itertools import accumulate
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from nanochat.errors import UserError
+from nanochat.token_store import TokenStore
+from nanochat.tokenizer import Tokenizer
+from tasks.common import Conversation, Task, check_generated, digest, row_random, split_of
+
+# fmt: off
+OWNERS = (
+    "farmer", "baker", "woman", "boy", "girl", "teacher", "servant", "king", "queen", "trader",
+    "gardener", "father", "mother", "neighbour", "builder", "sister", "brother", "doctor",
+    "captain", "writer",
+)
+FIRST = (
+    "gold", "silver", "red", "white", "black", "green", "great", "small", "old", "young", "hard",
+    "soft", "bright", "dark", "strong", "feeble", "clean", "sweet", "bitter", "dry", "cold",
+    "quiet", "wise", "happy", "deep", "high", "long", "short", "new", "holy", "poor", "full",
+)
+SECOND = (
+    "lion", "bird", "fish", "horse", "sheep", "goat", "dog", "stone", "river", "mountain", "tree",
+    "garden", "field", "house", "door", "wall", "road", "ship", "sword", "bow", "crown", "ring",
+    "cup", "bread", "wine", "oil", "salt", "fire", "rain", "snow", "star", "moon",
+)
+FILLER = (
+    "The sun comes up in the east and goes down in the west.",
+    "A man went down the road with his two dogs.",
+    "In the winter the nights are long and the wind is cold.",
+    "She put the bread on the table and went to the window.",
+    "There was no one in the street at that hour.",
+    "The water of the river was high after the rain.",
+    "He had been waiting there since the early morning.",
+    "Some of them were sleeping and some were at work.",
+    "The old house at the end of the road was empty.",
+    "Every year in spring the birds come back from the south.",
+    "They took their seats and said nothing for a long time.",
+    "On the other side of the hill is a small town.",
+    "The children were playing by the water till it was dark.",
+    "It was not far to the market, and the day was warm.",
+    "The ship went slowly out of the harbour.",
+    "He took the book from the shelf and put it back again.",
+    "The doors were open, and there was music inside.",
+    "After the meal the guests went out into the garden.",
+    "The snow was on the mountains for half of the year.",
+    "A letter had come, but nobody had opened it.",
+    "The horses were tired and went no faster than a man.",
+    "In those days there was only one bridge over the river.",
+    "She gave the man his money and he went away.",
+    "The fire was out, and the room was getting cold.",
+)
+# fmt: on
+QUESTION = "What is the secret word of the {owner}?"
+NEEDLE = "The secret word of the {owner} is {key}."
+LONGEST_SENTENCE = 60
+"""Words; a list without a full stop would be a haystack by itself."""
+MAX_SENTENCES = 20_000
+
+_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
+
+
+def corpus_sentences(store: TokenStore, tokenizer: Tokenizer) -> list[str]:
+    """Sentences of a corpus's documents in order, at most MAX_SENTENCES of them.
+
+    Documents are taken evenly from the whole store.
+    """
+    count = min(len(store), MAX_SENTENCES // 20)
+    sentences: list[str] = []
+    for index in np.linspace(0, len(store) - 1, count).astype(int).tolist():
+        text = " ".join(tokenizer.decode(store.ids(index, 1)).split())
+        sentences += (s for s in _END.split(text) if 0 < len(s.split()) <= LONGEST_SENTENCE)
+        if len(sentences) >= MAX_SENTENCES:
+            break
+    if not sentences:
+        raise UserError(f"{store.folder} has no sentences to hide a word between; use the filler")
+    return sentences[:MAX_SENTENCES]
+
+
+class Haystack:
+    """Sentences to hide words between; lengths count tokens, or words without a tokenizer."""
+
+    def __init__(self, sentences: Sequence[str] = FILLER, tokenizer: Tokenizer | None = None):
+        self.sentences = list(sentences)
+        self.tokenizer = tokenizer
+        if tokenizer is None:
+            self.sizes = [len(sentence.split()) for sentence in self.sentences]
+        else:
+            self.sizes = list(map(len, tokenizer.encode_batch([f" {s}" for s in self.sentences])))
+
+    def size(self, conversation: Conversation) -> int:
+        """The length of the whole conversation, its format tokens and answers included."""
+        if self.tokenizer is not None:
+            return len(self.tokenizer.render_conversation(conversation)[0])
+        return sum(len(message["content"].split()) for message in conversation["messages"])
+
+    def conversation(
+        self,
+        random: Random,
+        length: int,
+        depths: Sequence[float],
+        distractors: int = 0,
+        split: str = "test",
+    ) -> Conversation:
+        """One word hidden at each of the `depths`, from 0 (the beginning) to 1, then all asked.
+
+        The text is as long as `length` allows to the sentence. Words and order are drawn.
+        """
+        needles, count = len(depths), len(depths) + distractors
+        if not all(0 <= depth <= 1 for depth in depths):
+            raise UserError(f"depths {list(depths)} must be between 0 (beginning) and 1 (end)")
+        least = self.least(needles, distractors)
+        if length < least:
+            raise UserError(
+                f"length {length} is too short for {needles} needles and {distractors} "
+                f"distractors, which take up to {least}"
+            )
+        owners = random.sample(OWNERS, count)
+        keys = _draw_keys(random, count, split)
+        told = [NEEDLE.format(owner=o, key=k) for o, k in zip(owners, keys, strict=True)]
+        places = [*depths, *(random.random() for _ in range(distractors))]
+        asked = random.sample(range(needles), needles)
+
+        def make(chosen: list[int]) -> Conversation:
+            text = [self.sentences[i] for i in chosen]
+            ends = [0, *accumulate(self.sizes[i] for i in chosen)]
+            for place, sentence in sorted(zip(places, told, strict=True), reverse=True):
+                before = min(range(len(ends)), key=lambda i: abs(ends[i] - place * ends[-1]))
+                text.insert(before, sentence)
+            turns = [(owners[number], told[number]) for number in asked]
+            return {"messages": _dialogue(text, turns), "answer": keys[asked[-1]]}
+
+        room = length - self.size(make([]))
+        first = random.randrange(len(self.sentences))
+        chosen: list[int] = []
+        while room >= (size := self.sizes[(first + len(chosen)) % len(self.sizes)]):
+            chosen.append((first + len(chosen)) % len(self.sizes))
+            room -= size
+        while self.size(made := make(chosen)) > length and chosen:
+            chosen.pop()  # tokens may join differently than sentence by sentence
+        return made
+
+    def least(self, needles: int, distractors: int) -> int:
+        """The length up to which needles, distractors and questions alone may come."""
+        if needles < 1 or distractors < 0 or needles + distractors > len(OWNERS):
+            raise UserError(
+                f"{needles} needles and {distractors} distractors: there must be a needle, and "
+                f"at most {len(OWNERS)} of both"
+            )
+        owner = max(OWNERS, key=self._size_of)
+        key = f"{max(FIRST, key=self._size_of)} {max(SECOND, key=self._size_of)}"
+        told = NEEDLE.format(owner=owner, key=key)
+        messages = _dialogue([told] * (needles + distractors), [(owner, told)] * needles)
+        return self.size({"messages": messages})
+
+    def _size_of(self, word: str) -> int:
+        return len(self.tokenizer.encode(f" {word}")) if self.tokenizer else 1
+
+
+def _dialogue(text: list[str], turns: list[tuple[str, str]]) -> list[dict[str, str]]:
+    """The text with the first question, then the others; turns are (owner, answer)."""
+    messages = []
+    for turn, (owner, answer) in enumerate(turns):
+        question = QUESTION.format(owner=owner)
+        asked = question if turn else f"{' '.join(text)}\n\n{question}"
+        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "assistant", "content": answer})
+    return messages
+
+
+def _draw_keys(random: Random, count: int, split: str) -> list[str]:
+    keys: list[str] = []
+    while len(keys) < count:
+        key = f"{random.choice(FIRST)} {random.choice(SECOND)}"
+        if key not in keys and split_of(key) == split:
+            keys.append(key)
+    return keys
+
+
+class Passkey(Task):
+    """Row i of a split: a pure function of (seed, split, i) and the haystack.
+
+    A row is up to `length` long, tokens with a `tokenizer` and else words; rows are spread evenly
+    over the doublings from an eighth of it on. `needles` words are hidden, at drawn depths or all
+    at `depth`, and asked one after the other; `distractors` more are not asked. mid_train hands in
+    its tokenizer, its context as the length, and sentences of the replayed corpus.
+    """
+
+    VAL_BY_CONTENT = True
+
+    def __init__(
+        self,
+        split: str,
+        size: int | None = None,
+        length: int = 256,
+        needles: int = 4,
+        distractors: int = 2,
+        depth: float | str | None = None,
+        seed: int = 0,
+        sentences: Sequence[str] = FILLER,
+        tokenizer: Tokenizer | None = None,
+    ):
+        super().__init__("passkey", split)
+        self.size = check_generated("passkey", split, size)
+        self.length, self.needles, self.distractors = length, needles, distractors
+        try:
+            self.depth = None if depth is None else float(depth)
+        except ValueError:
+            raise UserError(f"passkey: depth {depth!r} is not a number from 0 to 1") from None
+        self.seed = seed
+        self.haystack = Haystack(sentences, tokenizer)
+        self.shortest = max(length // 8, self.haystack.least(needles, distractors))
+        # Tells at once where the settings do not fit.
+        self.haystack.conversation(Random(0), length, [self.depth or 0.0] * needles, distractors)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def settings(self) -> dict[str, Any]:
+        tokenizer = self.haystack.tokenizer
+        return {
+            "size": self.size,
+            "length": self.length,
+            "needles": self.needles,
+            "distractors": self.distractors,
+            "depth": self.depth,
+            "seed": self.seed,
+            "sentences": digest("\n".join(self.haystack.sentences)),
+            "tokenizer": tokenizer.hash if tokenizer else None,
+        }
+
+    def row(self, index: int) -> Conversation:
+        random = row_random("passkey", self.split, self.seed, index)
+        length = round(self.shortest * (self.length / self.shortest) ** random.random())
+        depths = [
+            random.random() if self.depth is None else self.depth for _ in range(self.needles)
+        ]
+        return self.haystack.conversation(random, length, depths, self.distractors, self.split)
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Whether the sentence that was said ends with the word, or is the word alone."""
+        said = completion.strip().removesuffix(".")
+        return f" {said}".endswith(f" {conversation['answer']}") and said.count(" is ") <= 1
+
+
+if __name__ == "__main__":
+    from tasks.registry import main
+
+    main("passkey")

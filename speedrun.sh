@@ -63,8 +63,10 @@ else
             vocabulary=4096 problems=200
             base=(--depth 4 --context-length 256 --num-steps 440 --save-every 110 --eval-every 110)
             chat=(--save-every 100 --eval-every 0)
-            mid_mix=(customjson:2 simplespelling:14000:1 spellingbee:5000:1 arithmetic:3000:1)
-            sft_mix=(customjson:2 simplespelling:8000:1 spellingbee:2000:1 arithmetic:1000:1)
+            mid_mix=(customjson:2 simplespelling:9000:1 spellingbee:3000:1 arithmetic:3500:1)
+            # seed=1: other rows than those of mid-training
+            sft_mix=(customjson:2 simplespelling:5000:seed=1:1 spellingbee:1500:seed=1:1
+                arithmetic:1000:seed=1:1)
             ;;
         smoke)
             vocabulary=512 problems=4

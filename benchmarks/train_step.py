@@ -3,9 +3,11 @@
 python -m benchmarks.train_step --depths 4 6 --dtypes bfloat16 float32 [--compile] [--json out.json]
 
 Both train on the same random tokens, one optimizer step per batch, in turn: A B A B. Quoted are the
-medians. The Llama's MLP is as wide as gives it our number of parameters; in bfloat16 its weights
-are bfloat16 too, the fastest way to train it, while ours keep float32 masters. MFU is against this
-machine's own matmul peak in the same dtype, measured in the same run on matrices of 2048.
+medians. The Llama's MLP is as wide as gives it our number of parameters. In bfloat16 it is trained
+in the way that corresponds to ours, float32 weights under autocast as in transformers' `Trainer`
+(`llama`), and also with bfloat16 weights (`llama_bf16_weights`), which is faster and loses small
+updates. MFU is against this machine's own matmul peak in the same dtype, measured in the same run
+on matrices of 2048.
 Needs the extra `hf`.
 """
 
@@ -24,7 +26,7 @@ from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.log import peak_memory_bytes
 from nanochat.optim import Hypers, Optimizer, parameter_rules
-from nanochat.runtime import DTYPES, single, tune_cpu
+from nanochat.runtime import DTYPES, best_dtype, single, tune_cpu
 from nanochat.train import train_step
 
 VOCAB, T, ROWS = 8192, 512, 8
@@ -50,9 +52,9 @@ def batch(seed: int) -> torch.Tensor:
 def ours(depth: int, dtype: torch.dtype, compiled: bool) -> tuple[Callable[[int], None], GPT]:
     config = config_from_depth(depth, VOCAB, head_dim=64, context_length=T, window_pattern="L")
     model = GPT(config, dtype).init_weights(0)
-    optimizer = Optimizer(
-        model, parameter_rules(model, Learning(), width=config.n_embd), muon_dtype=dtype
-    )
+    rules = parameter_rules(model, Learning(), width=config.n_embd)
+    # As the training scripts do: orthogonalisation in the fastest native dtype.
+    optimizer = Optimizer(model, rules, muon_dtype=best_dtype(torch.device("cpu")))
     if compiled:
         model.compile_loss()
     runtime = single(dtype=dtype)
@@ -71,7 +73,9 @@ def ours(depth: int, dtype: torch.dtype, compiled: bool) -> tuple[Callable[[int]
     return step, model
 
 
-def llama(depth: int, dtype: torch.dtype, compiled: bool) -> tuple[Callable[[int], None], Any]:
+def llama(
+    depth: int, dtype: torch.dtype, compiled: bool, weights: torch.dtype
+) -> tuple[Callable[[int], None], Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     width = 64 * depth
@@ -85,13 +89,14 @@ def llama(depth: int, dtype: torch.dtype, compiled: bool) -> tuple[Callable[[int
             max_position_embeddings=T,
             tie_word_embeddings=False,
         )
-    ).to(dtype)
+    ).to(weights)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     forward = torch.compile(model) if compiled else model
 
     def step(seed: int) -> None:
         ids = batch(seed)[:, :T]
-        loss = forward(input_ids=ids, labels=ids).loss
+        with torch.autocast("cpu", dtype, enabled=dtype != weights):
+            loss = forward(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -103,18 +108,25 @@ def llama(depth: int, dtype: torch.dtype, compiled: bool) -> tuple[Callable[[int
 def compare(depth: int, dtype_name: str, compiled: bool, repeats: int) -> dict[str, Any]:
     dtype = DTYPES[dtype_name]
     our_step, our_model = ours(depth, dtype, compiled)
-    llama_step, llama_model = llama(depth, dtype, compiled)
-    times: dict[str, list[float]] = {"ours": [], "llama": []}
+    llama_step, llama_model = llama(depth, dtype, compiled, torch.float32)
+    steps = {"ours": our_step, "llama": llama_step}
+    if dtype == torch.bfloat16:
+        steps["llama_bf16_weights"], _ = llama(depth, dtype, compiled, dtype)
+    times: dict[str, list[float]] = {name: [] for name in steps}
     peaks = []
     for repeat in range(repeats + 2):
         peaks.append(matmul_peak(dtype))
-        for name, step in (("ours", our_step), ("llama", llama_step)):
+        for name, step in steps.items():
             start = time.perf_counter()
             step(repeat)
             if repeat >= 2:  # the first two warm up (and compile)
                 times[name].append(time.perf_counter() - start)
     seconds = {name: statistics.median(values) for name, values in times.items()}
-    ratios = [b / a for a, b in zip(times["ours"], times["llama"], strict=True)]
+    ratios = {
+        name: [other / mine for mine, other in zip(times["ours"], times[name], strict=True)]
+        for name in steps
+        if name != "ours"
+    }
     peak = statistics.median(peaks)
     flops = our_model.flops_per_token(T) * ROWS * T
     return {
@@ -126,8 +138,8 @@ def compare(depth: int, dtype_name: str, compiled: bool, repeats: int) -> dict[s
             "llama": sum(p.numel() for p in llama_model.parameters()),
         },
         "tokens_per_second": {name: ROWS * T / value for name, value in seconds.items()},
-        "ratio": statistics.median(ratios),
-        "ratio_range": [min(ratios), max(ratios)],
+        "ratio": {name: statistics.median(values) for name, values in ratios.items()},
+        "ratio_range": {name: [min(values), max(values)] for name, values in ratios.items()},
         "matmul_peak_gflops": peak / 1e9,
         "mfu": flops / seconds["ours"] / peak,
         "peak_rss_bytes": peak_memory_bytes(torch.device("cpu")),

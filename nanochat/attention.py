@@ -101,7 +101,7 @@ def attend(
         return _varlen(q, k, v, layout, window)
     mask = layout.masks[window]
     if layout.backend == "blocked":
-        return _blocked(q, k, v, mask, window)
+        return BlockedAttention.apply(q, k, v, mask, window)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -138,31 +138,83 @@ def _varlen(
     return cast(torch.Tensor, out).view(B, T, H, D)
 
 
-def _blocked(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, window: int
-) -> torch.Tensor:
-    B, T, H, D = q.shape
-    K = k.shape[2]
-    q = q.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4) * D**-0.5  # (B, K, G, T, D)
-    keys = k.permute(0, 2, 3, 1)[:, :, None]  # (B, K, 1, D, T)
-    values = v.transpose(1, 2)[:, :, None]  # (B, K, 1, T, D)
-    if mask is not None:
-        mask = mask[:, :, None]  # (B or 1, 1, 1, T, T)
-    outputs = []
-    for start in range(0, T, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, T)
-        first = max(0, start - window + 1) if window > 0 else 0
-        scores = q[:, :, :, start:end] @ keys[..., first:end]  # (B, K, G, t, s)
-        if mask is not None:
-            visible = mask[..., start:end, first:end]
-        else:
-            # Key first+j is visible to query start+i where j <= i + (start - first).
-            visible = torch.ones(end - start, end - first, dtype=torch.bool, device=q.device)
-            visible = visible.tril(start - first)
-        scores = scores.masked_fill(~visible, float("-inf"))
-        outputs.append(scores.softmax(dim=-1) @ values[:, :, :, first:end])
-    out = torch.cat(outputs, dim=3)  # (B, K, G, T, D)
-    return out.permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+class BlockedAttention(torch.autograd.Function):
+    """Attention over blocks of queries, each against the keys from its window to its own end.
+
+    q (B, T, H, D), k and v (B, T, K, D), mask bool (B or 1, 1, T, T) or None for plain causal ->
+    (B, T, H, D). The probabilities are kept for the backward pass, which adds a block's part to the
+    gradients of keys and values in place (autograd would copy them whole for every block).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        window: int,
+    ) -> torch.Tensor:
+        B, T, H, D = q.shape
+        K, G = k.shape[2], H // k.shape[2]
+        queries = (q * D**-0.5).view(B, T, K, G, D).permute(0, 2, 3, 1, 4).reshape(B * K, G, T, D)
+        keys = k.transpose(1, 2).reshape(B * K, T, D)
+        values = v.transpose(1, 2).reshape(B * K, T, D)
+        out = torch.empty_like(queries)
+        probabilities = []
+        for start, end, first in _query_blocks(T, window):
+            t, s = end - start, end - first
+            block = queries[:, :, start:end].reshape(B * K, G * t, D)
+            scores = torch.bmm(block, keys[:, first:end].transpose(1, 2))  # (B*K, G*t, s)
+            if mask is not None:
+                hidden = ~mask[:, :, start:end, first:end]
+                scores.view(B, K * G, t, s).masked_fill_(hidden, float("-inf"))
+            else:  # only the last t keys are partly in the future
+                hidden = torch.ones(t, t, dtype=torch.bool, device=q.device).triu(1)
+                scores.view(-1, t, s)[:, :, s - t :].masked_fill_(hidden, float("-inf"))
+            probabilities.append(scores.softmax(dim=-1))
+            result = torch.bmm(probabilities[-1], values[:, first:end])
+            out[:, :, start:end] = result.view(B * K, G, t, D)
+        ctx.save_for_backward(queries, keys, values, *probabilities)
+        ctx.window, ctx.shape = window, (B, T, K, G, D)  # type: ignore[attr-defined]
+        return out.view(B, K, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad_output: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        queries, keys, values, *probabilities = ctx.saved_tensors  # type: ignore[attr-defined]
+        B, T, K, G, D = ctx.shape  # type: ignore[attr-defined]
+        grad = grad_output.view(B, T, K, G, D).permute(0, 2, 3, 1, 4).reshape(B * K, G, T, D)
+        grad_queries = torch.empty_like(queries)
+        grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
+        blocks = _query_blocks(T, ctx.window)  # type: ignore[attr-defined]
+        for (start, end, first), p in zip(blocks, probabilities, strict=True):
+            t = end - start
+            block = queries[:, :, start:end].reshape(B * K, G * t, D)
+            g = grad[:, :, start:end].reshape(B * K, G * t, D)
+            grad_p = torch.bmm(g, values[:, first:end].transpose(1, 2))
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
+            result = torch.bmm(grad_scores, keys[:, first:end]).view(B * K, G, t, D)
+            grad_queries[:, :, start:end] = result
+            grad_keys[:, first:end].baddbmm_(grad_scores.transpose(1, 2), block)
+            grad_values[:, first:end].baddbmm_(p.transpose(1, 2), g)
+        grad_q = grad_queries.mul_(D**-0.5).view(B, K, G, T, D).permute(0, 3, 1, 2, 4)
+        return (
+            grad_q.reshape(B, T, K * G, D),
+            grad_keys.view(B, K, T, D).transpose(1, 2),
+            grad_values.view(B, K, T, D).transpose(1, 2),
+            None,
+            None,
+        )
+
+
+def _query_blocks(T: int, window: int) -> list[tuple[int, int, int]]:
+    """(first query, end, first key) of each block."""
+    return [
+        (start, min(start + QUERY_BLOCK, T), max(0, start - window + 1) if window > 0 else 0)
+        for start in range(0, T, QUERY_BLOCK)
+    ]
 
 
 def attend_cached(

@@ -275,7 +275,8 @@ class MidConfig:
         "simplespelling:0.5",
         "spellingbee:0.5",
     )
-    """Tasks as NAME[:weight] or NAME@size[:weight]; a weight of 2 is two passes per epoch."""
+    """Tasks as NAME[:OPTION...][:WEIGHT], e.g. arc:easy, spellingbee:3000:0.5; a weight of 2 is two
+    passes per epoch."""
     replay: float = 0.2
     """Share of the documents' tokens that is replayed pretraining text."""
     prompt_weight: float = 1.0

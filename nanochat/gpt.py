@@ -441,29 +441,17 @@ class GPT(nn.Module):
     def _cached_hidden(
         self, ids: torch.Tensor, cache: KVCache, counts: torch.Tensor | None
     ) -> torch.Tensor:
-        B, T = ids.shape
-        if cache.shortest + (T if counts is None else 0) > cache.capacity:
-            raise ValueError(f"{T} more tokens do not fit into a cache of {cache.capacity}")
-        positions = cache.lengths[:, None] + torch.arange(T, device=ids.device)  # (B, T)
-        slot = torch.arange(cache.slots, device=ids.device)
-        distance = positions[:, :, None] - slot  # (B, T, S)
-        biases = {}
-        for window in {self.config.window(i) for i in range(self.config.n_layer)}:
-            unseen = distance < 0
-            if window > 0:
-                unseen = unseen | (distance >= window)
-            bias = torch.zeros(B, 1, T, cache.slots, dtype=self.compute_dtype, device=ids.device)
-            biases[window] = bias.masked_fill_(unseen[:, None], float("-inf"))
-        # Padding beyond the capacity goes to the spare slot, which no valid token sees.
-        targets = positions.clamp(max=cache.capacity)
+        T = ids.shape[1]
+        windows = {self.config.window(i) for i in range(self.config.n_layer)}
+        reading = cache.read(T, counts, windows, self.compute_dtype)
 
         def attention(
             q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, window: int
         ) -> torch.Tensor:
-            keys, values = cache.append(layer, targets, k, v)
-            return attend_cached(q, keys, values, biases[window])
+            keys, values = cache.append(layer, reading.slots, k, v)
+            return attend_cached(q, keys, values, reading.biases[window])
 
-        hidden = self._trunk(ids, positions, attention)
+        hidden = self._trunk(ids, reading.positions, attention)
         cache.advance(T, counts)
         return hidden
 
@@ -621,8 +609,8 @@ class SoftcappedLoss(torch.autograd.Function):
 class SummedLoss(torch.autograd.Function):
     """sum(weights * SoftcappedLoss), a scalar, whose gradient is computed in the forward pass.
 
-    weights (N,); the others as in SoftcappedLoss. Saves a third of the head's arithmetic and half of
-    the exponentials at the price of keeping the head's gradient, (V', C), until the backward pass.
+    weights (N,); the others as in SoftcappedLoss. Saves a quarter of the head's arithmetic and half
+    of the exponentials; the price is to keep the head's gradient, (V', C), until the backward pass.
     """
 
     @staticmethod

@@ -118,8 +118,8 @@ def train_step(
 
     total = torch.zeros((), device=runtime.device)
     for batch in batches:
-        nll = model.nll(batch.inputs, batch.targets, batch.doc_ids, temperature)
-        loss = (nll * batch.weights).sum() / max(targets if divisor is None else divisor, 1)
+        weights = batch.weights / max(targets if divisor is None else divisor, 1)
+        loss = model.weighted_loss(batch.inputs, batch.targets, weights, batch.doc_ids, temperature)
         (loss * scale).backward()
         total += loss.detach()
 

@@ -129,7 +129,7 @@ def main(cfg: BaseConfig, runtime: Runtime) -> Stage:
     plan, first = stage.plan, stage.state.step
     for step in range(first, plan.num_steps + 1):
         last = step == plan.num_steps
-        if step == first or due(step, cfg.evaluating.eval_every, last):
+        if step == 0 or due(step, cfg.evaluating.eval_every, last):
             stage.evaluate()
         if step > first and runtime.is_main and due(step, cfg.evaluating.sample_every, last):
             for prompt, text in sample_texts(model, tokenizer, 0.8, cfg.run.seed):

@@ -575,7 +575,7 @@ def learn_pairs(cfg: RlConfig, runtime: Runtime, start: Start) -> Stage[RowStrea
     first = stage.state.step
     for step in range(first, num_steps + 1):
         last = step == num_steps
-        if step == first or due(step, cfg.evaluating.eval_every, last):
+        if step == 0 or due(step, cfg.evaluating.eval_every, last):
             evaluate_pairs(cfg, stage, pairs, held_out)
         if step > first and (due(step, cfg.saving.save_every, last) or runtime.stop_requested):
             stage.save()

@@ -161,7 +161,7 @@ def main(cfg: MidConfig, runtime: Runtime) -> Stage:
     plan, first = stage.plan, stage.state.step
     for step in range(first, plan.num_steps + 1):
         last = step == plan.num_steps
-        if step == first or due(step, cfg.evaluating.eval_every, last):
+        if step == 0 or due(step, cfg.evaluating.eval_every, last):
             stage.evaluate()
         if step > first and (due(step, cfg.saving.save_every, last) or runtime.stop_requested):
             stage.save()

@@ -1,0 +1,189 @@
+"""What surrounds the loop of every stage: set-up, resuming with other settings, logging."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+
+from nanochat.checkpoint_manager import list_steps, read_meta
+from nanochat.errors import UserError
+from nanochat.stage import Stage
+from nanochat.tokenizer import Tokenizer
+
+
+@pytest.fixture
+def folder(encoded: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(encoded, tmp_path / "base"))
+
+
+@pytest.fixture
+def run(encoded: Path, folder: Path) -> Callable[..., Stage]:
+    """Run base training (or another stage) with changed settings."""
+
+    def go(stage: str = "base", **changes: Any) -> Stage:
+        config = tiny_runs.CONFIGS[stage](tiny_runs.corpus(encoded))
+        config = tiny_runs.changed(config, evaluating={"eval_every": 0, "eval_tokens": 128})
+        config = tiny_runs.changed(config, **{"duration": {"num_steps": 4}, **changes})
+        return tiny_runs.train(stage, folder, config)
+
+    return go
+
+
+def records(folder: Path, stage: str = "base", tag: str = "default") -> list[dict[str, Any]]:
+    path = folder / "runs" / f"{stage}-{tag}" / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def steps(folder: Path, stage: str = "base") -> list[int]:
+    return list_steps(folder / "checkpoints" / stage / "default")
+
+
+def test_a_run_logs_evaluates_samples_and_saves(run: Callable[..., Stage], folder: Path) -> None:
+    stage = run(evaluating={"eval_every": 2})
+    assert stage.finished
+    assert stage.state.step == stage.plan.num_steps == 4
+    log = records(folder)
+    assert [r["step"] for r in log if r["kind"] == "train"] == [1, 2, 3, 4]
+    assert [r["step"] for r in log if r["kind"] == "eval"] == [0, 2, 4], "start, schedule, end"
+    assert [r["step"] for r in log if r["kind"] == "sample"] == [4] * 4
+    start, end = log[0], log[-1]
+    assert (start["kind"], end["kind"]) == ("start", "end")
+    assert start["plan"]["num_steps"] == 4
+    assert end["tokens"] == 4 * 512
+    assert end["bpb"] == [r["bpb"] for r in log if r["kind"] == "eval"][-1]
+    lr = [r["lr"] for r in log if r["kind"] == "train"]
+    assert lr == [stage.plan.hypers(step).lr_multiplier for step in range(4)]
+    assert steps(folder) == [2, 4]
+    meta = read_meta(folder / "checkpoints" / "base" / "default" / "step_000004")
+    assert meta["train_state"]["metrics"]["bpb"] == end["bpb"]
+    assert meta["run_config"]["depth"] == 2
+
+
+def test_a_tag_that_is_in_use_needs_resume(run: Callable[..., Stage], folder: Path) -> None:
+    run()
+    with pytest.raises(UserError, match=r"already holds step_000004; continue it with --resume"):
+        run()
+    run(run={"tag": "other"})
+    assert records(folder, tag="other")[-1]["kind"] == "end"
+    before = records(folder)
+    assert run(run={"resume": True}).finished
+    assert records(folder) == before, "a finished run is left alone"
+
+
+def test_a_fresh_start_begins_its_log_anew(run: Callable[..., Stage], folder: Path) -> None:
+    """A run that was killed before its first checkpoint left a few lines."""
+    path = folder / "runs" / "base-default" / "metrics.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"kind": "train", "step": 1, "loss": 99.0}\n')
+    run(run={"resume": True})
+    assert all(r["loss"] < 90 for r in records(folder) if r["kind"] == "train")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depth": 3}, r"another model: it has .*n_layer.*resume with the same model flags"),
+        ({"context_length": 32}, "another model"),
+        ({"run": {"resume": True, "seed": 5}}, r"data position is for seed = 1337"),
+        ({"batching": {"window": 8}}, r"data position is for window_size"),
+    ],
+)
+def test_resuming_with_other_settings_is_a_user_error(
+    change: dict[str, Any], message: str, run: Callable[..., Stage]
+) -> None:
+    run()
+    with pytest.raises(UserError, match=message):
+        run(**{"run": {"resume": True}, **change})
+
+
+def test_resuming_with_another_tokenizer_is_a_user_error(
+    run: Callable[..., Stage], folder: Path
+) -> None:
+    run()
+    with tiny_runs.base_dir(folder):
+        shutil.rmtree(folder / "tokenizer")
+        Tokenizer.train(["another text"], 300).save()
+    with pytest.raises(UserError, match="tokenizer"):
+        run(run={"resume": True})
+
+
+def test_a_chosen_batch_is_kept_when_a_run_goes_on(
+    run: Callable[..., Stage], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` depends on the number of ranks: the checkpoint says what it was."""
+    auto = {"total_batch_size": "auto"}
+    monkeypatch.setattr("nanochat.plan.scaled_batch_size", lambda *_: 512)
+    first = run(batching=auto)
+    monkeypatch.setattr("nanochat.plan.scaled_batch_size", lambda *_: 1024)
+    again = run(run={"resume": True}, batching=auto)
+    assert again.plan.total_batch_size == first.plan.total_batch_size == 512
+
+
+def test_another_batch_may_be_chosen(
+    run: Callable[..., Stage], folder: Path, encoded: Path
+) -> None:
+    """The position counts rows: the second half of the run takes larger steps."""
+    run()
+    shutil.rmtree(folder / "checkpoints" / "base" / "default" / "step_000004")
+    stage = run(run={"resume": True}, batching={"total_batch_size": 1024})
+    assert stage.state.tokens == 2 * 512 + 2 * 1024
+    assert [r["targets"] for r in records(folder) if r["kind"] == "train"][-1] > 600
+
+
+def test_max_hours_saves_and_stops(run: Callable[..., Stage], folder: Path) -> None:
+    stage = run(saving={"max_hours": 1e-9, "save_every": 0})
+    assert not stage.finished
+    assert steps(folder) == [stage.state.step]
+    assert stage.state.step < 4
+    assert records(folder)[-1]["kind"] == "train"
+    assert run(run={"resume": True}).finished
+    assert sorted(tiny_runs.losses(folder, "base")) == [1, 2, 3, 4]
+
+
+def test_a_stage_needs_the_one_before(run: Callable[..., Stage]) -> None:
+    with pytest.raises(UserError, match=r"no checkpoint of base .*; train that stage first"):
+        run("mid")
+    with pytest.raises(UserError, match="no checkpoint of mid"):
+        run("sft")
+
+
+def test_a_corpus_needs_to_be_encoded(run: Callable[..., Stage], tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("one\n\ntwo")
+    with pytest.raises(UserError, match=r"is not encoded: .* run python -m scripts\.tok_encode"):
+        run(corpus=str(tmp_path / "texts"))
+
+
+def test_stages_name_what_they_started_from(run: Callable[..., Stage], folder: Path) -> None:
+    run()
+    run("mid")
+    newest = folder / "checkpoints" / "mid" / "default" / "step_000004"
+    source = read_meta(newest)["source"]
+    assert source == {"stage": "base", "tag": "default", "step": 4}
+
+
+def test_sft_trains_on_the_assistant_only(run: Callable[..., Stage], folder: Path) -> None:
+    run()
+    run("mid")
+    run("sft")
+    targets = {
+        stage: sum(r["targets"] for r in records(folder, stage) if r["kind"] == "train")
+        for stage in ("mid", "sft")
+    }
+    assert 0 < targets["sft"] < 0.7 * targets["mid"]
+
+
+def test_an_epoch_of_a_stage_is_every_document_once(
+    run: Callable[..., Stage], folder: Path
+) -> None:
+    run()
+    epochs = {"num_steps": None, "epochs": 2}
+    stage = run("sft", source="base", mix=("arithmetic:40:1",), duration=epochs)
+    assert stage.finished
+    assert stage.loader.finished
+    consumed = records(folder, "sft")[-1]["consumed"]
+    assert {name: counts["documents"] for name, counts in consumed.items()} == {"arithmetic": 80}

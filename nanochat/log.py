@@ -76,10 +76,20 @@ def commit() -> str | None:
     return result.stdout.strip() or None
 
 
+def processor() -> str:
+    """The CPU's model name, as far as the system tells."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def describe_runtime(runtime: Runtime) -> dict[str, Any]:
     cuda = runtime.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(runtime.device) if cuda else str(runtime.device),
+        "processor": processor(),
         "dtype": str(runtime.dtype).removeprefix("torch."),
         "world_size": runtime.world_size,
         "threads": torch.get_num_threads(),

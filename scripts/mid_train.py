@@ -6,6 +6,7 @@ pretraining text is replayed (`--replay`): without it a small model forgets with
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from nanochat.checkpoint_manager import check_tokenizer, find, load_weights, read_meta
 from nanochat.config import MidConfig, from_dict
 from nanochat.dataloader import Source
+from nanochat.dataset import open_corpus
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, extend_context
 from nanochat.launch import launch
@@ -26,6 +28,7 @@ from nanochat.train import due, take, train_step
 from scripts.base_train import parse_shares, text_sources
 from tasks.passkey import corpus_sentences
 from tasks.registry import build_halves, split_weight
+from tasks.spellingbee import words_path, write_words
 
 
 def task_sources(cfg: MidConfig, tokenizer: Tokenizer, split: str = "train") -> list[Source]:
@@ -134,11 +137,23 @@ def load_source(
     return model, meta
 
 
+def note_words(cfg: MidConfig) -> None:
+    """Let the spelling tasks ask for words of the corpus, unless a word list is there already."""
+    name = (
+        next(iter(parse_shares(cfg.corpus, "--corpus"))) if len(cfg.corpus) > 1 else cfg.corpus[0]
+    )
+    if not words_path().is_file() and any("spelling" in spec for spec in cfg.mix):
+        with suppress(UserError):  # too few words: those of the embedded corpus stand in
+            write_words(open_corpus(name))
+
+
 def prepare(name: str, cfg: MidConfig, runtime: Runtime) -> Stage:
     """Everything before the loop, for mid-training and instruction tuning alike."""
     seed_everything(cfg.run.seed)
     tokenizer = Tokenizer.load()
     model, meta = load_source(cfg, runtime, tokenizer)
+    if runtime.is_main:
+        note_words(cfg)
     sources, held_out = runtime.in_turns(
         lambda: (build_sources(cfg, tokenizer), build_held_out(cfg, tokenizer))
     )

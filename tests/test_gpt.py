@@ -170,6 +170,29 @@ def test_softcapped_loss_equals_cross_entropy(
     assert (grad_weight[V:] == 0).all(), "rows that pad the vocabulary learn nothing"
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_weighted_loss_equals_the_weighted_sum(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss that computes its gradient in the forward pass, against the one that does not."""
+    monkeypatch.setattr(gpt, "LOSS_CHUNK_LOGITS", 1)
+    model = random_model()
+    ids, targets = random_ids(3, 40), random_ids(3, 40, seed=1)
+    targets[0, :7] = -1
+    weights = torch.randn(3, 40, generator=torch.Generator().manual_seed(2))  # advantages: any sign
+    results = []
+    for function in (
+        lambda: model.weighted_loss(ids, targets, weights, temperature=temperature),
+        lambda: (weights * model.nll(ids, targets, temperature=temperature)).sum(),
+    ):
+        model.zero_grad()
+        loss = function()
+        (3 * loss).backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for ours, slow in zip(*results, strict=True):
+        torch.testing.assert_close(ours, slow, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:Input #. requires gradient:UserWarning")
 def test_softcapped_loss_gradcheck() -> None:
     """Against finite differences, as far as float32 allows."""

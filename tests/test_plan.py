@@ -123,8 +123,7 @@ def test_scaling_rules() -> None:
     assert scaled_batch_size(2**10 * reference, reference) == 2**23, "0.383 x 10 = 3.83, rounded"
     assert scaled_lr(2**19) == 1
     assert scaled_lr(2**21) == 2
-    assert scaled_lr(2**17) == 0.5
-    assert scaled_lr(4096) == plan_module.MINIMAL_LR_SCALE, "bounded from below"
+    assert scaled_lr(2**17) == scaled_lr(4096) == plan_module.MINIMAL_LR_SCALE, "bounded from below"
     decay = scaled_weight_decay(2**19, 0.02, 1.0, reference, reference)
     assert decay == plan_module.REFERENCE_DECAY
     # What is forgotten over a run, rate x decay x steps, depends on neither batch nor scale.

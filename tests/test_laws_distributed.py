@@ -150,7 +150,7 @@ def test_ranks_and_micro_batches_do_not_change_the_result(
     assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert got["bpb"] == pytest.approx(expected["bpb"], rel=1e-5)
     for name, value in expected["parameters"].items():
-        # A step moves an entry by 0.02; orthogonalisation magnifies the rounding of small gradients.
+        # A step moves entries by 0.02; orthogonalisation magnifies small gradients' rounding.
         torch.testing.assert_close(
             got["parameters"][name], value, rtol=1e-4, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
         )

@@ -14,7 +14,6 @@ of matrix products whose shapes differ.
 
 import bisect
 import codecs
-import copy
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ import torch
 
 from nanochat.calculator import CalculatorError, calculate
 from nanochat.conversation import parts
+from nanochat.decoder import Decoder
 from nanochat.errors import UserError
 from nanochat.execution import run_python
 from nanochat.gpt import GPT
@@ -295,6 +295,9 @@ class _Prefill:
 class Engine:
     """Decodes for one model. Not thread-safe: all calls come from one thread.
 
+    model: a GPT, whose present weights are laid out for decoding whenever an idle engine gets work,
+    so that it may be trained between two calls; or what decodes by itself: a `Decoder`, or a subclass
+    of GPT, which may compute something else.
     max_slots: rows decoded at once. tools: True for the calculator, False for none, or a `Tool`;
     a tool other than the calculator runs in a thread, and other rows go on meanwhile.
     prefill_tokens: prompt tokens read between two decoding steps; smaller keeps streams smoother,
@@ -303,7 +306,7 @@ class Engine:
 
     def __init__(
         self,
-        model: GPT,
+        model: GPT | Decoder,
         tokenizer: Tokenizer,
         *,
         max_slots: int = 32,
@@ -325,8 +328,8 @@ class Engine:
         self.context_length = model.config.context_length
         self.vocab_size = model.config.vocab_size
         self.device = model.device
-        self._model = model
-        self._decoding_model: GPT | None = None
+        self._model = model if type(model) is GPT else None
+        self._decoder: GPT | Decoder | None = None if type(model) is GPT else model
         self._tool: Tool | None = calculator_tool if tools is True else tools or None
         self._executor: ThreadPoolExecutor | None = None
         self._waiting: deque[Request] = deque()
@@ -504,27 +507,17 @@ class Engine:
 
     # The loop
 
-    def _model_for_decoding(self) -> GPT:
-        """The model with its weights in the compute dtype.
-
-        Decoding reads all weights for every token: casting float32 masters each time would cost
-        more than the products. The copy is made when an idle engine gets work, so it always has
-        the current weights, and is as exact, since the model casts each weight before its use.
-        """
-        if self._decoding_model is None:
-            model, dtype = self._model, self._model.compute_dtype
-            memo: dict[int, Any] = {
-                id(p): torch.nn.Parameter(p.detach().to(dtype), requires_grad=False)
-                for p in model.parameters()
-                if p.is_floating_point() and p.dtype != dtype
-            }
-            self._decoding_model = copy.deepcopy(model, memo) if memo else model
-        return self._decoding_model
+    def _decoder_now(self) -> GPT | Decoder:
+        """What decodes: made of the model's present weights when an idle engine gets work."""
+        if self._decoder is None:
+            assert self._model is not None
+            self._decoder = Decoder(self._model)
+        return self._decoder
 
     def _free(self) -> None:
         self._cache = None
-        if self._decoding_model is not self._model:
-            self._decoding_model = None
+        if self._model is not None:
+            self._decoder = None
 
     def _read_prompts(self, events: list[Event]) -> None:
         if self._prefill is None and self._waiting and len(self._rows) < self.max_slots:
@@ -535,7 +528,7 @@ class Engine:
         if prefill.start < prefill.longest:
             end = min(prefill.start + self.prefill_tokens // len(prefill.requests), prefill.longest)
             counts = (prefill.lengths - prefill.start).clamp(max=end - prefill.start)
-            logits = self._model_for_decoding().next_logits(
+            logits = self._decoder_now().next_logits(
                 prefill.ids[:, prefill.start : end], prefill.cache, counts
             )
             # Only a prompt that is read alone takes several chunks: the last one's logits count.
@@ -567,7 +560,7 @@ class Engine:
         for i, request in enumerate(requests):
             ids[i, : len(request.prompt)] = request.prompt
         lengths = torch.tensor([len(request.prompt) for request in requests])
-        model = self._model_for_decoding()
+        model = self._decoder_now()
         return _Prefill(
             requests,
             model.new_cache(len(requests), longest),
@@ -629,7 +622,7 @@ class Engine:
             waiting += sum(len(request.completions) for request in self._waiting)
             rows = min(self.max_slots, max(len(self._rows) + waiting, 2 * rows))
         if cache is None:
-            self._cache = self._model_for_decoding().new_cache(rows, capacity)
+            self._cache = self._decoder_now().new_cache(rows, capacity)
         elif (rows, capacity) != (cache.batch_size, cache.capacity):
             cache.longest = max((row.position for row in self._rows), default=0)
             self._cache = cache.resized(rows, capacity)
@@ -657,7 +650,7 @@ class Engine:
         counts = None
         if any(paused):
             counts = torch.tensor([0 if p else 1 for p in paused]).to(self.device)
-        logits = self._model_for_decoding().next_logits(ids, cache, counts)
+        logits = self._decoder_now().next_logits(ids, cache, counts)
         for row, waits in zip(rows, paused, strict=True):
             row.position += not waits
         self._draw(logits, rows, events)

@@ -6,7 +6,21 @@ A list of per-layer tensors, not slices of one stacked tensor: the latter was me
 slower to decode under torch.compile.
 """
 
+from dataclasses import dataclass
+
 import torch
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Where T more tokens per row go, and what they see."""
+
+    positions: torch.Tensor
+    """(B, T): their places in the rows."""
+    slots: torch.Tensor
+    """(B, T): where keys and values are written; padding without a place goes to the spare slot."""
+    biases: dict[int, torch.Tensor]
+    """Per window size (0 = none): (B, 1, T, slots), 0 where attended and -inf elsewhere."""
 
 
 class KVCache:
@@ -37,6 +51,7 @@ class KVCache:
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layer)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layer)]
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.rows = torch.arange(batch_size, device=device)[:, None]
         self.batch_size = batch_size
         self.capacity = capacity
         self.shortest = 0
@@ -46,6 +61,27 @@ class KVCache:
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
 
+    def read(
+        self, T: int, counts: torch.Tensor | None, windows: set[int], dtype: torch.dtype
+    ) -> Reading:
+        """Plan for T more tokens per row, of which the first counts (B,) are no padding.
+
+        A token sees itself and the window - 1 tokens before it (0: all). Padding may see anything.
+        """
+        if self.shortest + (T if counts is None else 0) > self.capacity:
+            raise ValueError(f"{T} more tokens do not fit into a cache of {self.capacity}")
+        device = self.lengths.device
+        positions = self.lengths[:, None] + torch.arange(T, device=device)
+        distance = positions[:, :, None] - torch.arange(self.slots, device=device)
+        biases = {}
+        for window in windows:
+            unseen = distance < 0
+            if window > 0:
+                unseen |= distance >= window
+            bias = torch.zeros(unseen.shape, dtype=dtype, device=device)
+            biases[window] = bias.masked_fill_(unseen, float("-inf"))[:, None]
+        return Reading(positions, positions.clamp(max=self.capacity), biases)
+
     def append(
         self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,9 +90,8 @@ class KVCache:
         Slots are at most the capacity, and that one is the padding's. `lengths` is advanced by the
         model once all layers have written.
         """
-        rows = torch.arange(self.batch_size, device=slots.device)[:, None]
-        self.keys[layer].transpose(1, 2)[rows, slots] = k.to(self.keys[layer].dtype)
-        self.values[layer].transpose(1, 2)[rows, slots] = v.to(self.values[layer].dtype)
+        self.keys[layer].transpose(1, 2)[self.rows, slots] = k.to(self.keys[layer].dtype)
+        self.values[layer].transpose(1, 2)[self.rows, slots] = v.to(self.values[layer].dtype)
         return self.keys[layer], self.values[layer]
 
     @property
@@ -81,6 +116,7 @@ class KVCache:
         view.keys = [t[:rows] for t in self.keys]
         view.values = [t[:rows] for t in self.values]
         view.lengths = self.lengths[:rows]
+        view.rows = self.rows[:rows]
         view.batch_size, view.capacity = rows, self.capacity
         view.shortest, view.longest = self.shortest, self.longest
         return view

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.conversation import parts, validate
+from nanochat.decoder import Decoder, Quantize
 from nanochat.engine import Completion, Engine, SamplingParams, python_tool, truncate_chat
 from nanochat.errors import UserError
 from nanochat.launch import launch
@@ -75,6 +76,8 @@ class Config:
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Activation dtype."""
+    quantize: Quantize = "none"
+    """int8: weights in 8 bits, for large models on a CPU in bfloat16."""
 
 
 class Printer:
@@ -156,10 +159,9 @@ class Chat:
         model, self.tokenizer, self.meta = load_model(
             source, step=step, device=self.runtime.device, dtype=self.runtime.dtype
         )
-        # Only the compute dtype is read; the float32 masters are for training.
-        model.to(self.runtime.dtype)
         tool = python_tool(self.cfg.sandbox) if self.cfg.python_tool else self.cfg.tools
-        self.engine = Engine(model, self.tokenizer, max_slots=1, tools=tool)
+        decoder = Decoder(model, self.cfg.quantize)
+        self.engine = Engine(decoder, self.tokenizer, max_slots=1, tools=tool)
         self.source = source
         self.base = self.meta.get("stage") == "base"
         run_config = self.meta.get("run_config") or {}

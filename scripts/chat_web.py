@@ -13,6 +13,7 @@ from typing import Literal
 import uvicorn
 
 from nanochat.checkpoint_manager import load_model
+from nanochat.decoder import Decoder, Quantize
 from nanochat.engine import Engine, python_tool
 from nanochat.errors import UserError
 from nanochat.launch import launch
@@ -54,6 +55,8 @@ class Config:
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Activation dtype."""
+    quantize: Quantize = "none"
+    """int8: weights in 8 bits, for large models on a CPU in bfloat16."""
 
 
 def load(cfg: Config, runtime: Runtime) -> list[Served]:
@@ -64,13 +67,13 @@ def load(cfg: Config, runtime: Runtime) -> list[Served]:
     models = []
     for source in cfg.source:
         model, tokenizer, meta = load_model(source, device=runtime.device, dtype=runtime.dtype)
-        # Only the compute dtype is read; the float32 masters are for training.
-        model.to(runtime.dtype)
         run_config = meta.get("run_config") or {}
         models.append(
             Served(
                 name=source,
-                engine=Engine(model, tokenizer, max_slots=cfg.max_slots, tools=tool),
+                engine=Engine(
+                    Decoder(model, cfg.quantize), tokenizer, max_slots=cfg.max_slots, tools=tool
+                ),
                 chat=meta.get("stage") != "base",
                 system="merge" if run_config.get("system") == "merge" else "tokens",
                 parameters=sum(model.num_parameters().values()),

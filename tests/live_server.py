@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import uvicorn
-from tiny_models import Scripted, scripted_model, tiny_model, tiny_tokenizer
+from tiny_models import Scripted, scripted, tiny_model, tiny_tokenizer
 
 from nanochat.engine import Engine
 from nanochat.kv_cache import KVCache
@@ -37,11 +37,9 @@ class Broken(Scripted):
 
 
 def slow_model(text: str = "sea ", seconds: float = 0.01, context: int = 4000) -> Slow:
-    model = tiny_model(kind=Slow, context_length=context)
-    assert isinstance(model, Slow)
-    model.script = tuple(tiny_tokenizer().encode(text)) * 1000
-    model.seconds = seconds
-    return model
+    decoder: Slow = scripted([text] * 1000, Slow, context_length=context)
+    decoder.seconds = seconds
+    return decoder
 
 
 def tiny_models_to_serve() -> list[Served]:
@@ -52,10 +50,10 @@ def tiny_models_to_serve() -> list[Served]:
 
     return [
         served("random", tiny_model(), parameters=1234),
-        served("caller", scripted_model(CALL)),
+        served("caller", scripted(CALL)),
         served("slow", slow_model(), 4),
         served("base", tiny_model(), chat=False),
-        served("broken", tiny_model(kind=Broken)),
+        served("broken", scripted([0], Broken)),
     ]
 
 

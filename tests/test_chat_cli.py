@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tiny_models import scripted_model, tiny_model, tiny_tokenizer
+from tiny_models import scripted, tiny_model, tiny_tokenizer
 
 from nanochat.config import parse
+from nanochat.decoder import Decoder
 from nanochat.engine import Engine
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
@@ -37,16 +37,20 @@ def runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Runtime:
 
 
 def use(
-    monkeypatch: pytest.MonkeyPatch, model: GPT, meta: dict[str, Any] | None = None
+    monkeypatch: pytest.MonkeyPatch, model: GPT | Decoder, meta: dict[str, Any] | None = None
 ) -> list[str]:
-    """Let the script load this model; returns the sources it asks for."""
+    """Let the script load this model, or decode with this; returns the sources it asks for."""
     asked = []
+    if isinstance(model, Decoder):
+        decoder = model
+        monkeypatch.setattr(chat_cli, "Decoder", lambda model, quantize: decoder)
 
     def load_model(source: str, **kwargs: Any) -> Any:
         asked.append(source)
         if source == "missing":
             raise UserError("no checkpoint of missing")
-        return model, tiny_tokenizer(), meta or {"stage": "sft", "step": 7, "run_config": {}}
+        loaded = model if isinstance(model, GPT) else tiny_model()
+        return loaded, tiny_tokenizer(), meta or {"stage": "sft", "step": 7, "run_config": {}}
 
     monkeypatch.setattr(chat_cli, "load_model", load_model)
     return asked
@@ -78,7 +82,7 @@ def test_one_prompt(
     monkeypatch: pytest.MonkeyPatch, runtime: Runtime, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The answer alone is on standard output; how fast it was, on the other one."""
-    use(monkeypatch, scripted_model(ANSWER))
+    use(monkeypatch, scripted(ANSWER))
     completion = chat_cli.main(Config(prompt="what is 12 + 34?"), runtime)
     captured = capsys.readouterr()
     assert captured.out == "said  is a word\n"
@@ -94,7 +98,7 @@ def test_pipe_in_pipe_out(
     capsys: pytest.CaptureFixture[str],
     flag: str | None,
 ) -> None:
-    model = scripted_model(ANSWER)
+    model = scripted(ANSWER)
     use(monkeypatch, model)
     monkeypatch.setattr("sys.stdin", io.StringIO("the king\nand the sea"))
     chat_cli.main(Config(prompt=flag, system="the word"), runtime)
@@ -143,7 +147,7 @@ def test_a_conversation(
 ) -> None:
     """Turns add up; tool calls are shown; a saved conversation is in the schema and loads."""
     file = tmp_path / "chat.json"
-    asked = use(monkeypatch, scripted_model(ANSWER, context_length=400))
+    asked = use(monkeypatch, scripted(ANSWER, context_length=400))
     block = ['"""the sea', "and the king", '"""']
     lines = ["/system a word", "/system", "hi", "one \\", "two", *block, f"/save {file}"]
     lines += [
@@ -179,7 +183,7 @@ def test_mistakes_do_not_end_the_session(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    use(monkeypatch, scripted_model(ANSWER))
+    use(monkeypatch, scripted(ANSWER))
     (tmp_path / "torn.json").write_text('{"messages": [')
     (tmp_path / "wrong.json").write_text('{"messages": [{"role": "robot", "content": "hi"}]}')
     mistakes = {
@@ -204,7 +208,7 @@ def test_mistakes_do_not_end_the_session(
 def test_ctrl_c_stops_the_answer_and_not_the_program(
     monkeypatch: pytest.MonkeyPatch, runtime: Runtime, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    use(monkeypatch, scripted_model(["sea "]))
+    use(monkeypatch, scripted(["sea "]))
     original, steps = Engine.step, []
 
     def step(self: Engine) -> Any:
@@ -227,7 +231,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(
 def test_a_long_conversation_is_cut_with_a_notice(
     monkeypatch: pytest.MonkeyPatch, runtime: Runtime, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    use(monkeypatch, scripted_model(["sea", "<|assistant_end|>"]))
+    use(monkeypatch, scripted(["sea", "<|assistant_end|>"]))
     converse(monkeypatch, runtime, ["the king and the sea"] * 6 + ["word " * 300], max_tokens=30)
     captured = capsys.readouterr()
     assert captured.out.count("sea\n") == 7
@@ -239,7 +243,7 @@ def test_the_model_cannot_control_the_terminal(
     monkeypatch: pytest.MonkeyPatch, runtime: Runtime, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evil = "\x1b]0;title\x07\x1b[2J[red]\r\x9b5m"
-    use(monkeypatch, scripted_model([evil, "<|assistant_end|>"]))
+    use(monkeypatch, scripted([evil, "<|assistant_end|>"]))
     chat_cli.main(Config(prompt="hi"), runtime)
     out = capsys.readouterr().out
     assert not set(out) & {"\x1b", "\x07", "\r", "\x9b"}
@@ -249,7 +253,7 @@ def test_the_model_cannot_control_the_terminal(
 def test_a_base_model_continues_text(
     monkeypatch: pytest.MonkeyPatch, runtime: Runtime, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = scripted_model([" sea", "<|bos|>"])
+    model = scripted([" sea", "<|bos|>"])
     use(monkeypatch, model, {"stage": "base"})
     chat_cli.main(Config(prompt="the king", source="base"), runtime)
     assert capsys.readouterr().out == " sea\n"
@@ -261,7 +265,7 @@ def test_system_messages_are_rendered_as_in_training(
 ) -> None:
     prompts = []
     for style in ("tokens", "merge"):
-        model = scripted_model(["<|assistant_end|>"])
+        model = scripted(["<|assistant_end|>"])
         use(monkeypatch, model, {"stage": "sft", "run_config": {"system": style}})
         chat_cli.main(Config(prompt="hi", system="a word"), runtime)
         prompts.append(model.prompt)
@@ -277,7 +281,7 @@ def test_the_reader_may_leave_early(
     monkeypatch: pytest.MonkeyPatch, runtime: Runtime, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """`| head -1` is no error."""
-    use(monkeypatch, scripted_model(ANSWER))
+    use(monkeypatch, scripted(ANSWER))
 
     def broken(self: Any, text: str, style: Any) -> None:
         raise BrokenPipeError
@@ -290,13 +294,3 @@ def test_the_reader_may_leave_early(
             assert chat_cli.main(Config(prompt="hi"), runtime) is None
         finally:
             os.dup2(saved, sys.__stdout__.fileno())
-
-
-def test_reduced_precision_is_loaded_once(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, runtime: Runtime
-) -> None:
-    """The chat keeps no float32 copy beside the weights it computes with."""
-    model = tiny_model(torch.bfloat16)
-    use(monkeypatch, model)
-    chat_cli.main(Config(prompt="hi", max_tokens=3), single(dtype=torch.bfloat16))
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

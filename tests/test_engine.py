@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import ToolCaller, scripted_model, tiny_model, tiny_tokenizer
+from tiny_models import ToolCaller, scripted, tiny_model, tiny_tokenizer
 
+from nanochat.decoder import Decoder
 from nanochat.engine import (
     Completion,
     Engine,
@@ -26,7 +27,6 @@ from nanochat.engine import (
     uniforms,
 )
 from nanochat.errors import UserError
-from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
 
 # Sampling
@@ -197,14 +197,14 @@ def test_streamed_text_is_whole_characters_up_to_the_stop(ids: list[int], stops:
     assert transcript.stopped == bool(ends)
 
 
-def scripted(items: list[int | str]) -> Engine:
+def saying(items: list[int | str]) -> Engine:
     """An engine whose model writes this, whatever it reads."""
-    return Engine(scripted_model(items), tiny_tokenizer())
+    return Engine(scripted(items), tiny_tokenizer())
 
 
 def test_terminal_tokens_end_the_completion_and_belong_to_it() -> None:
     for name in ("<|assistant_end|>", "<|bos|>"):
-        (completion,) = scripted(["the sea", name]).generate([[0]])[0]
+        (completion,) = saying(["the sea", name]).generate([[0]])[0]
         assert completion.text == "the sea"
         assert completion.finish_reason == "stop"
         assert completion.ids[-1] == tiny_tokenizer().special(name)
@@ -212,7 +212,7 @@ def test_terminal_tokens_end_the_completion_and_belong_to_it() -> None:
 
 
 def test_stop_strings() -> None:
-    engine = scripted(["the king and the sea", "<|assistant_end|>"])
+    engine = saying(["the king and the sea", "<|assistant_end|>"])
     (completion,) = engine.generate([[0]], SamplingParams(stop=("g a", "queen")))[0]
     assert completion.text == "the kin"
     assert completion.finish_reason == "stop"
@@ -221,19 +221,19 @@ def test_stop_strings() -> None:
 
 
 def test_length() -> None:
-    engine = scripted(["the king and the sea"])
+    engine = saying(["the king and the sea"])
     (completion,) = engine.generate([[0]], SamplingParams(max_tokens=4))[0]
     assert completion.finish_reason == "length"
     assert len(completion.ids) == 4
     context = engine.context_length
-    (completion,) = scripted(["a"]).generate([[0] * 90], SamplingParams(max_tokens=500))[0]
+    (completion,) = saying(["a"]).generate([[0] * 90], SamplingParams(max_tokens=500))[0]
     assert completion.finish_reason == "length"
     assert len(completion.ids) == context - 90
 
 
 def test_streaming_gives_the_same_text_in_whole_characters() -> None:
     text = "naïve café 東京 🙂 the sea"
-    engine = scripted([text, "<|assistant_end|>"])
+    engine = saying([text, "<|assistant_end|>"])
     events = list(engine.stream([0], SamplingParams(temperature=0.0)))
     assert "".join(event.text for event in events) == text
     assert all("\ufffd" not in event.text for event in events)
@@ -245,7 +245,7 @@ def test_streaming_gives_the_same_text_in_whole_characters() -> None:
 
 
 def test_closing_a_stream_frees_its_row() -> None:
-    engine = scripted(["the sea "])
+    engine = saying(["the sea "])
     stream = engine.stream([0], SamplingParams(max_tokens=50))
     next(stream)
     assert engine.num_rows == 1
@@ -266,7 +266,7 @@ def test_a_tool_turn() -> None:
         tokenizer.special("<|output_end|>"),
     ]
     call = ["<|python_start|>", "12 + 34", "<|python_end|>"]
-    engine = scripted(["said ", *call, *forced, " word", "<|assistant_end|>"])
+    engine = saying(["said ", *call, *forced, " word", "<|assistant_end|>"])
     events = list(engine.stream([0]))
     completion = events[-1].completion
     assert completion.parts == [
@@ -302,7 +302,7 @@ def test_a_failing_tool_answers_with_a_short_text() -> None:
         raise RuntimeError("no disk")
 
     call = ["<|python_start|>", "1", "<|python_end|>", "a"]
-    engine = scripted([*call])
+    engine = saying([*call])
     engine._tool = broken
     (completion,) = engine.generate([[0]], SamplingParams(max_tokens=30))[0]
     assert {"type": "python_output", "text": "error: no disk"} in completion.parts
@@ -310,15 +310,17 @@ def test_a_failing_tool_answers_with_a_short_text() -> None:
 
 def test_tools_can_be_off_and_other_ones_plugged_in() -> None:
     tokenizer = tiny_tokenizer()
-    engine = scripted(["<|python_start|>", "the sea", "<|python_end|>", " a", "<|assistant_end|>"])
+    engine = saying(["<|python_start|>", "the sea", "<|python_end|>", " a", "<|assistant_end|>"])
     engine._tool = None
     (completion,) = engine.generate([[0]])[0]
     assert [part["type"] for part in completion.parts] == ["python", "text"]
     assert 0 not in completion.mask
 
     asked = []
-    model = engine._model
-    engine = Engine(model, tokenizer, tools=lambda source: asked.append(source) or "yes" * 5000)
+    assert engine._decoder is not None
+    engine = Engine(
+        engine._decoder, tokenizer, tools=lambda source: asked.append(source) or "yes" * 5000
+    )
     (completion,) = engine.generate([[0]], SamplingParams(max_tokens=90))[0]
     assert asked == ["the sea"]
     assert completion.finish_reason == "length"  # the forced output was cut at the limit
@@ -327,7 +329,7 @@ def test_tools_can_be_off_and_other_ones_plugged_in() -> None:
 
 def test_a_slow_tool_does_not_hold_up_other_rows() -> None:
     """And the sample it belongs to is the same as with a fast one."""
-    model, tokenizer = tiny_model(kind=ToolCaller), tiny_tokenizer()
+    model, tokenizer = ToolCaller(tiny_model()), tiny_tokenizer()
     params = SamplingParams(max_tokens=60, seed=4)
     fast = Engine(model, tokenizer, tools=lambda source: "7").generate([[1, 2], [3]], params, 2)
     assert any(0 in sample.mask for samples in fast for sample in samples)
@@ -432,7 +434,7 @@ def test_reset_after_a_failed_step(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = engine.generate([[1]], SamplingParams(max_tokens=5))
     engine.submit([1, 2], SamplingParams(max_tokens=5))
     with monkeypatch.context() as patched:
-        patched.setattr(GPT, "next_logits", lambda *a: 1 / 0)
+        patched.setattr(Decoder, "next_logits", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.step()
     engine.reset()

@@ -4,12 +4,14 @@ And the engine's own law: a sample depends on nothing but its prompt, its parame
 its random stream.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import ToolCaller, tiny_model, tiny_tokenizer
+from tiny_models import ToolCaller, likes_tools, tiny_model, tiny_tokenizer
 
+from nanochat.decoder import Decoder
 from nanochat.engine import Completion, Engine, SamplingParams
 from nanochat.gpt import GPT
 
@@ -39,7 +41,8 @@ def test_cached_equals_full_for_ragged_chunks(variant: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     lengths = [37, 1, 20, 52]
     rows = [random_ids(n, seed * 10 + i) for i, n in enumerate(lengths)]
-    cache = model.new_cache(len(rows), max(lengths))
+    decoder = Decoder(model)
+    cache, twin = (m.new_cache(len(rows), max(lengths)) for m in (model, decoder))
     done = [0] * len(rows)
     got: list[list[torch.Tensor]] = [[] for _ in rows]
     with torch.no_grad():
@@ -53,35 +56,43 @@ def test_cached_equals_full_for_ragged_chunks(variant: str, seed: int) -> None:
             for i, (d, c) in enumerate(zip(done, counts, strict=True)):
                 ids[i, :c] = torch.tensor(rows[i][d : d + c], dtype=torch.int64)
             logits = model(ids, cache=cache, counts=torch.tensor(counts))
+            last = decoder.next_logits(ids, twin, torch.tensor(counts))
             for i, c in enumerate(counts):
                 got[i].append(logits[i, :c])
                 done[i] += c
-        assert cache.lengths.tolist() == lengths
+                if c:
+                    torch.testing.assert_close(last[i], logits[i, c - 1], atol=2e-4, rtol=0)
+        assert cache.lengths.tolist() == twin.lengths.tolist() == lengths
         for i, row in enumerate(rows):
             torch.testing.assert_close(
                 torch.cat(got[i]), model(torch.tensor([row]))[0], atol=2e-4, rtol=0
             )
 
 
-def recomputed(model: GPT, prompt: list[int], completion: Completion) -> torch.Tensor:
+def recomputed(
+    model: GPT,
+    prompt: list[int],
+    completion: Completion,
+    change: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits,
+) -> torch.Tensor:
     """Log-probabilities (len(completion.ids),) from one pass over everything."""
     with torch.no_grad():
-        logp = model(torch.tensor([prompt + completion.ids])).log_softmax(dim=-1)[0]
+        logp = change(model(torch.tensor([prompt + completion.ids]))).log_softmax(dim=-1)[0]
     return logp[len(prompt) - 1 : -1].gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_engine_equals_full_recomputation(variant: str) -> None:
     """Prompts of any length, chunked prefill, shared prompts, rows that come and go, tool turns."""
-    model = tiny_model(kind=ToolCaller, **VARIANTS[variant])
-    engine = Engine(model, tiny_tokenizer(), max_slots=5, prefill_tokens=16)
+    model = tiny_model(**VARIANTS[variant])
+    engine = Engine(ToolCaller(model), tiny_tokenizer(), max_slots=5, prefill_tokens=16)
     prompts = [random_ids(n, n) for n in (3, 50, 17, 1, 16, 33, 70)]
     params = [SamplingParams(max_tokens=n, seed=1) for n in (40, 9, 25, 30, 1, 60, 90)]
     calls = 0
     for prompt, samples in zip(prompts, engine.generate(prompts, params, 2), strict=True):
         for completion in samples:
             sampled = torch.tensor(completion.mask, dtype=torch.bool)
-            expected = recomputed(model, prompt, completion).masked_fill(~sampled, 0.0)
+            expected = recomputed(model, prompt, completion, likes_tools).masked_fill(~sampled, 0.0)
             torch.testing.assert_close(
                 torch.tensor(completion.logprobs), expected, atol=2e-4, rtol=0
             )
@@ -95,7 +106,7 @@ def test_engine_equals_full_recomputation(variant: str) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_sample_does_not_depend_on_its_company(temperature: float) -> None:
     """Alone, among others, in any slot, at any batch size, in chunks or not: the same tokens."""
-    model = tiny_model(kind=ToolCaller)
+    model = ToolCaller(tiny_model())
     tokenizer = tiny_tokenizer()
     prompts = [random_ids(n, n) for n in (5, 40, 12, 1, 30, 8)]
     company = [
@@ -173,15 +184,15 @@ def test_decoding_follows_the_weights() -> None:
 def test_a_prompt_is_read_once_for_all_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     read = 0
-    original = GPT.next_logits
+    original = Decoder.next_logits
 
-    def counting(self: GPT, ids: torch.Tensor, cache: Any, counts: Any = None) -> torch.Tensor:
+    def counting(self: Decoder, ids: torch.Tensor, cache: Any, counts: Any = None) -> torch.Tensor:
         nonlocal read
         if ids.shape[1] > 1:
             read += ids.numel()
         return original(self, ids, cache, counts)
 
-    monkeypatch.setattr(GPT, "next_logits", counting)
+    monkeypatch.setattr(Decoder, "next_logits", counting)
     engine = Engine(model, tiny_tokenizer(), max_slots=3)
     engine.generate([random_ids(40, 0)], SamplingParams(max_tokens=3), num_samples=8)
     assert read == 40

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from live_server import CALL, Limits, Service, running, settle, slow_model
-from tiny_models import scripted_model, tiny_model, tiny_tokenizer
+from tiny_models import scripted, tiny_model, tiny_tokenizer
 
 from nanochat.engine import Engine
 from nanochat.server import Served
@@ -59,10 +59,10 @@ def service() -> Service:
     def served(name: str, model: Any) -> Served:
         return Served(name, Engine(model, tokenizer, max_slots=4), parameters=1_500_000)
 
-    markdown = scripted_model([EVIL, "<|assistant_end|>"], context_length=2000)
+    markdown = scripted([EVIL, "<|assistant_end|>"], context_length=2000)
     return Service(
         [
-            served("caller", scripted_model(CALL, context_length=400)),
+            served("caller", scripted(CALL, context_length=400)),
             served("slow", slow_model("the sea ", seconds=0.02)),
             served("markdown", markdown),
             Served("base", Engine(tiny_model(), tokenizer), chat=False),
@@ -382,7 +382,7 @@ def test_errors_are_told(page: Page, service: Service) -> None:
 
 
 def test_the_api_key_is_asked_for(browser: WebDriver) -> None:
-    service = Service([Served("only", Engine(scripted_model(CALL), tiny_tokenizer()))])
+    service = Service([Served("only", Engine(scripted(CALL), tiny_tokenizer()))])
     with running(service, api_key="s3cret") as url:
         page = Page(browser, url)
         browser.get(url)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from nanochat.decoder import Decoder
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kv_cache import KVCache
 from nanochat.tokenizer import Tokenizer
@@ -41,22 +42,25 @@ def tiny_model(
     return model.eval()
 
 
-class ToolCaller(GPT):
-    """Likes to call the tool: the tokens around a call get likelier."""
+def likes_tools(logits: torch.Tensor) -> torch.Tensor:
+    """Makes a call of the tool likelier, and the end of the answer unlikely."""
+    tokenizer = tiny_tokenizer()
+    bias = torch.zeros(logits.shape[-1])
+    for name in ("<|python_start|>", "<|python_end|>"):
+        bias[tokenizer.special(name)] = 6.0
+    bias[tokenizer.encode("1")] = 3.0
+    bias[tokenizer.encode("+")] = 2.0
+    for name in ("<|assistant_end|>", "<|bos|>"):
+        bias[tokenizer.special(name)] = -20.0
+    return logits + bias
 
+
+class ToolCaller(Decoder):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        tokenizer = tiny_tokenizer()
-        bias = torch.zeros(self.config.vocab_size)
-        bias[tokenizer.special("<|python_start|>")] = 6.0
-        bias[tokenizer.special("<|python_end|>")] = 6.0
-        bias[tokenizer.encode("1")] = 3.0
-        bias[tokenizer.encode("+")] = 2.0
-        for name in ("<|assistant_end|>", "<|bos|>"):
-            bias[tokenizer.special(name)] = -20.0
-        return super().logits(hidden) + bias
+        return likes_tools(super().logits(hidden))
 
 
-class Scripted(GPT):
+class Scripted(Decoder):
     """Writes its script after the prompt, then repeats the last token.
 
     By place in the context: what a tool forces takes the place of as many tokens of the script.
@@ -78,7 +82,7 @@ class Scripted(GPT):
         return logits
 
 
-def scripted_model(items: Sequence[int | str], **overrides: Any) -> Scripted:
+def scripted(items: Sequence[int | str], kind: type[Scripted] = Scripted, **overrides: Any) -> Any:
     """items: token ids, names of special tokens, and texts."""
     tokenizer = tiny_tokenizer()
     script: list[int] = []
@@ -89,7 +93,6 @@ def scripted_model(items: Sequence[int | str], **overrides: Any) -> Scripted:
             script.append(tokenizer.special(item))
         else:
             script += tokenizer.encode(item)
-    model = tiny_model(kind=Scripted, **overrides)
-    assert isinstance(model, Scripted)
-    model.script = tuple(script)
-    return model
+    decoder = kind(tiny_model(**overrides))
+    decoder.script = tuple(script)
+    return decoder

@@ -296,8 +296,8 @@ class Engine:
     """Decodes for one model. Not thread-safe: all calls come from one thread.
 
     model: a GPT, whose present weights are laid out for decoding whenever an idle engine gets work,
-    so that it may be trained between two calls; or what decodes by itself: a `Decoder`, or a subclass
-    of GPT, which may compute something else.
+    so that it may be trained between two calls; or what decodes by itself: a `Decoder`, or a
+    subclass of GPT, which may compute something else.
     max_slots: rows decoded at once. tools: True for the calculator, False for none, or a `Tool`;
     a tool other than the calculator runs in a thread, and other rows go on meanwhile.
     prefill_tokens: prompt tokens read between two decoding steps; smaller keeps streams smoother,

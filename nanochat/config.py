@@ -180,7 +180,7 @@ class Learning:
     weight_decay: float | Literal["auto"] = "auto"
     """Muon's cautious weight decay; auto: from the scaling rule."""
     lr_scale: float | Literal["auto"] = "auto"
-    """Factor on every learning rate for the batch size; auto: sqrt(B / 2^19), at least 1/2."""
+    """Factor on every learning rate for the batch size; auto: sqrt(B / 2^19), at least 1."""
     adam_betas: tuple[float, float] = (0.8, 0.95)
     """AdamW's moment decay rates."""
     muon_momentum: tuple[float, float] = (0.85, 0.95)

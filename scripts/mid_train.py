@@ -134,6 +134,8 @@ def load_source(
     model.to_empty(device=runtime.device)
     load_weights(folder, model)
     runtime.print(f"starting from {folder}")
+    if meta["step"] < meta["num_steps"]:
+        runtime.print(f"note: that run is not finished, it is to have {meta['num_steps']} steps")
     return model, meta
 
 

@@ -166,6 +166,17 @@ def test_stages_name_what_they_started_from(run: Callable[..., Stage], folder: P
     assert source == {"stage": "base", "tag": "default", "step": 4}
 
 
+def test_starting_from_an_unfinished_run_is_said(
+    run: Callable[..., Stage], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run()
+    run("mid", duration={"num_steps": 1})
+    assert "not finished" not in capsys.readouterr().out
+    shutil.rmtree(folder / "checkpoints" / "base" / "default" / "step_000004")
+    run("mid", run={"tag": "early"}, duration={"num_steps": 1})
+    assert "that run is not finished, it is to have 4 steps" in capsys.readouterr().out
+
+
 def test_sft_trains_on_the_assistant_only(run: Callable[..., Stage], folder: Path) -> None:
     run()
     run("mid")

@@ -316,8 +316,12 @@ def load_bundle(bundle: Path) -> tuple[list[CoreTask], list[str]]:
             raise UserError(
                 f"{bundle}/core.yaml: {label} is of type '{kind}', not one of {', '.join(_FIELDS)}"
             )
-        if label not in baselines:
-            raise UserError(f"{bundle}/eval_meta_data.csv has no random baseline for {label}")
+        try:
+            chance = float(baselines[label]) / 100
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"{bundle}/eval_meta_data.csv has no random baseline for {label} ({error})"
+            ) from error
         path = bundle / "eval_data" / entry["dataset_uri"]
         if not path.is_file():
             missing.append(label)
@@ -335,7 +339,7 @@ def load_bundle(bundle: Path) -> tuple[list[CoreTask], list[str]]:
                 kind=kind,
                 num_fewshot=num_fewshot,
                 delimiter=entry.get("continuation_delimiter", " "),
-                chance=float(baselines[label]) / 100,
+                chance=chance,
                 items=items,
             )
         )
@@ -357,12 +361,15 @@ def _read_items(path: Path, kind: str) -> list[dict[str, Any]]:
             for name, wanted in _FIELDS[kind].items():
                 if not isinstance(item, dict) or not isinstance(item.get(name), wanted):
                     raise UserError(f"{path} line {number}: '{name}' must be a {wanted.__name__}")
-            alternatives = item.get("choices") or item.get("context_options")
-            if kind != "language_modeling" and not 0 <= item["gold"] < len(alternatives):
-                raise UserError(
-                    f"{path} line {number}: gold {item['gold']} is none of its "
-                    f"{len(alternatives)} alternatives"
-                )
+            if kind != "language_modeling":
+                alternatives = item.get("choices") or item.get("context_options") or []
+                if not all(isinstance(text, str) for text in alternatives):
+                    raise UserError(f"{path} line {number}: every alternative must be a str")
+                if not 0 <= item["gold"] < len(alternatives):
+                    raise UserError(
+                        f"{path} line {number}: gold {item['gold']} is none of its "
+                        f"{len(alternatives)} alternatives"
+                    )
             items.append(item)
     if not items:
         raise UserError(f"{path} has no items")

@@ -289,6 +289,12 @@ def test_bad_bundles_are_explained(tmp_path: Path) -> None:
     fails(bundle, r"schema.jsonl line 4: 'continuation' must be a str")
     file.write_text(good + '{"context_options": ["a"], "continuation": "b", "gold": 1}\n')
     fails(bundle, r"line 4: gold 1 is none of its 1")
+    for alternatives in ('["a", 3]', '["a", null]', '["a", NaN]'):
+        item = f'{{"context_options": {alternatives}, "continuation": "b", "gold": 0}}'
+        file.write_text(f"{good}{item}\n")
+        fails(bundle, r"schema.jsonl line 4: every alternative must be a str")
+    file.write_text(good + '{"context_options": [], "continuation": "b", "gold": 0}\n')
+    fails(bundle, r"line 4: gold 0 is none of its 0")
     file.write_text("\n")
     fails(bundle, "schema.jsonl has no items")
     write_bundle(tmp_path, {"t": {**shot_task("schema", 3)}})

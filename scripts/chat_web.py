@@ -2,7 +2,7 @@
 
 The page is at http://127.0.0.1:8000; any OpenAI client works with base URL
 http://127.0.0.1:8000/v1. To be reached from other machines it takes `--host 0.0.0.0`, and then
-better an `--api-key` too. `docs/serving.md` tells more.
+better an `--api-key` too.
 """
 
 import os

@@ -3,7 +3,6 @@
 Models trained with --portable become transformers' own `nanochat` type; the others carry their
 code along and are loaded with trust_remote_code=True. The result is loaded with transformers and
 compared with the checkpoint, logit by logit, before the folder gets its name. Needs the extra `hf`.
-docs/serving.md says what can be done with it.
 """
 
 from dataclasses import dataclass

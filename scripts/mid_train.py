@@ -2,7 +2,7 @@
 
 Every token is trained (`--prompt-weight 1`), in conversation format, while a share of the
 pretraining text is replayed (`--replay`): without it a small model forgets within minutes.
-`--context-length` extends the context (docs/long_context.md).
+`--context-length` extends the context, see `gpt.extend_context`.
 """
 
 from collections.abc import Sequence

@@ -117,11 +117,13 @@ def train_step(
     scale = loss_scale.scale if loss_scale else 1.0
 
     total = torch.zeros((), device=runtime.device)
+    # The scale goes into the weights: half of the loss's gradient is computed along with it.
+    divisor = max(targets if divisor is None else divisor, 1)
     for batch in batches:
-        weights = batch.weights / max(targets if divisor is None else divisor, 1)
+        weights = batch.weights / (divisor / scale)
         loss = model.weighted_loss(batch.inputs, batch.targets, weights, batch.doc_ids, temperature)
-        (loss * scale).backward()
-        total += loss.detach()
+        loss.backward()
+        total += loss.detach() / scale
 
     losses = runtime.all_gather(total).tolist()
     for rank, value in enumerate(losses):

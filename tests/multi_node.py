@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for python -m tests.multi_node
 import tiny_runs
 
 ROOT = Path(__file__).parent.parent
-STEPS, SAVE_EVERY, KILL_AFTER = 12, 4, 6
+STEPS, SAVE_EVERY, KILL_AFTER = 60, 4, 6
 ARGUMENTS = (
     f"--num-steps {STEPS} --save-every {SAVE_EVERY} --keep-last 0 --device cpu --dtype float32 "
     "--device-batch-size 2 --total-batch-size 512 --window 16 --eval-tokens 256 --eval-every 0 "
@@ -161,7 +161,9 @@ def run(encoded: Path, folder: Path, kill: bool) -> dict[str, Any]:
         running = [start(0), start(1)]
         if kill:
             end = time.monotonic() + LIMIT
-            while len(losses(folder)) < KILL_AFTER:
+            saved = folder / f"checkpoints/base/default/step_{SAVE_EVERY:06d}"
+            # A kill while the first checkpoint is being written would leave nothing to resume from.
+            while len(losses(folder)) < KILL_AFTER or not saved.exists():
                 if time.monotonic() > end or any(p.poll() is not None for p in running):
                     finish(running, logs)
                     raise RuntimeError(f"no step {KILL_AFTER} in {LIMIT} s")
@@ -208,4 +210,5 @@ if __name__ == "__main__":
         sys.exit(f"error: {reason}")
     outcome = main()
     print(json.dumps(outcome))
-    sys.exit(0 if outcome["same_losses"] and outcome["same_parameters"] else 1)
+    same = outcome["same_losses"] and outcome["same_parameters"]
+    sys.exit(0 if same and outcome["resumed"] == 1 else 1)

@@ -1,7 +1,6 @@
 """What holds for every test: one thread, no ranks from outside, artifacts in a temporary folder."""
 
 import os
-import tempfile
 from pathlib import Path
 
 # Before torch is imported, and inherited by every process that a test starts.
@@ -27,10 +26,10 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def encoded() -> Path:
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base folder with a tokenizer and a tiny encoded corpus; copy it, don't write to it."""
     import tiny_runs
 
-    folder = Path(tempfile.mkdtemp(prefix="nanochat-tiny-"))
+    folder = tmp_path_factory.mktemp("encoded")
     tiny_runs.encode_corpus(folder)
     return folder

@@ -1,0 +1,162 @@
+"""Compiled training: one graph without breaks, compiled again only where it must be.
+
+The graph is captured as for any backend but run without generating code, which would take minutes.
+B batch, T time
+"""
+
+import functools
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+from torch._dynamo.utils import counters
+
+from nanochat import runtime
+from nanochat.config import Learning
+from nanochat.dataloader import Batch
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import Hypers, Optimizer, parameter_rules
+from nanochat.rl import Sample, pack_samples
+from nanochat.train import LossScale, train_step
+
+CONFIG = GPTConfig(
+    vocab_size=60,
+    n_layer=2,
+    n_head=2,
+    n_kv_head=1,
+    n_embd=16,
+    head_dim=8,
+    context_length=12,
+    windows=(4, 0),
+)
+B, T = 2, 12
+RUNTIME = runtime.single()
+
+
+COMPILE = torch.compile
+
+
+@pytest.fixture(autouse=True)
+def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.compile captures graphs, and runs them as they are."""
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(COMPILE, backend="eager"))
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    assert not counters["graph_break"], dict(counters["graph_break"])
+    return int(counters["stats"]["unique_graphs"])
+
+
+def compiled(**changes: Any) -> tuple[GPT, Optimizer]:
+    model = GPT(CONFIG, changes.pop("dtype", torch.float32)).init_weights(0)
+    for name, value in changes.items():
+        setattr(model, name, value)
+    optimizer = Optimizer(
+        model, parameter_rules(model, Learning(), width=16), muon_dtype=torch.float32
+    )
+    model.compile_loss()
+    return model, optimizer
+
+
+def batch(seed: int, one_document: bool = False) -> Batch:
+    """Random documents, targets and weights."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 60, (B, T + 1), generator=generator)
+    starts = torch.randint(0, 3, (B, T), generator=generator) == 0
+    masked = torch.randint(0, 4, (B, T), generator=generator) == 0
+    return Batch(
+        inputs=ids[:, :-1].contiguous(),
+        targets=torch.where(masked, -1, ids[:, 1:]),
+        weights=torch.rand(B, T, generator=generator),
+        doc_ids=torch.zeros(B, T, dtype=torch.int32) if one_document else starts.cumsum(1).int(),
+    )
+
+
+def test_compiled_steps_are_the_eager_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward are traced here, down to the operations a code generator gets."""
+    monkeypatch.setattr(torch, "compile", functools.partial(COMPILE, backend="aot_eager"))
+    results = []
+    for compile_it in (False, True):
+        model, optimizer = compiled()
+        if not compile_it:
+            model.token_losses, model.summed_loss = model._token_losses, model._summed_loss
+        losses = [
+            train_step(model, optimizer, [batch(i)], Hypers(0.1), RUNTIME).loss for i in range(4)
+        ]
+        results.append((losses, torch.cat([p.detach().flatten() for p in model.parameters()])))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("recompute", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_documents_rates_and_steps_do_not_compile_again(
+    recompute: bool, dtype: torch.dtype
+) -> None:
+    model, optimizer = compiled(recompute=recompute, dtype=dtype)
+    for step in range(8):
+        hypers = Hypers(lr_multiplier=0.1 / (step + 1), momentum=0.85 + 0.01 * step)
+        batches = [batch(10 * step + i) for i in range(1 + step % 2)]
+        train_step(model, optimizer, batches, hypers, RUNTIME)
+    assert graphs() == 1
+    # Rows of one document need no mask: the one other kind of layout.
+    for step in range(8):
+        train_step(model, optimizer, [batch(step, step % 2 == 0)], Hypers(0.1), RUNTIME)
+    assert graphs() == 2
+
+
+def test_evaluation_between_steps_compiles_once() -> None:
+    model, optimizer = compiled()
+    for step in range(3):
+        train_step(model, optimizer, [batch(step)], Hypers(0.1), RUNTIME)
+        model.eval()
+        with torch.no_grad():
+            data = batch(100 + step)
+            model.nll(data.inputs, data.targets, data.doc_ids)
+        model.train()
+    assert graphs() == 2
+
+
+def test_float16_with_a_moving_loss_scale() -> None:
+    model, optimizer = compiled(dtype=torch.float16)
+    scale = LossScale(2.0**16, growth_interval=2)
+    for step in range(6):
+        train_step(model, optimizer, [batch(step)], Hypers(0.1), RUNTIME, scale)
+    assert scale.scale > 2.0**16
+    assert graphs() == 1
+
+
+def test_rollouts_of_any_number_do_not_compile_again() -> None:
+    model, optimizer = compiled()
+    for step in range(6):
+        samples = [Sample(list(range(2 + i % 9)), [1] * (2 + i % 9)) for i in range(3 + 5 * step)]
+        rows = pack_samples(samples, T, B, RUNTIME.device, fill_up=True)
+        advantages = torch.linspace(-1, 1, len(samples))
+        batches = [r.weighted(advantages) for r in rows]
+        train_step(model, optimizer, batches, Hypers(0.1), RUNTIME, temperature=0.8, divisor=9)
+    assert graphs() == 1
+
+
+def test_all_stages_without_a_break(encoded: Path, tmp_path: Path) -> None:
+    """The real scripts on the real loader: documents differ in every batch."""
+    shutil.copytree(encoded, tmp_path / "run")
+    for stage in ("base", "mid", "sft"):
+        torch._dynamo.reset()
+        counters.clear()
+        config = tiny_runs.CONFIGS[stage](
+            tiny_runs.corpus(encoded),
+            run={"compile": "on"},
+            duration={"num_steps": 4, "epochs": None},
+            evaluating={"eval_every": 2},
+            saving={"save_every": 0},
+        )
+        assert tiny_runs.train(stage, tmp_path / "run", config).finished
+        # Training and evaluation, each with and without a row that holds several documents.
+        assert 2 <= graphs() <= 4, stage

@@ -118,6 +118,32 @@ def test_equal_logits_are_kept_or_dropped_together() -> None:
     assert drawn == {1, 2, 3}
 
 
+def test_looking_at_few_candidates_changes_nothing() -> None:
+    """The short cut on CPUs, with ties (bfloat16 makes many) and wide distributions among them."""
+    V = 1000
+    mixtures = [
+        [SamplingParams(top_k=40)],
+        [SamplingParams(top_p=0.8), SamplingParams(top_k=5, top_p=0.5, min_p=0.1)],
+        [SamplingParams(top_k=300), SamplingParams(top_p=0.95, temperature=1.5)],
+    ]
+    taken = 0
+    for mixture in mixtures:
+        rows = rows_of(mixture * 8)
+        sampler, whole = (_Sampler(rows, V, torch.device("cpu")) for _ in range(2))
+        assert sampler.num_candidates
+        whole.num_candidates = 0
+        for step in range(30):
+            generator = torch.Generator().manual_seed(step)
+            logits = torch.randn(len(rows), V, generator=generator) * (1 + step % 5)
+            logits = logits.bfloat16().float()
+            taken += sampler._limited(logits)[1] is not None
+            tokens, logprobs, _ = sampler.draw(logits, [step] * len(rows))
+            expected, expected_logprobs, _ = whole.draw(logits, [step] * len(rows))
+            assert tokens == expected
+            assert logprobs == pytest.approx(expected_logprobs, abs=1e-4)
+    assert 30 < taken < 90  # both ways were gone
+
+
 def test_uniforms_are_uniform_and_independent() -> None:
     keys = np.repeat(np.arange(40, dtype=np.uint64), 500)
     steps = np.tile(np.arange(500), 40)

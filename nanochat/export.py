@@ -267,9 +267,9 @@ def hf_tensors(model: GPT) -> dict[str, torch.Tensor]:
 
 def _compare_names(tensors: Mapping[str, torch.Tensor], config: Any) -> None:
     """UserError unless the model of this configuration has exactly these tensors."""
-    model_class = _model_class(config.model_type == "nanochat")
+    target = model_class(config.model_type == "nanochat")
     with torch.device("meta"):
-        expected = {name: t.shape for name, t in model_class(config).state_dict().items()}
+        expected = {name: t.shape for name, t in target(config).state_dict().items()}
     ours = {name: t.shape for name, t in tensors.items()}
     wrong = sorted(n for n in expected.keys() | ours.keys() if expected.get(n) != ours.get(n))
     if wrong:
@@ -284,7 +284,8 @@ def _shape(shape: torch.Size | None) -> str:
     return "missing" if shape is None else str(tuple(shape))
 
 
-def _model_class(portable: bool) -> Any:
+def model_class(portable: bool) -> Any:
+    """The transformers class that an exported model loads as."""
     from transformers import NanoChatForCausalLM
 
     from nanochat.modeling_nanochat_full import NanoChatFullForCausalLM
@@ -422,7 +423,7 @@ def check(folder: Path, model: GPT, tokenizer: Tokenizer, *, texts: int = 1000) 
     """
     from transformers import PreTrainedTokenizerFast
 
-    theirs, loading = _model_class(model.config.is_portable).from_pretrained(
+    theirs, loading = model_class(model.config.is_portable).from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
     if any(loading.values()):

@@ -1,0 +1,198 @@
+"""Decoding speed of our engine against transformers' `generate` on the exported model.
+
+python -m benchmarks.decode [--depth 6] [--dtypes bfloat16 float32] [--json out.json]
+
+Random weights, greedy, no token ends an answer. Both models, the portable one (transformers' own
+`nanochat` type) and the full one (with its own code), are exported, loaded and timed in turn: A B A
+B, prompts included. The cases:
+
+- batch1, batch16: prompts of 64 tokens, 128 new ones each;
+- mixed_prompts: 32 requests with prompts of 16 to 512 tokens, 128 new ones each. `generate` pads
+  them to one batch, the engine takes them as they come;
+- mixed: 32 requests, prompts as before and answers of 16 to 256 tokens. The padded batch goes on
+  until the longest answer is done, and only the tokens that were asked for count.
+
+Quoted are medians: new tokens per second, and the ratio of the two times within a round. In float32
+the tokens are compared as well. Needs the extra `hf`.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from nanochat import export
+from nanochat.engine import Engine, SamplingParams
+from nanochat.gpt import GPT, config_from_depth
+from nanochat.runtime import DTYPES, tune_cpu
+from nanochat.tokenizer import Tokenizer
+
+MIXED = 32
+LONGEST_PROMPT, LONGEST_ANSWER = 512, 256
+
+Requests = list[tuple[list[int], int]]
+"""(prompt, new tokens) each."""
+
+
+def made_up_tokenizer(vocab_size: int) -> Tokenizer:
+    """Pairs of bytes as tokens: decoding does not care what they mean."""
+    ranks = [bytes([i]) for i in range(256)]
+    ranks += [bytes([i // 256, i % 256]) for i in range(vocab_size - 256 - 11)]
+    return Tokenizer(ranks)
+
+
+def random_model(depth: int, tokenizer: Tokenizer, portable: bool, dtype: torch.dtype) -> GPT:
+    config = config_from_depth(
+        depth,
+        tokenizer.vocab_size,
+        head_dim=64,
+        context_length=LONGEST_PROMPT + LONGEST_ANSWER,
+        portable=portable,
+    )
+    model = GPT(config, dtype).init_weights(0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * config.n_embd**-0.5)
+        # Special tokens are never the most likely ones: no answer ends early, no tool is called.
+        model.head.weight[tokenizer.bos : tokenizer.vocab_size] = 0
+    return model.eval()
+
+
+def cases(prompt: int, new: int, scale: float) -> dict[str, Requests]:
+    """scale: of the lengths in the mixed cases, to try this file out."""
+    random = Random(0)
+
+    def ids(length: int) -> list[int]:
+        return [random.randrange(256) for _ in range(length)]
+
+    def length(low: int, high: int) -> int:
+        """Log-uniform: many short ones, few long ones."""
+        return max(1, round(scale * low * (high / low) ** random.random()))
+
+    lengths = [length(16, LONGEST_PROMPT) for _ in range(MIXED)]
+    return {
+        "batch1": [(ids(prompt), new)],
+        "batch16": [(ids(prompt), new) for _ in range(16)],
+        "mixed_prompts": [(ids(n), new) for n in lengths],
+        "mixed": [(ids(n), length(16, LONGEST_ANSWER)) for n in lengths],
+    }
+
+
+def run_engine(engine: Engine, requests: Requests) -> list[list[int]]:
+    params = [SamplingParams(temperature=0, max_tokens=new) for _, new in requests]
+    return [samples[0].ids for samples in engine.generate([p for p, _ in requests], params)]
+
+
+def run_transformers(model: Any, requests: Requests, pad: int) -> list[list[int]]:
+    longest = max(len(prompt) for prompt, _ in requests)
+    padding = [longest - len(prompt) for prompt, _ in requests]
+    ids = torch.tensor(
+        [[pad] * n + prompt for n, (prompt, _) in zip(padding, requests, strict=True)]
+    )
+    mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding])
+    new = max(new for _, new in requests)
+    output = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False)
+    rows = output[:, longest:].tolist()
+    return [row[:count] for row, (_, count) in zip(rows, requests, strict=True)]
+
+
+def load_exported(model: GPT, tokenizer: Tokenizer, dtype: torch.dtype) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        export.export(model, tokenizer, Path(folder) / "model")
+        theirs = export.model_class(model.config.is_portable).from_pretrained(
+            Path(folder) / "model", dtype=dtype
+        )
+    return theirs.eval()
+
+
+def compare(kind: str, dtype_name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    dtype = DTYPES[dtype_name]
+    tokenizer = made_up_tokenizer(arguments.vocab_size)
+    model = random_model(arguments.depth, tokenizer, kind == "portable", dtype)
+    theirs = load_exported(model, tokenizer, dtype)
+    # As chat and server do: only the compute dtype is kept.
+    engine = Engine(model.to(dtype), tokenizer, max_slots=MIXED)
+    results = []
+    chosen = cases(arguments.prompt, arguments.new, arguments.scale)
+    for name, requests in chosen.items():
+        if arguments.cases and name not in arguments.cases:
+            continue
+        times: dict[str, list[float]] = {"ours": [], "transformers": []}
+        outputs: dict[str, list[list[int]]] = {}
+        for repeat in range(arguments.repeats + 1):
+            for who in times:
+                start = time.perf_counter()
+                outputs[who] = (
+                    run_engine(engine, requests)
+                    if who == "ours"
+                    else run_transformers(theirs, requests, tokenizer.bos)
+                )
+                if repeat:  # the first round warms up
+                    times[who].append(time.perf_counter() - start)
+        wanted = sum(new for _, new in requests)
+        lengths = {who: sum(map(len, rows)) for who, rows in outputs.items()}
+        if set(lengths.values()) != {wanted}:
+            raise RuntimeError(f"{name}: {wanted} tokens were asked for, there are {lengths}")
+        ratios = [b / a for a, b in zip(times["ours"], times["transformers"], strict=True)]
+        results.append(
+            {
+                "model": kind,
+                "dtype": dtype_name,
+                "case": name,
+                "requests": len(requests),
+                "new_tokens": wanted,
+                "tokens_per_second": {
+                    who: wanted / statistics.median(values) for who, values in times.items()
+                },
+                "ratio": statistics.median(ratios),
+                "ratio_range": [min(ratios), max(ratios)],
+                "equal_answers": sum(
+                    a == b for a, b in zip(outputs["ours"], outputs["transformers"], strict=True)
+                ),
+            }
+        )
+        print(json.dumps(results[-1]), flush=True)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--depth", type=int, default=6)
+    parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--scale", type=float, default=1.0, help="of lengths in mixed cases")
+    parser.add_argument("--models", nargs="+", default=["portable", "full"])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=DTYPES)
+    parser.add_argument("--cases", nargs="+")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    tune_cpu()
+    results = []
+    for dtype in arguments.dtypes:
+        for kind in arguments.models:
+            results += compare(kind, dtype, arguments)
+    if arguments.json:
+        import transformers
+
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        report = {
+            "settings": {**vars(arguments), "json": None},
+            "threads": torch.get_num_threads(),
+            "versions": versions,
+            "results": results,
+        }
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

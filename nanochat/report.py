@@ -277,7 +277,7 @@ def _summary(material: Material) -> Section:
     add("started (UTC)", [_time(run.start.get("time")) for run in runs])
     add("steps", [_count(run.last.get("step")) for run in runs])
     add("tokens", [_count(run.last.get("tokens")) for run in runs])
-    add("tokens a step", [_count(run.planned("total_batch_size")) for run in runs])
+    add("tokens a step", [_count(_tokens_a_step(run)) for run in runs])
     add("FLOPs", [_flops_text(_flops(run)) for run in runs])
     add("training time", [_duration(run.last.get("seconds")) for run in runs])
     if material.price_per_hour is not None:
@@ -321,6 +321,14 @@ def _flops(run: Run) -> float | None:
     planned, tokens = _number(run.planned("flops")), _number(run.planned("tokens"))
     done = _number(run.last.get("tokens"))
     return planned * done / tokens if planned and tokens and done else None
+
+
+def _tokens_a_step(run: Run) -> float | None:
+    """As planned; of reinforcement learning the mean, since its plan knows only a bound."""
+    tokens, steps = _number(run.last.get("tokens")), _number(run.last.get("step"))
+    if run.stage == "rl":
+        return tokens / steps if tokens and steps else None
+    return _number(run.planned("total_batch_size"))
 
 
 def _speed(run: Run) -> float | None:
@@ -441,8 +449,29 @@ _PANELS = {
     "memory_bytes": ("memory, GiB", 2.0**-30, False, True),
     "mfu": ("share of the device's peak FLOPs", 1.0, False, True),
     "grad_norm": ("gradient norm", 1.0, True, True),
+    # Of reinforcement learning.
+    "reward": ("reward of rollouts", 1.0, True, False),
+    "length": ("answer length in rollouts, tokens", 1.0, True, True),
+    "truncated": ("share of rollouts cut off", 1.0, False, True),
+    "entropy": ("entropy in rollouts, nats a token", 1.0, True, True),
+    "kept_groups": ("share of groups with something to tell", 1.0, True, True),
+    "rollout_tokens_per_second": ("rollouts, tokens a second", 1.0, False, True),
+    "update_tokens_per_second": ("updates, tokens a second", 1.0, False, True),
 }
-_NO_PANEL = {"kind", "step", "tokens", "targets", "seconds", "time"}
+_NO_PANEL = {"kind", "step", "tokens", "targets", "seconds", "time", "skipped", "rollout_seconds"}
+_EVAL_PANELS = (
+    # title, beginnings of the measures that have one scale
+    ("held-out problems answered rightly", ("pass@",)),
+    ("held-out reward", ("reward",)),
+    ("held-out answer length, tokens", ("length",)),
+    ("held-out entropy and KL to the start, nats a token", ("entropy", "kl_to_start")),
+    ("held-out answers cut off, calls that work", ("truncated", "tool_success")),
+    ("calls in a held-out answer", ("tool_calls",)),
+    ("held-out pairs won", ("pair_wins",)),
+    ("held-out preference loss", ("pair_loss",)),
+    ("held-out preference margin", ("margin",)),
+    ("held-out log-probability of answers", ("chosen_logprob", "rejected_logprob")),
+)
 
 
 def _stage(run: Run, evaluation: Record) -> Section:
@@ -464,15 +493,29 @@ def _stage(run: Run, evaluation: Record) -> Section:
         for name in measures
         if name not in ("kind", "step") and (points := _points(run.evals, name, 1.0))[0]
     ]
-    bpb = [("", *series[1:]) for series in held_out if series[0] == "bpb"]
-    others = [series for series in held_out if series[0] != "bpb"]
+    bpb = [series for series in held_out if series[0].startswith("bpb")]  # of a mixture several
+    others = [series for series in held_out if series not in bpb]
+    if len(bpb) == 1:
+        bpb = [("", *bpb[0][1:])]
     extra = [Plot("validation, bits per byte", bpb)] if bpb else []
+    if run.stage == "rl":
+        for title, beginnings in _EVAL_PANELS:
+            series = [one for one in others if one[0].startswith(beginnings)]
+            others = [one for one in others if one not in series]
+            if len(series) == 1:
+                series = [("", *series[0][1:])]
+            extra += [Plot(title, series)] if series else []
     extra += [Plot("other validation measures", others)] if others else []
     plots[1:1] = extra
     blocks += plots
     skipped = sum(bool(record.get("skipped")) for record in run.train.values())
     if skipped:
-        blocks.append(Text(f"{skipped} steps were skipped: their gradients overflowed float16."))
+        why = (
+            "in every group of answers the rewards were equal, or gradients overflowed float16"
+            if run.stage == "rl"
+            else "their gradients overflowed float16"
+        )
+        blocks.append(Text(f"{skipped} steps were skipped: {why}."))
     if not plots:
         blocks.append(Text("No step has been recorded."))
 

@@ -213,7 +213,7 @@ def test_words_do_not_go_on_from_one_message_to_the_next(
         def __getitem__(self, index: int) -> dict[str, Any]:
             return {
                 "messages": [
-                    {"role": "user", "content": half[0]},
+                    {"role": "user", "content": f"{half[0]} "},
                     {"role": "assistant", "content": f"eaten {half[1]}"},
                 ]
             }

@@ -395,3 +395,13 @@ def test_numbers_for_people() -> None:
         f"1:01:40{space}h",
         "",
     ]
+
+
+def test_bits_per_byte_of_a_mixture_are_one_plot(base: Path) -> None:
+    measured = {"kind": "eval", "bpb": 1.5, "bpb_a": 1.0, "bpb_b": 2.0, "loss_user": 3.0}
+    records = [start(), train(1, 5.0), {**measured, "step": 1}, end()]
+    write_run(base, "base-x", records)
+    plots = {b.title: b for s in compose(collect()) for b in s.blocks if isinstance(b, Plot)}
+    names = [name for name, _, _ in plots["validation, bits per byte"].series]
+    assert names == ["bpb", "bpb_a", "bpb_b"]
+    assert [name for name, _, _ in plots["other validation measures"].series] == ["loss_user"]

@@ -1,18 +1,27 @@
-"""Find a secret word in a long text: needles at any depth and length, among distractors.
+"""Find a password in a long text: needles at any depth and length, among distractors.
 
-    ... And the people of the town came out to him. The secret word of the baker is silver lion.
-    And in the morning he went up to the mountain ...
+    ... And the people of the town came out to him. Say to the captain silver lion. And in the
+    morning he went up to the mountain ...
 
-    What is the secret word of the baker?
-    > The secret word of the baker is silver lion.
+    What do you say to the captain?
+    > Say to the captain silver lion.
 
-The text is consecutive sentences of a corpus, or built-in filler. Whose word is asked has to be
-read in the question, and where it is told has to be found by that: every other `distractors`
-sentence tells somebody else's word. The answer repeats the needle, so that a model which has
-learned to go on as in an earlier place ("induction", arXiv 2209.11895) has a way to begin with.
+The text is consecutive sentences of a corpus, or built-in filler. To whom the password is said has
+to be read in the question, and by that it has to be found: `distractors` more sentences tell what
+to say to others.
 
-Words are pairs such as "silver lion", drawn anew for every row; the pair's hash decides the split,
-so no pair that is tested was ever an answer in training.
+Two choices let small models learn this within minutes; without them a model of 4 layers had learned
+none of it after 300,000 tokens:
+
+- **The wording.** What is the easiest to learn is to go on as after an earlier place that looks the
+  same ("induction", arXiv 2209.11895). So the answer repeats the needle, and the password comes
+  right after the only word that tells needles apart, which is seldom met in prose.
+- **Three of four training rows are short**, needles and questions with no text around. Attention
+  that does not know yet where to look is spread over all that is there, and what the needle adds to
+  it is lost in a long text.
+
+Passwords are pairs of words drawn anew for every row; the pair's hash decides the split, so no pair
+that is tested was ever an answer in training.
 """
 
 import re
@@ -29,20 +38,20 @@ from nanochat.tokenizer import Tokenizer
 from tasks.common import Conversation, Task, check_generated, digest, row_random, split_of
 
 # fmt: off
-OWNERS = (
-    "farmer", "baker", "woman", "boy", "girl", "teacher", "servant", "king", "queen", "trader",
-    "gardener", "father", "mother", "neighbour", "builder", "sister", "brother", "doctor",
-    "captain", "writer",
+LISTENERS = (
+    "watchman", "guest", "potter", "worker", "builder", "helper", "teacher", "owner", "girl", "boy",
+    "queen", "expert", "keeper", "friend", "sister", "captain", "neighbour", "judge", "ruler",
+    "prophet",
 )
 FIRST = (
-    "gold", "silver", "red", "white", "black", "green", "great", "small", "old", "young", "hard",
-    "soft", "bright", "dark", "strong", "feeble", "clean", "sweet", "bitter", "dry", "cold",
-    "quiet", "wise", "happy", "deep", "high", "long", "short", "new", "holy", "poor", "full",
+    "warm", "cold", "soft", "happy", "black", "green", "blue", "thick", "purple", "bright", "short",
+    "white", "red", "sharp", "sweet", "feeble", "quiet", "fat", "deep", "wide", "loud", "small",
+    "dry", "bitter", "dark", "hard", "wise", "silver", "clean", "smooth", "tall", "wet",
 )
 SECOND = (
-    "lion", "bird", "fish", "horse", "sheep", "goat", "dog", "stone", "river", "mountain", "tree",
-    "garden", "field", "house", "door", "wall", "road", "ship", "sword", "bow", "crown", "ring",
-    "cup", "bread", "wine", "oil", "salt", "fire", "rain", "snow", "star", "moon",
+    "dog", "star", "ring", "snow", "window", "branch", "eagle", "pot", "flower", "root", "wool",
+    "cord", "goat", "fish", "snake", "ship", "cloth", "bird", "boat", "tower", "moon", "horse",
+    "milk", "honey", "bow", "cup", "crown", "garden", "lion", "rock", "river", "cloud",
 )
 FILLER = (
     "The sun comes up in the east and goes down in the west.",
@@ -71,11 +80,12 @@ FILLER = (
     "The fire was out, and the room was getting cold.",
 )
 # fmt: on
-QUESTION = "What is the secret word of the {owner}?"
-NEEDLE = "The secret word of the {owner} is {key}."
+QUESTION = "What do you say to the {listener}?"
+NEEDLE = "Say to the {listener} {key}."
 LONGEST_SENTENCE = 60
 """Words; a list without a full stop would be a haystack by itself."""
 MAX_SENTENCES = 20_000
+SHORT_SHARE, SHORT_NEEDLES = 0.75, 4
 
 _END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 
@@ -93,12 +103,14 @@ def corpus_sentences(store: TokenStore, tokenizer: Tokenizer) -> list[str]:
         if len(sentences) >= MAX_SENTENCES:
             break
     if not sentences:
-        raise UserError(f"{store.folder} has no sentences to hide a word between; use the filler")
+        raise UserError(
+            f"{store.folder} has no sentences to hide a password between; use the filler"
+        )
     return sentences[:MAX_SENTENCES]
 
 
 class Haystack:
-    """Sentences to hide words between; lengths count tokens, or words without a tokenizer."""
+    """Sentences to hide passwords between; lengths count tokens, or words without a tokenizer."""
 
     def __init__(self, sentences: Sequence[str] = FILLER, tokenizer: Tokenizer | None = None):
         self.sentences = list(sentences)
@@ -122,9 +134,9 @@ class Haystack:
         distractors: int = 0,
         split: str = "test",
     ) -> Conversation:
-        """One word hidden at each of the `depths`, from 0 (the beginning) to 1, then all asked.
+        """One password hidden at each of the `depths`, from 0 (the beginning) to 1, then all asked.
 
-        The text is as long as `length` allows to the sentence. Words and order are drawn.
+        The text is as long as `length` allows to the sentence. Passwords and order are drawn.
         """
         needles, count = len(depths), len(depths) + distractors
         if not all(0 <= depth <= 1 for depth in depths):
@@ -135,9 +147,11 @@ class Haystack:
                 f"length {length} is too short for {needles} needles and {distractors} "
                 f"distractors, which take up to {least}"
             )
-        owners = random.sample(OWNERS, count)
+        listeners = random.sample(LISTENERS, count)
         keys = _draw_keys(random, count, split)
-        told = [NEEDLE.format(owner=o, key=k) for o, k in zip(owners, keys, strict=True)]
+        told = [
+            NEEDLE.format(listener=who, key=key) for who, key in zip(listeners, keys, strict=True)
+        ]
         places = [*depths, *(random.random() for _ in range(distractors))]
         asked = random.sample(range(needles), needles)
 
@@ -147,7 +161,7 @@ class Haystack:
             for place, sentence in sorted(zip(places, told, strict=True), reverse=True):
                 before = min(range(len(ends)), key=lambda i: abs(ends[i] - place * ends[-1]))
                 text.insert(before, sentence)
-            turns = [(owners[number], told[number]) for number in asked]
+            turns = [(listeners[number], told[number]) for number in asked]
             return {"messages": _dialogue(text, turns), "answer": keys[asked[-1]]}
 
         room = length - self.size(make([]))
@@ -162,15 +176,15 @@ class Haystack:
 
     def least(self, needles: int, distractors: int) -> int:
         """The length up to which needles, distractors and questions alone may come."""
-        if needles < 1 or distractors < 0 or needles + distractors > len(OWNERS):
+        if needles < 1 or distractors < 0 or needles + distractors > len(LISTENERS):
             raise UserError(
                 f"{needles} needles and {distractors} distractors: there must be a needle, and "
-                f"at most {len(OWNERS)} of both"
+                f"at most {len(LISTENERS)} of both"
             )
-        owner = max(OWNERS, key=self._size_of)
+        listener = max(LISTENERS, key=self._size_of)
         key = f"{max(FIRST, key=self._size_of)} {max(SECOND, key=self._size_of)}"
-        told = NEEDLE.format(owner=owner, key=key)
-        messages = _dialogue([told] * (needles + distractors), [(owner, told)] * needles)
+        told = NEEDLE.format(listener=listener, key=key)
+        messages = _dialogue([told] * (needles + distractors), [(listener, told)] * needles)
         return self.size({"messages": messages})
 
     def _size_of(self, word: str) -> int:
@@ -178,10 +192,10 @@ class Haystack:
 
 
 def _dialogue(text: list[str], turns: list[tuple[str, str]]) -> list[dict[str, str]]:
-    """The text with the first question, then the others; turns are (owner, answer)."""
+    """The text with the first question, then the others; turns are (listener, answer)."""
     messages = []
-    for turn, (owner, answer) in enumerate(turns):
-        question = QUESTION.format(owner=owner)
+    for turn, (listener, answer) in enumerate(turns):
+        question = QUESTION.format(listener=listener)
         asked = question if turn else f"{' '.join(text)}\n\n{question}"
         messages.append({"role": "user", "content": asked})
         messages.append({"role": "assistant", "content": answer})
@@ -200,10 +214,11 @@ def _draw_keys(random: Random, count: int, split: str) -> list[str]:
 class Passkey(Task):
     """Row i of a split: a pure function of (seed, split, i) and the haystack.
 
-    A row is up to `length` long, tokens with a `tokenizer` and else words; rows are spread evenly
-    over the doublings from an eighth of it on. `needles` words are hidden, at drawn depths or all
-    at `depth`, and asked one after the other; `distractors` more are not asked. mid_train hands in
-    its tokenizer, its context as the length, and sentences of the replayed corpus.
+    1 to `needles` passwords are hidden, at drawn depths or all at `depth`, and asked one after the
+    other; 0 to `distractors` more are not asked. Rows are spread evenly over the doublings up to
+    `length` tokens, or words without a `tokenizer`, but for the short ones of the split train.
+    mid_train hands in its tokenizer, its context as the length, and sentences of the replayed
+    corpus.
     """
 
     VAL_BY_CONTENT = True
@@ -213,7 +228,7 @@ class Passkey(Task):
         split: str,
         size: int | None = None,
         length: int = 256,
-        needles: int = 4,
+        needles: int = 8,
         distractors: int = 2,
         depth: float | str | None = None,
         seed: int = 0,
@@ -229,7 +244,6 @@ class Passkey(Task):
             raise UserError(f"passkey: depth {depth!r} is not a number from 0 to 1") from None
         self.seed = seed
         self.haystack = Haystack(sentences, tokenizer)
-        self.shortest = max(length // 8, self.haystack.least(needles, distractors))
         # Tells at once where the settings do not fit.
         self.haystack.conversation(Random(0), length, [self.depth or 0.0] * needles, distractors)
 
@@ -251,16 +265,19 @@ class Passkey(Task):
 
     def row(self, index: int) -> Conversation:
         random = row_random("passkey", self.split, self.seed, index)
-        length = round(self.shortest * (self.length / self.shortest) ** random.random())
-        depths = [
-            random.random() if self.depth is None else self.depth for _ in range(self.needles)
-        ]
-        return self.haystack.conversation(random, length, depths, self.distractors, self.split)
+        short = self.split == "train" and random.random() < SHORT_SHARE
+        needles = random.randint(1, min(SHORT_NEEDLES, self.needles) if short else self.needles)
+        distractors = 0 if short else random.randint(0, self.distractors)
+        length = shortest = self.haystack.least(needles, distractors)
+        if not short:
+            length = round(shortest * (self.length / shortest) ** random.random())
+        depths = [random.random() if self.depth is None else self.depth for _ in range(needles)]
+        return self.haystack.conversation(random, length, depths, distractors, self.split)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the sentence that was said ends with the word, or is the word alone."""
+        """Whether the sentence that was said ends with the password, or is it alone."""
         said = completion.strip().removesuffix(".")
-        return f" {said}".endswith(f" {conversation['answer']}") and said.count(" is ") <= 1
+        return f" {said}".endswith(f" {conversation['answer']}") and "." not in said
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 import re
 import shutil
 import tempfile
@@ -40,7 +39,7 @@ from nanochat.token_store import LongDocuments
 from nanochat.tokenizer import Tokenizer
 from scripts import long_eval, mid_train, tok_encode
 from tasks.common import split_of
-from tasks.passkey import FILLER, OWNERS, Haystack, Passkey, corpus_sentences
+from tasks.passkey import FILLER, LISTENERS, Haystack, Passkey, corpus_sentences
 from tasks.registry import build
 
 CONFIG = GPTConfig(vocab_size=64, n_layer=2, windows=(100, 0), context_length=256)
@@ -213,16 +212,18 @@ def test_an_epoch_is_exact_whatever_the_lengths_of_its_rows(case: dict[str, Any]
         assert read["documents"] == 2 * sum(n > 1 for n in lengths)
 
 
-def test_what_is_left_of_a_document_is_cut_anew(tmp_path: Path) -> None:
+def test_what_is_left_of_a_document_is_joined_and_cut_anew(tmp_path: Path) -> None:
     source = Source(numbered_store(tmp_path / "s", [101]))
     loader = DataLoader([source], batch_size=1, sequence_length=10, epochs=1)
-    first = next(loader)
+    [[[_, _, start, stop]]] = loader.peek()
+    next(loader)
     loader.set_rows(100, 1)
-    rest = [b.targets[b.targets >= 0].tolist() for b in loader]
-    longest = max(range(2, 102), key=lambda t: t in first.targets[0].tolist())
-    assert longest > 1
-    assert sum(map(len, rest)) == 90
-    assert len(rest) == 1, "two parts at most, before and after the row that was read"
+    [pieces] = loader.peek()
+    around = [(0, start + 1), (stop - 1, 101)]
+    assert sorted((p[2], p[3]) for p in pieces) == [(a, b) for a, b in around if b - a > 1]
+    loader.set_rows(40, 1)
+    [pieces] = loader.peek()
+    assert max(stop - start for _, _, start, stop in pieces) <= 41
 
 
 @pytest.mark.parametrize("read", [0, 1, 3, 9])
@@ -532,8 +533,8 @@ def test_a_hidden_word_is_where_it_should_be(haystack: Haystack) -> None:
             question, answer = (message["content"] for message in row["messages"])
             assert 900 - max(haystack.sizes) - 5 <= haystack.size(row) <= 900
             text, _, asked = question.partition("\n\n")
-            assert asked.startswith("What is the secret word of the ")
-            assert answer.endswith(f" is {row['answer']}.")
+            assert asked.startswith("What do you say to the ")
+            assert answer.endswith(f" {row['answer']}.")
             before, needle, after = text.partition(answer)
             assert needle
             sizes = [len(tiny_tokenizer().encode(part)) for part in (before, after)]
@@ -548,12 +549,12 @@ def test_several_words_and_distractors(haystack: Haystack) -> None:
     answers = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
     assert len(users) == len(answers) == 3
     text = users[0]
-    assert sum(text.count(f"of the {owner} is ") for owner in OWNERS) == 7
+    assert sum(text.count(f"Say to the {listener} ") for listener in LISTENERS) == 7
     assert all(answer in text for answer in answers)
     assert len(set(answers)) == 3
     for user, answer in zip(users, answers, strict=True):
-        owner = user.removesuffix("?").rpartition("word of the ")[2]
-        assert f"word of the {owner} is " in answer
+        listener = user.removesuffix("?").rpartition("say to the ")[2]
+        assert f"Say to the {listener} " in answer
     assert row["answer"] in answers[-1]
 
 
@@ -567,22 +568,30 @@ def test_words_of_a_split_are_its_own(haystack: Haystack) -> None:
     assert Passkey("train", 9)[3] == Passkey("train", 9)[3] != Passkey("train", 9, seed=1)[3]
 
 
-def test_rows_are_spread_over_lengths() -> None:
-    task = Passkey("train", 200, 1600, tokenizer=tiny_tokenizer())
-    sizes = [task.haystack.size(row) for row in task]
-    assert max(sizes) <= 1600
-    least = task.shortest
-    middle = math.sqrt(least * 1600)
-    assert 60 <= sum(size < middle for size in sizes) <= 140
-    assert task.fingerprint() != Passkey("train", 200, 1600).fingerprint()
+def test_rows_are_spread_over_lengths_and_most_training_rows_are_short() -> None:
+    def sizes(split: str) -> list[int]:
+        task = Passkey(split, 200, 1600, tokenizer=tiny_tokenizer())
+        return [task.haystack.size(row) for row in task]
+
+    test, train = sizes("test"), sizes("train")
+    shorter = [sum(size <= limit for size in test) for limit in (400, 800, 1600)]
+    assert 0 < shorter[0] < shorter[1] < 160 < shorter[2] == 200
+    least = Haystack(FILLER, tiny_tokenizer()).least(4, 0)
+    assert 130 <= sum(size <= least for size in train) <= 170
+    assert 1200 < max(train) <= 1600
+    task = Passkey("train", 200, 1600)
+    assert {len(row["messages"]) // 2 for row in task} == set(range(1, 9))
+    assert (
+        task.fingerprint() != Passkey("train", 200, 1600, tokenizer=tiny_tokenizer()).fingerprint()
+    )
 
 
 def test_answers_are_judged() -> None:
     task = Passkey("test", 1)
     row = {"answer": "silver lion"}
-    right = ("The secret word of the king is silver lion.", "silver lion", " silver lion. ")
-    wrong = ("The secret word of the king is silver lions.", "quicksilver lion", "gold lion", "",
-             "It is gold ring. It is silver lion.")  # fmt: skip
+    right = ("Say to the boy silver lion.", "silver lion", " silver lion. ")
+    wrong = ("Say to the boy silver lions.", "quicksilver lion", "white lion", "",
+             "Say to the boy white ring. Say to the boy silver lion.")  # fmt: skip
     assert [task.evaluate(row, text) for text in right] == [True] * 3
     assert [task.evaluate(row, text) for text in wrong] == [False] * 5
     assert task.reward(row, right[0]) == 1.0
@@ -591,7 +600,7 @@ def test_answers_are_judged() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("passkey:length=20", "length 20 is too short for 4 needles and 2 distractors"),
+        ("passkey:length=20", "length 20 is too short for 8 needles and 2 distractors"),
         ("passkey:needles=0", "must be a needle"),
         ("passkey:needles=19", "at most 20 of both"),
         ("passkey:depth=1.5", "depths .* must be between 0"),
@@ -631,8 +640,8 @@ class Reader(GPT):
             return 0
         begin = len(ids) - ids[::-1].index(start)
         text = tokenizer.decode(ids[max(0, begin - self.sight) : begin])
-        owner = re.findall(r"word of the (\w+)\?", text)[-1]
-        told = re.findall(rf"The secret word of the {owner} is \w+ \w+\.", text)
+        listener = re.findall(r"say to the (\w+)\?", text)[-1]
+        told = re.findall(rf"Say to the {listener} \w+ \w+\.", text)
         answer = tokenizer.encode(told[0] if told else "I do not know.")
         answer.append(tokenizer.special("<|assistant_end|>"))
         return answer[min(len(ids) - begin, len(answer) - 1)]

@@ -12,10 +12,10 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,31 +31,17 @@ from nanochat.tokenizer import SystemStyle, Tokenizer
 VERSION = 1
 
 
-def read_pairs(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, value) of each line of a .jsonl file; blank lines are left out."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--pairs {path} cannot be read ({error}); give a .jsonl file with lines like "
-            '{"messages": [...], "chosen": "...", "rejected": "..."}'
-        ) from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            where = f"{path.name} line {number}"
-            try:
-                yield where, json.loads(line)
-            except ValueError as error:
-                yield where, error
-
-
 def encode_pair(
-    pair: Any, where: str, tokenizer: Tokenizer, max_tokens: int, system: SystemStyle
+    line: bytes, where: str, tokenizer: Tokenizer, max_tokens: int, system: SystemStyle
 ) -> list[tuple[list[int], list[int]]]:
     """(ids, mask) of the chosen and of the rejected answer, the mask 1 on the answer alone.
 
     Raises UserError for a line that is no pair, and for one longer than `max_tokens`.
     """
+    try:
+        pair = json.loads(line)
+    except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError too
+        raise UserError(f"{where}: not JSON ({error}); write one object per line") from None
     if not isinstance(pair, dict) or not {"messages", "chosen", "rejected"} <= pair.keys():
         shown = str(pair)[:60]
         raise UserError(f"{where}: expected an object with messages, chosen, rejected; got {shown}")
@@ -91,7 +77,10 @@ def pairs_store(
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"--pairs {path} cannot be read: {error}") from error
+        raise UserError(
+            f"--pairs {path} cannot be read ({error}); give a .jsonl file with lines like "
+            '{"messages": [...], "chosen": "...", "rejected": "..."}'
+        ) from error
     content = hashlib.sha256(data).hexdigest()
     settings = json.dumps([content, max_tokens, system, bad_rows, VERSION])
     fingerprint = hashlib.sha256(settings.encode()).hexdigest()
@@ -108,9 +97,12 @@ def pairs_store(
         fingerprint=fingerprint,
         with_mask=True,
     ) as writer:
-        for where, pair in read_pairs(path):
+        for number, line in enumerate(data.split(b"\n"), 1):
+            if not line.strip():
+                continue
             try:
-                documents = encode_pair(pair, where, tokenizer, max_tokens, system)
+                where = f"{path.name} line {number}"
+                documents = encode_pair(line, where, tokenizer, max_tokens, system)
             except UserError as error:
                 if bad_rows == "error":
                     raise
@@ -156,7 +148,12 @@ class Pairs:
 
 
 def with_reference(
-    store: TokenStore, model: GPT, name: str, rows_per_batch: int, runtime: Runtime
+    store: TokenStore,
+    model: GPT,
+    name: str,
+    rows_per_batch: int,
+    runtime: Runtime,
+    fill_up: bool = False,
 ) -> Pairs:
     """Score every answer with the model as it is now, and keep the result in the store's folder.
 
@@ -180,7 +177,7 @@ def with_reference(
     mine = range(len(pairs))[runtime.rank :: runtime.world_size]
     for start in range(0, len(mine), 64):
         block = mine[start : start + 64]
-        answers, _ = answer_logprobs(model, pairs, block, rows_per_batch)
+        answers, _ = answer_logprobs(model, pairs, block, rows_per_batch, fill_up)
         logprobs[[d for i in block for d in (2 * i, 2 * i + 1)]] = answers
     if runtime.world_size > 1:
         logprobs = runtime.all_reduce_sum(logprobs.to(runtime.device)).cpu()

@@ -366,8 +366,8 @@ def pack_samples(
 ) -> list[Rows]:
     """Pack samples of at most T + 1 tokens into rows, and the rows into micro-batches.
 
-    Micro-batches are equally large, or, with `fill_up`, all of `rows_per_batch` rows: a compiled
-    loss would be compiled again for every other size.
+    Micro-batches are equally large and as wide as their fullest row, or, with `fill_up`, all of
+    `rows_per_batch` rows of T: a compiled loss would be compiled again for every other shape.
     """
     longest = max((len(sample.ids) for sample in samples), default=0)
     if longest > T + 1:
@@ -381,7 +381,9 @@ def pack_samples(
     result = []
     for start in range(0, len(packed), size):
         rows = packed[start : start + size]
-        shape = (size if fill_up else len(rows), T + 1)
+        # The fullest rows come first, so those of a micro-batch are about equally full.
+        width = max(sum(length for _, _, length in pieces) for pieces in rows)
+        shape = (size, T + 1) if fill_up else (len(rows), width)
         ids = np.zeros(shape, dtype=np.int64)
         owner = np.full(shape, -1, dtype=np.int64)
         drawn = np.zeros(shape, dtype=np.float32)

@@ -1,0 +1,203 @@
+"""Rollout throughput against the engine's own batch decoding, and RL's update against SFT's.
+
+python -m benchmarks.rollout [--source sft] [--prompts 32] [--group-size 8] [--json out.json]
+
+With --source a trained model answers problems of arithmetic, in answers of natural lengths; without
+it a random one of --depth writes until --max-tokens. Measured in turn, A B C A B C; quoted are
+medians.
+
+- full: the engine with all rows in use, tokens a second while it decodes. No rollout can be faster.
+- engine: `Engine.generate` on the prompts of a rollout, until its last answer has ended.
+- rollout: what a step of chat_rl does before it learns: prompts rendered, the same answers decoded,
+  judged, compared and packed into rows.
+- update and sft: tokens a second of a training step on the rollout's rows, and on as many full rows
+  of plain targets.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.decode import made_up_tokenizer
+from nanochat.checkpoint_manager import load_model
+from nanochat.config import Learning
+from nanochat.dataloader import Batch
+from nanochat.engine import Completion, Engine, SamplingParams
+from nanochat.gpt import GPT, config_from_depth
+from nanochat.optim import Hypers, Optimizer, parameter_rules
+from nanochat.rl import (
+    Prompt,
+    Rows,
+    Verdict,
+    as_sample,
+    pack_samples,
+    policy_batches,
+    roll_out,
+    tally,
+)
+from nanochat.runtime import DTYPES, Runtime, single, tune_cpu
+from nanochat.tokenizer import Tokenizer
+from nanochat.train import train_step
+from tasks.arithmetic import Arithmetic
+
+ROWS = 16
+"""Rows of a micro-batch."""
+
+
+def open_model(source: str | None, depth: int, dtype: torch.dtype) -> tuple[GPT, Tokenizer]:
+    if source is not None:
+        model, tokenizer, _ = load_model(source, device=torch.device("cpu"), dtype=dtype)
+        return model, tokenizer
+    tokenizer = made_up_tokenizer(4096)
+    config = config_from_depth(
+        depth, tokenizer.vocab_size, head_dim=64, context_length=512, window_pattern="L"
+    )
+    return GPT(config, dtype).init_weights(0), tokenizer
+
+
+def full_speed(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> float:
+    """Tokens a second while every row is in use."""
+    for index, prompt in enumerate(prompts * 4):
+        engine.submit(prompt, params, 8, index)
+    tokens, seconds = 0, 0.0
+    while not engine.idle:
+        # Only steps that neither begin nor end with a free row, and read no prompts.
+        read, written, rows = engine.prompt_tokens, engine.completion_tokens, engine.num_rows
+        start = time.perf_counter()
+        engine.step()
+        taken = time.perf_counter() - start
+        if rows == engine.max_slots == engine.num_rows and engine.prompt_tokens == read:
+            tokens, seconds = tokens + engine.completion_tokens - written, seconds + taken
+        if seconds > 2:
+            engine.reset()
+    return tokens / seconds if seconds else float("nan")
+
+
+def judged(task: Arithmetic, trained: bool) -> Any:
+    def judge(prompt: Prompt, completion: Completion) -> Verdict:
+        reward = task.reward(prompt.conversation, completion.text)
+        if not trained:
+            # Nothing ends by itself: pretend, so that there is something to learn from.
+            completion.finish_reason = "stop"
+            reward = float(completion.ids[0] % 2)
+        return Verdict(reward)
+
+    return judge
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    runtime: Runtime = single(dtype=DTYPES[arguments.dtype])
+    model, tokenizer = open_model(arguments.source, arguments.depth, runtime.dtype)
+    T = model.config.context_length
+    task = Arithmetic("train", size=arguments.prompts * (arguments.repeats + 1), level=2)
+    params = SamplingParams(max_tokens=min(arguments.max_tokens, T // 2))
+    engine = Engine(model, tokenizer, max_slots=arguments.max_slots)
+    optimizer = Optimizer(
+        model,
+        parameter_rules(model, Learning(), width=model.config.n_embd),
+        muon_dtype=runtime.dtype,
+    )
+    judge = judged(task, arguments.source is not None)
+
+    def render(first: int) -> list[Prompt]:
+        prompts = []
+        for number in range(first, first + arguments.prompts):
+            conversation = task[number]
+            ids = tokenizer.render_for_completion(conversation)[-(T // 2) :]
+            prompts.append(Prompt(number, 0, ids, conversation))
+        return prompts
+
+    def step(batches: list[Batch], divisor: int) -> float:
+        model.train()
+        start = time.perf_counter()
+        # A rate of almost nothing: the model that is measured stays the same.
+        train_step(model, optimizer, batches, Hypers(1e-9), runtime, divisor=divisor)
+        return time.perf_counter() - start
+
+    speeds: dict[str, list[float]] = {}
+
+    def note(name: str, tokens: float, seconds: float) -> None:
+        speeds.setdefault(name, []).append(tokens / seconds)
+
+    for repeat in range(arguments.repeats + 1):
+        first = repeat * arguments.prompts
+        model.eval()
+        prompts = render(first)
+        start = time.perf_counter()
+        answers = engine.generate(
+            [prompt.ids for prompt in prompts],
+            params,
+            arguments.group_size,
+            indices=[prompt.number for prompt in prompts],
+        )
+        seconds = time.perf_counter() - start
+        written = sum(len(c.ids) for group in answers for c in group)
+        full = full_speed(engine, [prompt.ids for prompt in prompts], params)
+
+        start = time.perf_counter()
+        groups = roll_out(engine, render(first), params, arguments.group_size, judge)
+        kept = [
+            (as_sample(group.prompt, completion), advantage)
+            for group in groups
+            for completion, advantage in zip(group.completions, group.advantages, strict=True)
+            if advantage
+        ]
+        rows = pack_samples([sample for sample, _ in kept], T, ROWS, runtime.device)
+        sums = tally(groups)
+        rollout_seconds = time.perf_counter() - start
+        assert sums["length"] == written, "the same answers"
+        if repeat == 0:  # warms up
+            continue
+        note("engine", written, seconds)
+        note("rollout", written, rollout_seconds)
+        speeds.setdefault("full", []).append(full)
+        if rows:
+            advantages = torch.tensor([advantage for _, advantage in kept])
+            batches, _ = policy_batches(model, rows, advantages, temperature=1.0)
+            targets = int(sums["trainable_tokens"])
+            note("update", sum(r.tokens for r in rows), step(batches, targets))
+            note("sft", sum(r.inputs.numel() for r in rows), step(full_rows(rows), targets))
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    return {
+        "tokens_per_second": medians,
+        "rollout_to_engine": medians["rollout"] / medians["engine"],
+        "rollout_to_full": medians["rollout"] / medians["full"],
+        "update_to_sft": medians["update"] / medians["sft"] if "update" in medians else None,
+        "settings": {k: str(v) for k, v in vars(arguments).items()},
+    }
+
+
+def full_rows(rows: list[Rows]) -> list[Batch]:
+    """Rows of the same shapes without padding, every token a target, one document each."""
+    return [
+        Batch(r.inputs, r.inputs, torch.ones_like(r.drawn_nll), torch.zeros_like(r.doc_ids))
+        for r in rows
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--source", help="stage, stage/tag or folder; default: random weights")
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--max-slots", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    tune_cpu()
+    result = measure(arguments)
+    print(json.dumps(result, indent=1))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

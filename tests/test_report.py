@@ -12,7 +12,11 @@ import pytest
 
 from nanochat import report
 from nanochat.errors import UserError
-from nanochat.report import Plot, Quote, Table, Text, collect, compose, read_run, smoothed, thinned
+from nanochat.report import compose
+from nanochat.report_blocks import Plot, Quote, Section, Table, Text, count_text, duration_text
+from nanochat.report_material import STAGES, collect, read_run
+from nanochat.report_plots import smoothed, thinned
+from nanochat.report_render import to_html
 from nanochat.runtime import single
 from nanochat.scoring import record_evaluation, task_result
 from scripts import report as script
@@ -91,11 +95,11 @@ def whole_run(stage: str) -> list[dict[str, Any]]:
     return [*records, sample, end()]
 
 
-def tables(sections: list[report.Section]) -> list[Table]:
+def tables(sections: list[Section]) -> list[Table]:
     return [b for section in sections for b in section.blocks if isinstance(b, Table)]
 
 
-def row(sections: list[report.Section], name: str) -> list[str]:
+def row(sections: list[Section], name: str) -> list[str]:
     found = [r[1:] for table in tables(sections) for r in table.rows if r[0] == name]
     assert len(found) == 1, f"{name}: {found}"
     return found[0]
@@ -215,7 +219,7 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere(base: Path) -> None:
             assert reference[1:] in ids
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
     # Plots take the page's colours: none of the stand-ins is left.
-    text = report.to_html(compose(collect()))
+    text = to_html(compose(collect()))
     assert "currentColor" in text
     assert not re.search(r"#0(10203|40506|a0b0\d)", text)
 
@@ -250,7 +254,7 @@ def test_missing_stages_are_named(base: Path, present: list[str]) -> None:
     for stage in present:
         write_run(base, f"{stage}-x", whole_run(stage))
     markdown = report.write_report()[0].read_text()
-    for stage in report.STAGES:
+    for stage in STAGES:
         assert (f"## {stage.upper()}: " in markdown) == (stage in present)
         assert (f"a run of {stage} (runs/{stage}-" in markdown) == (stage not in present)
         assert (f"an evaluation of {stage} " in markdown) == (stage in present)
@@ -381,7 +385,7 @@ def test_curves_are_smoothed_without_a_lag_and_thinned_without_a_loss() -> None:
 
 def test_numbers_for_people() -> None:
     space = "\N{NO-BREAK SPACE}"
-    assert [report._count(n) for n in (950, 9_999, 12_345, 1_234_567, 2.5e9, 1.2e15)] == [
+    assert [count_text(n) for n in (950, 9_999, 12_345, 1_234_567, 2.5e9, 1.2e15)] == [
         "950",
         "9,999",
         f"12.3{space}k",
@@ -389,7 +393,7 @@ def test_numbers_for_people() -> None:
         f"2.5{space}B",
         f"1,200{space}T",
     ]
-    assert [report._duration(s) for s in (5.25, 75, 3700, None)] == [
+    assert [duration_text(s) for s in (5.25, 75, 3700, None)] == [
         f"5.2{space}s",
         f"1:15{space}min",
         f"1:01:40{space}h",

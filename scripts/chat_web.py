@@ -18,7 +18,8 @@ from nanochat.engine import Engine, python_tool
 from nanochat.errors import UserError
 from nanochat.launch import launch
 from nanochat.runtime import Runtime
-from nanochat.server import Limits, Served, Service, create_app
+from nanochat.server import create_app
+from nanochat.service import Limits, Served, Service
 
 
 @dataclass(frozen=True)

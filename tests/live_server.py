@@ -12,7 +12,8 @@ from tiny_models import Scripted, scripted, tiny_model, tiny_tokenizer
 
 from nanochat.engine import Engine
 from nanochat.kv_cache import KVCache
-from nanochat.server import Limits, Served, Service, create_app
+from nanochat.server import create_app
+from nanochat.service import Limits, Served, Service
 from scripts.chat_web import listen
 
 CALL = ["said ", "<|python_start|>", "12 + 34", "<|python_end|>", "<|output_start|>"]

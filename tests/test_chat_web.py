@@ -20,7 +20,8 @@ from nanochat.config import parse
 from nanochat.engine import Engine, SamplingParams
 from nanochat.errors import UserError
 from nanochat.runtime import single
-from nanochat.server import UI, Served
+from nanochat.server import UI
+from nanochat.service import Served
 from scripts import chat_web
 
 HI = [{"role": "user", "content": "hi"}]

@@ -34,6 +34,7 @@ LAYERS = [
         "dataset",
         "download",
         "gpt",
+        "memory",
         "muon",
         "optim",
         "packing",

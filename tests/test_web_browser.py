@@ -12,7 +12,7 @@ from live_server import CALL, Limits, Service, running, settle, slow_model
 from tiny_models import scripted, tiny_model, tiny_tokenizer
 
 from nanochat.engine import Engine
-from nanochat.server import Served
+from nanochat.service import Served
 
 selenium = pytest.importorskip(
     "selenium", reason="selenium is not installed (pip install selenium)"

@@ -127,7 +127,7 @@ class CoreTask:
             return scored[0][0].greedy
         alternatives = [s for options in scored for s in options]
         means = [s.logprob / s.num_tokens for s in alternatives]
-        return means.index(max(means)) == self.items[index]["gold"]
+        return bool(means.index(max(means)) == self.items[index]["gold"])
 
 
 def evaluate_core(

@@ -120,7 +120,8 @@ class _Window:
 
     def row(self, row: int) -> list[list[int]]:
         """[source, document, start, stop] of each piece."""
-        return self.pieces[self.offsets[row] : self.offsets[row + 1]].tolist()
+        pieces: list[list[int]] = self.pieces[self.offsets[row] : self.offsets[row + 1]].tolist()
+        return pieces
 
     def rest(self, row: int) -> np.ndarray:
         """The parts that the rows from `row` on hold.

@@ -483,7 +483,7 @@ def read_parquet(path: Path, column: str) -> Iterator[_Row]:
 
 def _values(column: Any) -> "list[str | _Problem | None]":
     try:
-        return cast(list, column.to_pylist())
+        return cast("list[str | _Problem | None]", column.to_pylist())
     except UnicodeDecodeError:  # rare: find the row
         return [
             None if not scalar.is_valid else _decoded(scalar.as_buffer().to_pybytes(), False)

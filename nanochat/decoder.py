@@ -47,7 +47,10 @@ class Product:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.packed is not None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+            product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+                x, self.packed, None, "none", [], ""
+            )
+            return product
         assert self.weight is not None
         if self.scale is None:
             return F.linear(x, self.weight)

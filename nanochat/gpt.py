@@ -186,7 +186,8 @@ class Linear(nn.Linear):
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
     """Not initialised: nn.Embedding's own drawing imports torch's compiler on the meta device."""
-    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+    embedding: nn.Embedding = nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+    return embedding
 
 
 class Attention(nn.Module):
@@ -218,7 +219,8 @@ class Attention(nn.Module):
             v = v + gate * value_embedding.view_as(v)
         q, k = norm(apply_rope(q, *rotary)), norm(apply_rope(k, *rotary))
         y = attention(q, k, v, self.layer, self.window)
-        return self.out(y.reshape(B, T, -1))
+        out: torch.Tensor = self.out(y.reshape(B, T, -1))
+        return out
 
 
 class MLP(nn.Module):
@@ -228,7 +230,8 @@ class MLP(nn.Module):
         self.down = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(F.relu(self.up(x)).square())
+        out: torch.Tensor = self.down(F.relu(self.up(x)).square())
+        return out
 
 
 class Block(nn.Module):
@@ -245,7 +248,8 @@ class Block(nn.Module):
         attention: Callable[..., torch.Tensor],
     ) -> torch.Tensor:
         x = x + self.attention(norm(x), value_embedding, rotary, attention)
-        return x + self.mlp(norm(x))
+        x = x + self.mlp(norm(x))
+        return x
 
 
 class GPT(nn.Module):
@@ -507,7 +511,7 @@ class GPT(nn.Module):
         layout: Layout,
         temperature: float = 1.0,
     ) -> torch.Tensor:
-        return SummedLoss.apply(
+        loss: torch.Tensor = SummedLoss.apply(  # type: ignore[no-untyped-call]
             self.hidden(inputs, layout).flatten(0, 1),
             self.head.weight,
             targets.flatten(),
@@ -516,12 +520,13 @@ class GPT(nn.Module):
             self.config.vocab_size,
             temperature,
         )
+        return loss
 
     def _token_losses(
         self, inputs: torch.Tensor, targets: torch.Tensor, layout: Layout, temperature: float = 1.0
     ) -> torch.Tensor:
         hidden = self.hidden(inputs, layout).flatten(0, 1)  # (B*T, C)
-        losses = SoftcappedLoss.apply(
+        losses: torch.Tensor = SoftcappedLoss.apply(  # type: ignore[no-untyped-call]
             hidden,
             self.head.weight,
             targets.flatten(),

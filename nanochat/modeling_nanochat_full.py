@@ -148,7 +148,8 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=q.shape[1] != k.shape[1]
         )
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        out: torch.Tensor = self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return out
 
 
 class MLP(nn.Module):
@@ -158,7 +159,8 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.relu(self.fc1(x)).square())
+        out: torch.Tensor = self.fc2(F.relu(self.fc1(x)).square())
+        return out
 
 
 class DecoderLayer(nn.Module):
@@ -170,7 +172,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: torch.Tensor, *context: Any) -> torch.Tensor:
         x = x + self.self_attn(norm(x, self.eps), *context)
-        return x + self.mlp(norm(x, self.eps))
+        x = x + self.mlp(norm(x, self.eps))
+        return x
 
 
 class NanoChatFullModel(nn.Module):

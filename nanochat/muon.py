@@ -88,7 +88,8 @@ def orthogonalize(
     for a, b, c in coefficients or polar_express_coefficients():
         gram = x @ x.mT  # (S, r, r) with r the shorter side
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if tall else x
+    result: torch.Tensor = x.mT if tall else x
+    return result
 
 
 def muon_update(

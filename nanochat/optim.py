@@ -298,7 +298,8 @@ class Optimizer:
 
     def _real_rows(self, unit: Unit) -> int:
         """Entries of this rank's share that are not padding."""
-        return max(0, min(unit.own.stop, unit.rows) - unit.own.start)
+        real: int = max(0, min(unit.own.stop, unit.rows) - unit.own.start)
+        return real
 
     def _as_dtensor(self, unit: Unit, local: torch.Tensor) -> torch.Tensor:
         from torch.distributed.device_mesh import init_device_mesh

@@ -26,7 +26,8 @@ def _scramble(x: Ints) -> Ints:
     """
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
+    mixed: Ints = x ^ (x >> 31)
+    return mixed
 
 
 def make_key(*parts: int) -> int:
@@ -63,7 +64,8 @@ class Permutation:
         left, right = x // base, x % base
         for key in self._round_keys:
             left, right = right, (left + _scramble(right ^ key) % base) % base
-        return left * base + right
+        joined: Ints = left * base + right
+        return joined
 
     def __getitem__(self, index: int) -> int:
         if not 0 <= index < self.n:
@@ -262,7 +264,8 @@ def _checked_lengths(lengths: Sequence[int] | np.ndarray, capacity: int) -> np.n
 
 def _full_rows(sizes: np.ndarray, capacity: int) -> np.ndarray:
     """How many full rows each document fills before a remainder of 2..capacity tokens is left."""
-    return np.maximum(0, -((capacity - sizes) // (capacity - 1)))
+    rows: np.ndarray = np.maximum(0, -((capacity - sizes) // (capacity - 1)))
+    return rows
 
 
 def _best_fit(sizes: list[int], capacity: int) -> tuple[list[int], int]:

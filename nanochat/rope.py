@@ -3,6 +3,8 @@
 B batch, T time, H heads, D head dim
 """
 
+import math
+
 import torch
 
 
@@ -40,4 +42,4 @@ def extended_base(base: float, head_dim: int, old_length: int, new_length: int) 
     >>> extended_base(10000.0, 64, 512, 512)
     10000.0
     """
-    return base * (new_length / old_length) ** (head_dim / (head_dim - 2))
+    return base * math.pow(new_length / old_length, head_dim / (head_dim - 2))

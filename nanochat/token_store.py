@@ -137,7 +137,8 @@ class TokenStore:
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """Tokens in each of the documents `indices`; int64, same shape."""
-        return self._offsets[indices + 1] - self._offsets[indices]
+        lengths: np.ndarray = self._offsets[indices + 1] - self._offsets[indices]
+        return lengths
 
     def _span(self, index: int, start: int, stop: int | None) -> slice:
         if not 0 <= index < len(self):
@@ -150,7 +151,8 @@ class TokenStore:
 
     def ids(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens `start:stop` of document `index`: a read-only view, nothing is copied."""
-        return self._tokens[self._span(index, start, stop)]
+        tokens: np.ndarray = self._tokens[self._span(index, start, stop)]
+        return tokens
 
     def mask_bytes(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray | None:
         """The bytes of mask.bin for the same tokens as `ids`; None for plain documents."""

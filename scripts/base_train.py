@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from nanochat.config import BaseConfig
-from nanochat.dataloader import Source
+from nanochat.dataloader import DataLoader, Source
 from nanochat.dataset import open_corpus
 from nanochat.engine import Engine, SamplingParams
 from nanochat.errors import UserError
@@ -101,7 +101,7 @@ def sample_texts(
     return [(text, samples[0].text) for text, samples in zip(PROMPTS, answers, strict=True)]
 
 
-def main(cfg: BaseConfig, runtime: Runtime) -> Stage:
+def main(cfg: BaseConfig, runtime: Runtime) -> Stage[DataLoader]:
     seed_everything(cfg.run.seed)
     tokenizer = Tokenizer.load()
     config = config_from_depth(

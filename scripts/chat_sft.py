@@ -5,6 +5,7 @@ The same conversations as in mid-training, or others, but only what the assistan
 """
 
 from nanochat.config import SftConfig
+from nanochat.dataloader import DataLoader
 from nanochat.launch import launch
 from nanochat.runtime import Runtime
 from nanochat.stage import Stage
@@ -12,7 +13,7 @@ from nanochat.train import due, take, train_step
 from scripts.mid_train import prepare
 
 
-def main(cfg: SftConfig, runtime: Runtime) -> Stage:
+def main(cfg: SftConfig, runtime: Runtime) -> Stage[DataLoader]:
     stage = prepare("sft", cfg, runtime)
     if stage.finished:
         return stage

@@ -15,7 +15,7 @@ import torch
 
 from nanochat.checkpoint_manager import check_tokenizer, find, load_weights, read_meta
 from nanochat.config import MidConfig, from_dict
-from nanochat.dataloader import Source
+from nanochat.dataloader import DataLoader, Source
 from nanochat.dataset import open_corpus
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, extend_context
@@ -149,7 +149,7 @@ def note_words(cfg: MidConfig) -> None:
             write_words(open_corpus(name))
 
 
-def prepare(name: str, cfg: MidConfig, runtime: Runtime) -> Stage:
+def prepare(name: str, cfg: MidConfig, runtime: Runtime) -> Stage[DataLoader]:
     """Everything before the loop, for mid-training and instruction tuning alike."""
     seed_everything(cfg.run.seed)
     tokenizer = Tokenizer.load()
@@ -171,7 +171,7 @@ def prepare(name: str, cfg: MidConfig, runtime: Runtime) -> Stage:
     )
 
 
-def main(cfg: MidConfig, runtime: Runtime) -> Stage:
+def main(cfg: MidConfig, runtime: Runtime) -> Stage[DataLoader]:
     stage = prepare("mid", cfg, runtime)
     if stage.finished:
         return stage

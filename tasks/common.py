@@ -81,7 +81,7 @@ class Task(ABC):
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Whether `completion` answers the conversation's last user message rightly."""
         if self.eval_type == "categorical":
-            return completion.strip() == conversation["answer"]
+            return bool(completion.strip() == conversation["answer"])
         raise UserError(f"{self.name} has no check for answers; evaluate its loss instead")
 
     def reward(self, conversation: Conversation, completion: str) -> float:

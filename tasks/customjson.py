@@ -80,7 +80,8 @@ class CustomJSON(Task):
     def row(self, index: int) -> Conversation:
         with self.path.open("rb") as file:
             file.seek(int(self._offsets[index]))
-            return self._parse(file.readline(), int(self._lines[index]))
+            conversation: Conversation = self._parse(file.readline(), int(self._lines[index]))
+        return conversation
 
     def where(self, index: int) -> str:
         return f"{self.name}/{self.split} row {index} ({self.path.name} line {self._lines[index]})"

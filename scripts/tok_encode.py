@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from nanochat.dataset import Corpus, Shard, Split, combined_fingerprint, open_corpus
+from nanochat.corpus import Corpus, Shard, Split, combined_fingerprint
+from nanochat.dataset import open_corpus
 from nanochat.errors import UserError
 from nanochat.progress import progress_bar
 from nanochat.token_store import StoreWriter, TokenStore, merge_stores

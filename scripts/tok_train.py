@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from nanochat import paths
-from nanochat.dataset import Corpus, Shard, open_corpus
+from nanochat.corpus import Corpus, Shard
+from nanochat.dataset import open_corpus
 from nanochat.errors import UserError
 from nanochat.progress import Bar, progress_bar
 from nanochat.tokenizer import SPLIT_PATTERN, Tokenizer

@@ -38,7 +38,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from nanochat.dataset import Corpus, open_corpus
+from nanochat.corpus import Corpus
+from nanochat.dataset import open_corpus
 from nanochat.errors import UserError
 from nanochat.packing import Permutation, make_key
 from nanochat.paths import atomic_write, base_dir

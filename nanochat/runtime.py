@@ -5,6 +5,7 @@
 replicas drift apart without a word.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -53,6 +54,10 @@ class Runtime:
     """Some rank's `stop_signal`, agreed on by all in train_step: stop at the end of this step."""
     alarm: "Alarm | None" = None
     """Between the ranks of a job that `start` joined."""
+    local_world_size: int = 1
+    """Ranks that share this machine."""
+    memory_advice: str = "use a machine with more memory, or a smaller model"
+    """What to do when memory runs out; a training stage that is planned knows better."""
 
     @property
     def is_main(self) -> bool:
@@ -103,10 +108,23 @@ class Runtime:
         return result[0]
 
     def memory_limit(self) -> int | None:
-        """Bytes this rank may plan with: 90 % of the GPU's memory, None where it is not known."""
-        if self.device.type != "cuda":
-            return None
-        return int(0.9 * torch.cuda.get_device_properties(self.device).total_memory)
+        """Bytes that every rank may plan with, None where that is not known; all ranks call it.
+
+        The least of any rank's 90 % of a GPU, or share of 80 % of a machine: ranks that plan
+        differently would wait for each other forever. Never what is free at the moment, with which
+        a resumed run would not be the one that was interrupted.
+        """
+        if self.device.type == "cuda":
+            limit = int(0.9 * torch.cuda.get_device_properties(self.device).total_memory)
+        elif self.device.type == "cpu":
+            limit = int(0.8 * (machine_memory() or 0)) // self.local_world_size
+        else:
+            limit = 0
+        if self.world_size > 1:
+            least = torch.tensor(limit, device=self.device)
+            dist.all_reduce(least, dist.ReduceOp.MIN)
+            limit = int(least.item())
+        return limit or None
 
     def synchronize(self) -> None:
         """Wait for the device's queue, so that a clock read next is honest."""
@@ -270,9 +288,10 @@ def start(device: str = "auto", dtype: str = "auto") -> Runtime:
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     chosen = choose_device(device, local_rank)
     if chosen.type == "cpu":
-        tune_cpu(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        tune_cpu(local_world_size)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")
@@ -287,7 +306,15 @@ def start(device: str = "auto", dtype: str = "auto") -> Runtime:
         )
     chosen_dtype = best_dtype(chosen) if dtype == "auto" else DTYPES[dtype]
     alarm = Alarm(rank, local_rank, world_size) if world_size > 1 else None
-    return Runtime(chosen, chosen_dtype, rank, local_rank, world_size, alarm=alarm)
+    return Runtime(
+        chosen,
+        chosen_dtype,
+        rank,
+        local_rank,
+        world_size,
+        alarm=alarm,
+        local_world_size=local_world_size,
+    )
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -341,6 +368,35 @@ def physical_cores() -> int:
         except OSError:
             return len(allowed)
     return len(seen) or 1
+
+
+def machine_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of memory this process may use: the machine's, or fewer where a container says so.
+
+    None where it is not known (Windows). Control groups of both versions are asked, the process's
+    own and those around it: each may hold a limit. `root` is that of the file system.
+    """
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError, AttributeError):
+        return None
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return memory
+    for line in groups:  # 4:memory:/group in version 1, 0::/group in version 2
+        _, controllers, group = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        name = "memory.limit_in_bytes" if controllers else "memory.max"
+        folder = top / group.lstrip("/")
+        for place in (folder, *folder.parents):
+            if not place.is_relative_to(top):
+                break
+            with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+                memory = min(memory, int((place / name).read_text()))
+    return memory
 
 
 def tune_cpu(local_processes: int = 1) -> None:

@@ -19,6 +19,7 @@ from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.log import RunLog
 from nanochat.loss_eval import evaluate_bpb, evaluate_roles, mixture_bpb
+from nanochat.memory import memory_advice
 from nanochat.optim import Optimizer, parameter_rules
 from nanochat.plan import Plan, context_schedule, make_plan
 from nanochat.runtime import Runtime, best_dtype
@@ -270,6 +271,17 @@ def assemble(
 ) -> Stage[L]:
     """Build the optimizer, resume where that is asked for, and open the log."""
     folder, newest = paths.checkpoints_dir(name, cfg.run.tag), checkpoint_to_resume(name, cfg)
+    runtime.memory_advice = memory_advice(
+        model.config,
+        rows=plan.device_batch_size,
+        rows_per_step=plan.device_batch_size * plan.micro_batches,
+        limit=runtime.memory_limit(),
+        sequence_length=plan.sequence_length,
+        world_size=plan.world_size,
+        dtype=runtime.dtype,
+        device_type=runtime.device.type,
+        recompute=model.recompute,
+    )
     rules = parameter_rules(
         model,
         cfg.learning,

@@ -16,11 +16,10 @@ from nanochat.errors import UserError
 from nanochat.gpt import config_from_depth
 from nanochat.launch import launch
 from nanochat.log import PEAK_FLOPS, duration_text
+from nanochat.memory import estimate_memory, largest_batch
 from nanochat.plan import (
     DEFAULT_RATIO,
     context_schedule,
-    estimate_memory,
-    largest_batch,
     make_plan,
 )
 from nanochat.runtime import DTYPES, Runtime

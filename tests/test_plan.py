@@ -12,6 +12,7 @@ from nanochat import plan as plan_module
 from nanochat.config import Batching, Duration, Learning
 from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig, config_from_depth
+from nanochat.memory import estimate_memory
 from nanochat.plan import Plan, make_plan, scaled_batch_size, scaled_lr, scaled_weight_decay
 
 CONFIG = config_from_depth(2, 300, aspect_ratio=16, head_dim=16, context_length=64)
@@ -178,7 +179,7 @@ def test_auto_rows_are_the_most_that_fit_and_divide() -> None:
     batch = {"total_batch_size": 64 * 12}
     assert plan(batch).device_batch_size == 12
     needed = {
-        rows: plan_module.estimate_memory(
+        rows: estimate_memory(
             CONFIG,
             rows=rows,
             sequence_length=64,

@@ -1,0 +1,193 @@
+"""How much memory training takes, known before it starts; what to set where it ran out.
+
+B batch, T time, C channels, V vocabulary
+"""
+
+import functools
+
+import torch
+
+from nanochat.attention import Layout
+from nanochat.gpt import GPT, LOSS_CHUNK_LOGITS, GPTConfig
+
+RUNTIME = {"cpu": 300 * 2**20, "cuda": 2**30}
+"""Python, torch and what they load; on a GPU the context and the allocator's gaps."""
+
+
+def meta_model(config: GPTConfig, dtype: torch.dtype = torch.float32) -> GPT:
+    """The model without its memory, to count things."""
+    with torch.device("meta"):
+        return GPT(config, dtype)
+
+
+@functools.cache
+def _parameters(config: GPTConfig) -> dict[str, int]:
+    return meta_model(config).num_parameters()
+
+
+@functools.cache
+def saved_for_backward(
+    config: GPTConfig, rows: int, T: int, dtype: torch.dtype, backend: str, recompute: bool
+) -> int:
+    """Bytes that autograd keeps between a forward and a backward pass, parameters aside.
+
+    Counted, not guessed: the loss is computed on tensors without memory, and autograd tells what it
+    saves. So a change of the model changes the plan.
+    """
+    model = meta_model(config, dtype)
+    model.recompute = recompute
+    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            storages[storage._cdata] = storage
+        return tensor
+
+    ids = torch.zeros(rows, T, dtype=torch.long, device="meta")
+    boundaries = torch.zeros(T + 1, dtype=torch.int32, device="meta")
+    mask = torch.ones(rows, 1, T, T, dtype=torch.bool, device="meta")
+    windows = {config.window(layer) for layer in range(config.n_layer)}
+    layout = Layout(backend, dict.fromkeys(windows, mask), boundaries, T)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.summed_loss(ids, ids, ids.float(), layout)
+    kept = sum(storage.nbytes() for storage in storages.values())
+    if recompute:
+        # The blocks' inputs are kept by the checkpoints themselves, and one block is run again.
+        half = dtype.itemsize
+        values = config.n_kv_head * config.head_dim
+        layers = [config.has_value_embedding(layer) for layer in range(config.n_layer)]
+        kept += rows * T * half * sum(config.n_embd + values * has_values for has_values in layers)
+        whole = saved_for_backward(config, rows, T, dtype, backend, recompute=False)
+        kept += (whole - kept) // config.n_layer
+    return kept
+
+
+def estimate_memory(
+    config: GPTConfig,
+    *,
+    rows: int,
+    sequence_length: int,
+    world_size: int,
+    dtype: torch.dtype,
+    device_type: str,
+    recompute: bool = False,
+) -> dict[str, int]:
+    """Bytes a rank needs in training, by kind; "total" last.
+
+    For a GPU the device's memory, for a CPU all that the process needs, what a checkpoint under way
+    holds included. Checked against real runs by benchmarks/memory.py, on CPUs.
+    """
+    T, C, V = sequence_length, config.n_embd, config.padded_vocab_size
+    on_cpu = device_type == "cpu"
+    counts = _parameters(config)
+    parameters, matrices = sum(counts.values()), counts["block_matrices"]
+    half = dtype.itemsize
+    backend = "blocked" if on_cpu else "varlen"
+    one, two = (saved_for_backward(config, count, T, dtype, backend, recompute) for count in (1, 2))
+    shard = 4 * (matrices + 2 * (parameters - matrices)) // world_size
+    # Muon on the MLP's stack: update, its cast, the polynomial's terms.
+    stack = 4 * C * C * -(-config.n_layer // world_size)
+    # The head's gradient scaled, or a table's, before it is added to what is there.
+    tables = 4 * V * max(C, config.n_kv_head * config.head_dim)
+    windows = len({config.window(layer) for layer in range(config.n_layer)})
+    # Gradients on their way back through the widest part of a block, and masks on CPUs.
+    backward = rows * T * (half * 12 * C + (windows * T if on_cpu else 0))
+    memory = {
+        "weights": 4 * parameters,
+        "gradients": 4 * parameters,
+        "optimizer shard": shard,
+        "optimizer temporaries": 5 * 4 * stack // 2
+        + (4 * parameters // world_size if world_size > 1 else 0),
+        "activations": rows * (two - one) + backward,
+        "weight casts and the head's gradient": max(0, 2 * one - two) + tables,
+        "logits chunk": 4 * 4 * max(64 * config.vocab_size, LOSS_CHUNK_LOGITS),
+        "checkpoint copy": 4 * parameters + 2 * shard if on_cpu else 0,
+        "runtime": RUNTIME.get(device_type, RUNTIME["cuda"]),
+    }
+    memory["total"] = sum(memory.values())
+    return memory
+
+
+def largest_batch(
+    config: GPTConfig,
+    *,
+    limit: int,
+    sequence_length: int,
+    world_size: int,
+    dtype: torch.dtype,
+    device_type: str,
+    recompute: bool = False,
+) -> int:
+    """The largest power of two of rows that fits `limit` bytes; 0 where not even one does."""
+    rows = 0
+    trial = 1
+    while trial <= 4096:
+        memory = estimate_memory(
+            config,
+            rows=trial,
+            sequence_length=sequence_length,
+            world_size=world_size,
+            dtype=dtype,
+            device_type=device_type,
+            recompute=recompute,
+        )
+        if memory["total"] > limit:
+            break
+        rows, trial = trial, trial * 2
+    return rows
+
+
+def memory_advice(
+    config: GPTConfig,
+    *,
+    rows: int,
+    rows_per_step: int,
+    limit: int | None,
+    sequence_length: int,
+    world_size: int,
+    dtype: torch.dtype,
+    device_type: str,
+    recompute: bool,
+) -> str:
+    """What to set where training ran out of memory with `rows` rows to a micro-batch.
+
+    Proposes fewer rows, as many as divide the rank's `rows_per_step` and fit `limit` by the plan,
+    and --recompute where that is off.
+    """
+
+    def gibibytes(rows: int, recompute: bool) -> str:
+        needed = estimate_memory(
+            config,
+            rows=rows,
+            sequence_length=sequence_length,
+            world_size=world_size,
+            dtype=dtype,
+            device_type=device_type,
+            recompute=recompute,
+        )["total"]
+        return f"{needed / 2**30:.1f} GiB"
+
+    fits = largest_batch(
+        config,
+        limit=limit or 2**62,
+        sequence_length=sequence_length,
+        world_size=world_size,
+        dtype=dtype,
+        device_type=device_type,
+        recompute=recompute,
+    )
+    fewer = [r for r in range(1, min(fits, rows - 1) + 1) if rows_per_step % r == 0]
+    remedies = []
+    if fewer:
+        remedies.append(f"--device-batch-size {fewer[-1]} ({gibibytes(fewer[-1], recompute)})")
+    if not recompute:
+        remedies.append(f"--recompute ({gibibytes(rows, True)})")
+    if not fewer:
+        remedies.append("a smaller model or shorter rows")
+    plan = f"{fits} rows fit {limit / 2**30:.1f} GiB by the plan" if limit else "no limit is known"
+    return (
+        f"--device-batch-size {rows} with rows of {sequence_length} tokens was planned to need "
+        f"{gibibytes(rows, recompute)}, and {plan}; set {' or '.join(remedies)}"
+    )

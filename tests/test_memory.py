@@ -1,0 +1,210 @@
+"""What training will need, and what is said when there is less.
+
+B batch, T time
+"""
+
+import errno
+import os
+import runpy
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import processes
+import pytest
+import tiny_runs
+import torch
+
+from nanochat import memory, runtime
+from nanochat.config import BaseConfig
+from nanochat.errors import UserError
+from nanochat.gpt import GPT, GPTConfig, config_from_depth
+from nanochat.launch import is_out_of_memory, launch
+from nanochat.memory import estimate_memory, largest_batch, memory_advice, saved_for_backward
+from nanochat.runtime import Runtime, machine_memory
+
+CONFIG = config_from_depth(3, 300, aspect_ratio=16, head_dim=16, context_length=64)
+SHAPE: dict[str, Any] = {
+    "sequence_length": 64,
+    "world_size": 1,
+    "dtype": torch.float32,
+    "device_type": "cpu",
+}
+
+
+def really_saved(config: GPTConfig, B: int, T: int, dtype: torch.dtype) -> int:
+    """What autograd keeps of a step on real tensors, with several documents to a row."""
+    model = GPT(config, dtype).init_weights(0)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.randint(0, config.vocab_size, (B, T))
+    documents = torch.arange(T).div(20, rounding_mode="floor").int().expand(B, T)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.weighted_loss(ids, ids, torch.ones(B, T), documents)
+    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in parameters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("portable", [False, True])
+def test_what_is_kept_is_counted_exactly(portable: bool, dtype: torch.dtype) -> None:
+    """Without running anything."""
+    config = config_from_depth(
+        3, 300, aspect_ratio=16, head_dim=16, kv_heads=1, context_length=64, portable=portable
+    )
+    counted = saved_for_backward(config, 2, 48, dtype, "blocked", recompute=False)
+    assert counted == really_saved(config, 2, 48, dtype)
+
+
+def test_estimate() -> None:
+    one, eight = (estimate_memory(CONFIG, rows=rows, **SHAPE) for rows in (1, 8))
+    assert eight["activations"] == 8 * one["activations"]
+    assert {k for k in one if one[k] != eight[k]} == {"activations", "total"}
+    assert one["total"] == sum(one.values()) - one["total"]
+    parameters = sum(p.numel() for p in memory.meta_model(CONFIG).parameters())
+    assert one["weights"] == one["gradients"] == 4 * parameters
+    again = estimate_memory(CONFIG, rows=8, recompute=True, **SHAPE)
+    assert again["activations"] < 0.7 * eight["activations"]
+    sharded = estimate_memory(CONFIG, rows=8, **{**SHAPE, "world_size": 4})
+    assert sharded["optimizer shard"] == eight["optimizer shard"] // 4
+    on_gpu = estimate_memory(CONFIG, rows=8, **{**SHAPE, "device_type": "cuda"})
+    assert on_gpu["checkpoint copy"] == 0, "in the host's memory"
+    assert on_gpu["activations"] < eight["activations"], "no probabilities, no masks"
+
+
+def test_advice_names_what_to_set() -> None:
+    shape = {**SHAPE, "rows": 16, "rows_per_step": 48, "recompute": False}
+    limit = estimate_memory(CONFIG, rows=8, **SHAPE)["total"]
+    assert largest_batch(CONFIG, limit=limit, **SHAPE) == 8
+    text = memory_advice(CONFIG, limit=limit, **shape)
+    for part in (
+        "--device-batch-size 16 with rows of 64 tokens was planned to need",
+        "8 rows fit",
+        "set --device-batch-size 8 (",
+        "or --recompute (",
+    ):
+        assert part in text
+    # What fits by the plan and failed nevertheless is not proposed again; only divisors are.
+    assert "set --device-batch-size 12 (" in memory_advice(CONFIG, limit=2**40, **shape)
+    assert "set --device-batch-size 12 (" in memory_advice(CONFIG, limit=None, **shape)
+    single = {**shape, "rows": 1, "recompute": True}
+    assert "set a smaller model or shorter rows" in memory_advice(CONFIG, limit=limit, **single)
+
+
+# When it happens
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memo"
+                     "ry: you tried to allocate 8 bytes."),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)  # fmt: skip
+def test_every_kind_ends_with_the_advice(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["base_train", "--run.device", "cpu"][:1])
+    monkeypatch.delenv("NANOCHAT_TRACEBACK", raising=False)
+
+    def main(cfg: BaseConfig, rank: Runtime) -> None:
+        rank.memory_advice = "set --device-batch-size 8"
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        launch(main, BaseConfig, None)
+    assert caught.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory: set --device-batch-size 8 (")
+    assert said.count("\n") == 1
+
+
+def test_other_errors_are_not_about_memory() -> None:
+    for error in (RuntimeError("shape mismatch"), OSError(28, "No space left"), UserError("x")):
+        assert not is_out_of_memory(error)
+
+
+def limit_memory_in_the_first_step() -> None:
+    """The address space may grow by 24 MiB once training begins."""
+    import resource
+
+    from nanochat import train
+
+    take = train.take
+
+    def limited(loader: Any, count: int) -> Any:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        size = pages * resource.getpagesize() + 24 * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        return take(loader, count)
+
+    train.take = limited
+
+
+def run_out(folder: Path, corpus: str) -> None:
+    os.environ["NANOCHAT_BASE_DIR"] = str(folder)
+    os.environ.pop("NANOCHAT_TRACEBACK", None)
+    sys.stdout = sys.stderr = (folder / "output").open("w")
+    limit_memory_in_the_first_step()
+    sys.argv = (
+        f"base_train --device cpu --dtype float32 --corpus {corpus} --depth 2 --aspect-ratio 64 "
+        "--head-dim 16 --context-length 64 --device-batch-size 256 --total-batch-size 32768 "
+        "--num-steps 2 --eval-tokens 64 --eval-every 0"
+    ).split()
+    runpy.run_module("scripts.base_train", run_name="__main__", alter_sys=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS")
+def test_a_training_script_says_what_to_set(encoded: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(encoded, tmp_path / "run"))
+    process = processes.start(run_out, folder, tiny_runs.corpus(encoded))
+    assert processes.finish(process) == 1
+    said = (folder / "output").read_text().splitlines()[-1]
+    assert said.startswith("error: out of memory: --device-batch-size 256 with rows of 64 tokens")
+    assert "set --device-batch-size 128" in said
+    assert "--recompute" in said
+
+
+# The limit
+
+
+def test_the_smallest_limit_of_all_control_groups_counts(tmp_path: Path) -> None:
+    whole = machine_memory()
+    if whole is None:
+        pytest.skip("not known here")
+    assert machine_memory(tmp_path) == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def write(name: str, text: str) -> None:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    write("proc/self/cgroup", "0::/a/b\n")
+    write("sys/fs/cgroup/a/b/memory.max", "max\n")
+    assert machine_memory(tmp_path) == machine_memory(tmp_path / "none")
+    write("sys/fs/cgroup/a/memory.max", "3000000\n")
+    assert machine_memory(tmp_path) == 3_000_000, "of the group around ours"
+    # Version 1; in a container the group's path is that of the host, and only the top is there.
+    write("proc/self/cgroup", "5:cpu:/x\n4:memory:/docker/123\n0::/\n")
+    write("sys/fs/cgroup/memory/memory.limit_in_bytes", "2000000\n")
+    assert machine_memory(tmp_path) == 2_000_000
+
+
+def planned(rank: Runtime) -> int | None:
+    runtime.machine_memory = lambda: (rank.rank + 1) * 10**9
+    return replace(rank, local_world_size=2).memory_limit()
+
+
+def test_ranks_plan_with_the_same_share() -> None:
+    """The machines' memory differs: the least of it, over the ranks that share it."""
+    assert processes.run_ranks(planned, 3) == [4 * 10**8] * 3

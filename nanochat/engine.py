@@ -437,7 +437,8 @@ class Engine:
         if room < 1:
             raise UserError(
                 f"a prompt of {len(prompt)} tokens leaves no room for an answer in the context of "
-                f"{self.context_length}; shorten it"
+                f"{self.context_length}; shorten it, or extend the model with mid_train "
+                "--context-length"
             )
         return Request(
             prompt,

@@ -208,13 +208,17 @@ class Chat:
         limit = self.engine.context_length - min(
             self.params.max_tokens, self.engine.context_length // 2
         )
+        longer = "mid_train --context-length extends it"
         if self.base:
-            return [self.tokenizer.bos, *self.tokenizer.encode(text)][-limit:]
+            ids = [self.tokenizer.bos, *self.tokenizer.encode(text)]
+            if len(ids) > limit:
+                self.say(f"(only the end of the text fits into the context; {longer})")
+            return ids[-limit:]
         self.messages.append({"role": "user", "content": text})
         conversation = {"messages": self.messages}
         conversation, notice = truncate_chat(conversation, self.tokenizer, limit, self.system_style)
         if notice:
-            self.say(f"({notice})")
+            self.say(f"({notice}; {longer})")
         return self.tokenizer.render_for_completion(conversation, self.system_style)
 
     def say(self, text: str) -> None:

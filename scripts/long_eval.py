@@ -224,7 +224,11 @@ def passkey_grid(
     least = haystack.least(1, cfg.distractors)
     lengths = list(cfg.lengths) or [T // k for k in (8, 4, 2) if T // k >= least] + [T]
     if max(lengths) > T:
-        raise UserError(f"--lengths {max(lengths)} is beyond the context of {T}")
+        raise UserError(
+            f"--lengths {max(lengths)} is beyond the context of {T}; shorten it, ask the model as "
+            f"it is with --context-length {max(lengths)}, or extend it with mid_train "
+            "--context-length"
+        )
     scorer, engine = GPTScorer(model), Engine(model, tokenizer, tools=False)
     judge = Passkey("test", 1)
     found = torch.zeros(2, len(cfg.depths), len(lengths), dtype=torch.float64)

@@ -237,6 +237,7 @@ def test_a_long_conversation_is_cut_with_a_notice(
     assert captured.out.count("sea\n") == 7
     assert "no longer fit into the context" in captured.err
     assert "only the end of the last message" in captured.err
+    assert captured.err.count("mid_train --context-length extends it") >= 2
 
 
 def test_the_model_cannot_control_the_terminal(
@@ -258,6 +259,14 @@ def test_a_base_model_continues_text(
     chat_cli.main(Config(prompt="the king", source="base"), runtime)
     assert capsys.readouterr().out == " sea\n"
     assert model.prompt == [tiny_tokenizer().bos, *tiny_tokenizer().encode("the king")]
+    long = Config(prompt="the king and the sea " * 50, source="base", max_tokens=30)
+    chat_cli.main(long, runtime)
+    captured = capsys.readouterr()
+    assert captured.out == " sea\n"
+    assert "only the end of the text fits" in captured.err
+    assert "mid_train --context-length" in captured.err
+    ids = tiny_tokenizer().encode("the king and the sea " * 50)
+    assert model.prompt == ids[-(96 - 30) :]
 
 
 def test_system_messages_are_rendered_as_in_training(

@@ -688,7 +688,9 @@ def test_a_model_that_sees_half_of_the_text_finds_what_is_in_it() -> None:
     found = grid(300, distractors=0)
     # depth 0 at length 600 is out of sight; the end is in sight at any length.
     assert found["forced"] == found["generated"] == [[1.0, 0.0], [1.0, 1.0]]
-    with pytest.raises(UserError, match="--lengths 700 is beyond the context of 640"):
+    with pytest.raises(
+        UserError, match=r"--lengths 700 is beyond the context of 640; .* mid_train --context"
+    ):
         grid(300, lengths=(700,))
 
 
@@ -726,6 +728,10 @@ def test_losses_by_position_and_context_gain(tmp_path: Path) -> None:
     assert gain["loss_last"] == pytest.approx(0.165)
     assert gain["loss_all"] == pytest.approx(sum(range(32, 64)) / 32 / 100)
     assert gain["gain"] == pytest.approx(gain["loss_last"] - gain["loss_all"])
+    odd = long_eval.losses_by_position(
+        model, numbered_store(tmp_path / "odd", [66]), 65, cfg, runtime.single()
+    )
+    assert odd["context_gain"]["targets"] == 34, "the last two tokens are targets, too"
     few = long_eval.losses_by_position(
         model, store, 64, replace(cfg, eval_tokens=1), runtime.single()
     )
@@ -752,6 +758,7 @@ def test_ranks_share_the_measurements(tmp_path: Path) -> None:
         long_eval.losses_by_position(model, store, 64, cfg, fake)
     alone = long_eval.losses_by_position(model, store, 64, cfg, runtime.single())
     by_position = sums[0][0] + sums[1][0]
+    assert by_position[:, 1].sum() == 3 * 64, "each target on one rank"
     assert (by_position[:, 0] / by_position[:, 1]).tolist() == pytest.approx(
         [bucket["loss"] for bucket in alone["loss_by_position"]]
     )

@@ -30,16 +30,8 @@ from nanochat.dataloader import Batch
 from nanochat.engine import Completion, Engine, SamplingParams
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.optim import Hypers, Optimizer, parameter_rules
-from nanochat.rl import (
-    Prompt,
-    Rows,
-    Verdict,
-    as_sample,
-    pack_samples,
-    policy_batches,
-    roll_out,
-    tally,
-)
+from nanochat.rl import Prompt, Verdict, as_sample, roll_out, tally
+from nanochat.rl_rows import Rows, pack_samples, policy_batches
 from nanochat.runtime import DTYPES, Runtime, single, tune_cpu
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import train_step

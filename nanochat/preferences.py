@@ -11,9 +11,9 @@ answer and minus that on those of the rejected one: DPO is a batch like any othe
 import hashlib
 import io
 import json
-import math
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,12 +21,17 @@ import numpy as np
 import torch
 
 from nanochat import conversation, paths
+from nanochat.config import RlConfig
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
-from nanochat.rl import Rows, Sample, pack_samples, score
+from nanochat.rl import RowStream, sum_over_ranks
+from nanochat.rl_rows import Rows, Sample, pack_samples, score
+from nanochat.rl_stage import Start, is_compiled
 from nanochat.runtime import Runtime
+from nanochat.stage import Stage
 from nanochat.token_store import StoreWriter, TokenStore
 from nanochat.tokenizer import SystemStyle, Tokenizer
+from nanochat.train import StepStats, train_step
 
 VERSION = 1
 
@@ -253,6 +258,78 @@ def tally_pairs(scores: PairScores, ours: torch.Tensor) -> dict[str, float]:
     }
 
 
-def check_preferences(beta: float) -> None:
-    if not 0 < beta < math.inf:
-        raise UserError(f"--beta {beta} must be above 0 and finite, such as 0.1")
+def open_pairs(cfg: RlConfig, start: Start) -> TokenStore:
+    return pairs_store(
+        Path(cfg.preferences.pairs).expanduser(),
+        start.tokenizer,
+        start.model.config.context_length + 1,
+        system=start.system,
+        bad_rows=cfg.preferences.bad_rows,
+    )
+
+
+def compare(
+    cfg: RlConfig, stage: Stage[RowStream], pairs: Pairs, indices: Sequence[int]
+) -> tuple[PairScores, torch.Tensor, list[Rows]]:
+    """DPO's scores of some pairs, their log-probabilities, and the rows they are in."""
+    ours, rows = answer_logprobs(
+        stage.model,
+        pairs,
+        indices,
+        stage.plan.device_batch_size,
+        fill_up=is_compiled(cfg, stage.runtime),
+    )
+    scores = pair_scores(
+        ours,
+        pairs.of_reference(indices),
+        answer_lengths(pairs.samples(indices)),
+        beta=cfg.preferences.beta,
+        length_normalised=cfg.preferences.length_normalised,
+    )
+    return scores, ours, rows
+
+
+def learn_preferences(
+    cfg: RlConfig, stage: Stage[RowStream], pairs: Pairs
+) -> tuple[StepStats, dict[str, float]]:
+    """One optimizer step on the next pairs, and what to log beside it."""
+    runtime, began = stage.runtime, time.perf_counter()
+    indices = [next(stage.loader)[2] for _ in range(cfg.rollouts.prompts_per_step)]
+    mine = indices[runtime.rank :: runtime.world_size]
+    scores, ours, rows = compare(cfg, stage, pairs, mine)
+    stats = train_step(
+        stage.model,
+        stage.optimizer,
+        [r.weighted(scores.weights) for r in rows],
+        stage.plan.hypers(stage.state.step),
+        runtime,
+        stage.loss_scale,
+        divisor=len(indices),
+    )
+    sums = {**tally_pairs(scores, ours), "tokens": float(sum(r.tokens for r in rows))}
+    sums = sum_over_ranks(sums, runtime)
+    tokens = int(sums.pop("tokens"))
+    stage.loader.count(0, len(indices), tokens)
+    seconds = time.perf_counter() - began
+    metrics = pair_metrics(sums)
+    return replace(stats, loss=metrics["pair_loss"], tokens=tokens, seconds=seconds), metrics
+
+
+def pair_metrics(sums: dict[str, float]) -> dict[str, float]:
+    """Means over pairs."""
+    return {name: value / sums["pairs"] for name, value in sums.items() if name != "pairs"}
+
+
+def evaluate_pairs(
+    cfg: RlConfig, stage: Stage[RowStream], pairs: Pairs, held_out: Sequence[int]
+) -> dict[str, float]:
+    """Loss, wins and margins on the pairs that are not trained on; each rank its share."""
+    runtime = stage.runtime
+    mine = list(held_out)[runtime.rank :: runtime.world_size]
+    stage.model.eval()
+    scores, ours, _ = compare(cfg, stage, pairs, mine)
+    stage.model.train()
+    metrics = pair_metrics(sum_over_ranks(tally_pairs(scores, ours), runtime))
+    stage.state.metrics = metrics
+    stage.log.eval(stage.state.step, metrics)
+    return metrics

@@ -9,7 +9,6 @@ way; the test split is for `scripts.chat_eval --source rl`.
 (nanochat/preferences.py).
 """
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,31 +17,16 @@ from typing import Any
 
 import torch
 
-from nanochat.checkpoint_manager import check_tokenizer, find, load_weights, read_meta
-from nanochat.config import Batching, Duration, RlConfig, from_dict
+from nanochat.config import RlConfig
 from nanochat.conversation import parts
 from nanochat.engine import Completion, Engine, SamplingParams
 from nanochat.errors import UserError
-from nanochat.gpt import GPT, GPTConfig
 from nanochat.launch import launch
-from nanochat.plan import make_plan
-from nanochat.preferences import (
-    Pairs,
-    PairScores,
-    answer_lengths,
-    answer_logprobs,
-    check_preferences,
-    pair_scores,
-    pairs_store,
-    tally_pairs,
-    with_reference,
-)
+from nanochat.preferences import evaluate_pairs, learn_preferences, open_pairs, with_reference
 from nanochat.rl import (
     Group,
     Judge,
     Prompt,
-    RolloutPlan,
-    Rows,
     RowStream,
     Verdict,
     agree_to_stop,
@@ -50,17 +34,15 @@ from nanochat.rl import (
     check_sampling,
     checked_reward,
     describe_tally,
-    mean_kl,
-    pack_samples,
-    policy_batches,
     roll_out,
     sum_over_ranks,
     tally,
 )
+from nanochat.rl_rows import Rows, mean_kl, pack_samples, policy_batches
+from nanochat.rl_stage import Start, check_config, is_compiled, load_start, model_of, open_stage
 from nanochat.runtime import Runtime, seed_everything
-from nanochat.stage import HeldOut, Stage, assemble, checkpoint_to_resume
-from nanochat.token_store import TokenStore
-from nanochat.tokenizer import SystemStyle, Tokenizer
+from nanochat.stage import Stage
+from nanochat.tokenizer import SystemStyle
 from nanochat.train import StepStats, due, train_step
 from tasks.common import Conversation, Task, TaskSlice, pass_at_k
 from tasks.registry import build_halves, split_weight
@@ -75,128 +57,6 @@ def main(cfg: RlConfig, runtime: Runtime) -> Stage[RowStream]:
     start = load_start(cfg, runtime)
     cfg = replace(cfg, system=start.system)
     return learn_pairs(cfg, runtime, start) if cfg.algo == "dpo" else reinforce(cfg, runtime, start)
-
-
-def check_config(cfg: RlConfig) -> None:
-    """UserError for values that make no sense."""
-    rollouts, evaluating = cfg.rollouts, cfg.evaluating
-    limits = (
-        ("num-steps", 1 if cfg.num_steps is None else cfg.num_steps, 1),
-        ("epochs", cfg.epochs, 1),
-        ("prompts-per-step", rollouts.prompts_per_step, 1),
-        ("max-tokens", rollouts.max_tokens, 1),
-        ("max-slots", rollouts.max_slots, 1),
-        ("updates-per-rollout", rollouts.updates_per_rollout, 1),
-        ("max-importance", rollouts.max_importance, 1),
-        ("format-bonus", rollouts.format_bonus, 0),
-        ("eval-problems", evaluating.eval_problems, 1),
-        ("eval-samples", evaluating.eval_samples, 1),
-        ("device-batch-size", 1 if cfg.device_batch_size == "auto" else cfg.device_batch_size, 1),
-    )
-    for flag, value, least in limits:
-        if not least <= value < math.inf:
-            raise UserError(f"--{flag} {value} must be at least {least}")
-    if cfg.algo == "dpo":
-        if not cfg.preferences.pairs:
-            raise UserError("--algo dpo needs --pairs FILE.jsonl")
-        check_preferences(cfg.preferences.beta)
-    elif rollouts.group_size < 2:
-        raise UserError(
-            f"--group-size {rollouts.group_size} leaves nothing to compare an answer with; "
-            "take at least 2"
-        )
-    updates = 1 if cfg.algo == "dpo" else rollouts.updates_per_rollout
-    if cfg.num_steps is not None and cfg.num_steps % updates:
-        raise UserError(
-            f"--num-steps {cfg.num_steps} must be a multiple of --updates-per-rollout {updates}"
-        )
-
-
-@dataclass(frozen=True)
-class Start:
-    """What training starts from, and is compared with."""
-
-    folder: Path
-    meta: dict[str, Any]
-    model: GPT
-    tokenizer: Tokenizer
-    system: SystemStyle
-
-
-def load_start(cfg: RlConfig, runtime: Runtime) -> Start:
-    """The source's model; a resumed run takes the step that it took when it began."""
-    newest = checkpoint_to_resume("rl", cfg)
-    step = read_meta(newest, verify=False)["source"]["step"] if newest else None
-    folder = find(cfg.source, step)
-    meta = read_meta(folder)
-    tokenizer = Tokenizer.load()
-    check_tokenizer(meta, tokenizer, folder)
-    trained = meta.get("run_config", {}).get("system", "tokens")
-    runtime.print(f"starting from {folder}")
-    return Start(
-        folder,
-        meta,
-        model_of(folder, meta, runtime),
-        tokenizer,
-        trained if cfg.system == "auto" else cfg.system,
-    )
-
-
-def model_of(folder: Path, meta: dict[str, Any], runtime: Runtime) -> GPT:
-    config = from_dict(GPTConfig, meta["model_config"], str(folder))
-    with torch.device("meta"):
-        model = GPT(config, runtime.dtype)
-    model.to_empty(device=runtime.device)
-    load_weights(folder, model)
-    return model
-
-
-def open_stage(
-    cfg: RlConfig,
-    runtime: Runtime,
-    start: Start,
-    stream: RowStream,
-    num_steps: int,
-    samples: int,
-    what: str,
-) -> Stage[RowStream]:
-    """Plan the run and assemble the stage; a step trains on at most `samples` documents."""
-    model, T = start.model, start.model.config.context_length
-    rows = 1 if cfg.device_batch_size == "auto" else cfg.device_batch_size
-    per_pass = rows * runtime.world_size
-    plan = make_plan(
-        model.config,
-        batching=Batching(
-            device_batch_size=cfg.device_batch_size,
-            total_batch_size=-(-samples // per_pass) * per_pass * T,
-            recompute=cfg.recompute,
-        ),
-        duration=Duration(num_steps=num_steps),
-        learning=cfg.learning,
-        sequence_length=T,
-        world_size=runtime.world_size,
-        device_type=runtime.device.type,
-        dtype=runtime.dtype,
-        memory_limit=runtime.memory_limit(),
-    )
-    model.recompute = cfg.recompute
-    source = {"stage": start.meta["stage"], "tag": start.meta["tag"], "step": start.meta["step"]}
-    return assemble(
-        "rl",
-        cfg,
-        runtime,
-        model,
-        start.tokenizer,
-        RolloutPlan(**vars(plan), what=what),
-        stream,
-        HeldOut([]),
-        {"source": source},
-    )
-
-
-def is_compiled(cfg: RlConfig, runtime: Runtime) -> bool:
-    """Then every micro-batch should have the same shape."""
-    return cfg.run.compile == "on" or (cfg.run.compile == "auto" and runtime.device.type == "cuda")
 
 
 def every_rounds(steps: int, updates: int) -> int:
@@ -584,83 +444,6 @@ def learn_pairs(cfg: RlConfig, runtime: Runtime, start: Start) -> Stage[RowStrea
         stage.record(*learn_preferences(cfg, stage, pairs))
     stage.close()
     return stage
-
-
-def open_pairs(cfg: RlConfig, start: Start) -> TokenStore:
-    return pairs_store(
-        Path(cfg.preferences.pairs).expanduser(),
-        start.tokenizer,
-        start.model.config.context_length + 1,
-        system=start.system,
-        bad_rows=cfg.preferences.bad_rows,
-    )
-
-
-def compare(
-    cfg: RlConfig, stage: Stage[RowStream], pairs: Pairs, indices: Sequence[int]
-) -> tuple[PairScores, torch.Tensor, list[Rows]]:
-    """DPO's scores of some pairs, their log-probabilities, and the rows they are in."""
-    ours, rows = answer_logprobs(
-        stage.model,
-        pairs,
-        indices,
-        stage.plan.device_batch_size,
-        fill_up=is_compiled(cfg, stage.runtime),
-    )
-    scores = pair_scores(
-        ours,
-        pairs.of_reference(indices),
-        answer_lengths(pairs.samples(indices)),
-        beta=cfg.preferences.beta,
-        length_normalised=cfg.preferences.length_normalised,
-    )
-    return scores, ours, rows
-
-
-def learn_preferences(
-    cfg: RlConfig, stage: Stage[RowStream], pairs: Pairs
-) -> tuple[StepStats, dict[str, float]]:
-    """One optimizer step on the next pairs, and what to log beside it."""
-    runtime, began = stage.runtime, time.perf_counter()
-    indices = [next(stage.loader)[2] for _ in range(cfg.rollouts.prompts_per_step)]
-    mine = indices[runtime.rank :: runtime.world_size]
-    scores, ours, rows = compare(cfg, stage, pairs, mine)
-    stats = train_step(
-        stage.model,
-        stage.optimizer,
-        [r.weighted(scores.weights) for r in rows],
-        stage.plan.hypers(stage.state.step),
-        runtime,
-        stage.loss_scale,
-        divisor=len(indices),
-    )
-    sums = {**tally_pairs(scores, ours), "tokens": float(sum(r.tokens for r in rows))}
-    sums = sum_over_ranks(sums, runtime)
-    tokens = int(sums.pop("tokens"))
-    stage.loader.count(0, len(indices), tokens)
-    seconds = time.perf_counter() - began
-    metrics = pair_metrics(sums)
-    return replace(stats, loss=metrics["pair_loss"], tokens=tokens, seconds=seconds), metrics
-
-
-def pair_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """Means over pairs."""
-    return {name: value / sums["pairs"] for name, value in sums.items() if name != "pairs"}
-
-
-def evaluate_pairs(
-    cfg: RlConfig, stage: Stage[RowStream], pairs: Pairs, held_out: Sequence[int]
-) -> dict[str, float]:
-    """Loss, wins and margins on the pairs that are not trained on; each rank its share."""
-    runtime = stage.runtime
-    mine = list(held_out)[runtime.rank :: runtime.world_size]
-    stage.model.eval()
-    scores, ours, _ = compare(cfg, stage, pairs, mine)
-    stage.model.train()
-    metrics = pair_metrics(sum_over_ranks(tally_pairs(scores, ours), runtime))
-    stage.state.metrics = metrics
-    stage.log.eval(stage.state.step, metrics)
-    return metrics
 
 
 if __name__ == "__main__":

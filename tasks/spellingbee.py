@@ -205,9 +205,13 @@ class SimpleSpelling(_WordTask):
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Right: each word's letters, one by one, on its own line; whatever marks and case."""
-        lines = completion.strip().lower().split("\n")
-        spelled = [re.split(r"[\s,.\-]+", line.strip(" .")) for line in lines]
-        return spelled == [list(word) for word in conversation["words"]]
+        return spelled_letters(completion) == [list(word) for word in conversation["words"]]
+
+    def well_formed(self, conversation: Conversation, completion: str) -> bool:
+        lines = spelled_letters(completion)
+        return len(lines) == len(conversation["words"]) and all(
+            len(letter) == 1 for line in lines for letter in line
+        )
 
 
 class SpellingBee(_WordTask):
@@ -264,6 +268,16 @@ class SpellingBee(_WordTask):
 
     def well_formed(self, conversation: Conversation, completion: str) -> bool:
         return final_answer(completion) is not None
+
+
+def spelled_letters(completion: str) -> list[list[str]]:
+    """The letters of each line.
+
+    >>> spelled_letters("B-a-d.\n o n e")
+    [['b', 'a', 'd'], ['o', 'n', 'e']]
+    """
+    lines = completion.strip().lower().split("\n")
+    return [re.split(r"[\s,.\-]+", line.strip(" .")) for line in lines]
 
 
 def count_up(letter: str, count: int) -> str:

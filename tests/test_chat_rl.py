@@ -233,6 +233,19 @@ def test_a_format_bonus_is_logged_apart_from_the_reward(folder: Path) -> None:
     assert "bonus" not in records(folder, "eval")[-1]
 
 
+def test_a_mixture_is_judged_by_each_of_its_tasks(folder: Path) -> None:
+    """Tool calls included: the arithmetic is answered with whatever the model says to it."""
+    run(folder, config(mix=("letters:1", "arithmetic:40:0.5"), num_steps=4))
+    last = records(folder, "eval")[-1]
+    names = {name for name in last if name.startswith("pass@1_greedy_")}
+    assert names == {"pass@1_greedy_letters", "pass@1_greedy_arithmetic"}
+    assert last["pass@1_greedy"] == pytest.approx(sum(last[name] for name in names) / 2)
+    (end,) = records(folder, "end")
+    documents = {name: value["documents"] for name, value in end["consumed"].items()}
+    assert sum(documents.values()) == 16
+    assert documents["letters"] > documents["arithmetic"] > 0
+
+
 def test_the_report_shows_it(folder: Path) -> None:
     run(folder, config(num_steps=4, evaluating={"eval_every": 2}))
     with tiny_runs.base_dir(folder):

@@ -20,7 +20,7 @@ from nanochat.config import Learning
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import Hypers, Optimizer, parameter_rules
-from nanochat.rl import Sample, pack_samples
+from nanochat.rl_rows import Sample, pack_samples
 from nanochat.train import LossScale, train_step
 
 CONFIG = GPTConfig(

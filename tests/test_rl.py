@@ -21,20 +21,22 @@ from nanochat.optim import Hypers
 from nanochat.rl import (
     Group,
     Prompt,
-    Rows,
     RowStream,
-    Sample,
     Verdict,
     as_sample,
     check_sampling,
     checked_reward,
     describe_tally,
     group_advantages,
+    tally,
+)
+from nanochat.rl_rows import (
+    Rows,
+    Sample,
     mean_kl,
     pack_samples,
     policy_batches,
     score,
-    tally,
 )
 from nanochat.runtime import Runtime
 from nanochat.train import train_step

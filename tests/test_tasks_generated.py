@@ -91,6 +91,24 @@ def test_the_reference_answer_is_right_and_another_is_not(kind: str, split: str)
         assert not task.evaluate(conversation, conversation["messages"][0]["content"])
 
 
+@pytest.mark.parametrize(
+    ("kind", "wrong", "unreadable"),
+    [
+        ("simple", "b a n", "ban"),
+        ("bee", "b a n\n#### 77", "b a n: 77"),
+        ("arithmetic", "#### 123456", "It is 123456."),
+    ],
+)
+def test_a_well_formed_answer_can_be_judged(kind: str, wrong: str, unreadable: str):
+    """What a format bonus is for: a wrong answer may have it, an unreadable one not."""
+    task = make(kind, "test", size=20)
+    for conversation in task:
+        assert task.well_formed(conversation, said(conversation))
+        assert task.well_formed(conversation, wrong)
+        assert not task.evaluate(conversation, wrong)
+        assert not task.well_formed(conversation, unreadable)
+
+
 @pytest.mark.parametrize("kind", ["bee", "arithmetic"])
 def test_tool_outputs_are_what_the_calculator_says(kind: str):
     """In training the model sees just what the engine will insert."""

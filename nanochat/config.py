@@ -355,8 +355,9 @@ class RlEvaluating(Evaluating):
     """Held-out problems (dpo: pairs) over all tasks."""
     eval_samples: int = 4
     """Answers drawn to each of them beside the greedy one."""
-    sample_every: int = 0
-    """Optimizer steps between printed rollouts; 0 = only the last one."""
+    sample_every: int = 20
+    """Optimizer steps between rollouts that are printed and saved, with their rewards; 0 = only the
+    last one."""
 
 
 @dataclass(frozen=True)

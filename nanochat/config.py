@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
+from nanochat import help_page
 from nanochat.errors import UserError
 
 T = TypeVar("T")
@@ -22,12 +23,16 @@ T = TypeVar("T")
 def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
     """Read a configuration from the command line; unknown flags end the program with status 2."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    return tyro.cli(
-        cls,
-        args=_gathered(arguments, _list_flags(cls)),
-        description=description,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
-    )
+    if description and not {"-h", "--help"}.isdisjoint(arguments):
+        print(help_page.laid_out(description), end="\n\n")
+    with help_page.registry:
+        return tyro.cli(
+            cls,
+            prog=help_page.program(),
+            args=_gathered(arguments, _list_flags(cls)),
+            description="",
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
 
 
 def _list_flags(cls: type[Any]) -> set[str]:
@@ -135,10 +140,7 @@ class Batching:
 
 @dataclass(frozen=True)
 class Duration:
-    """When training stops: the first of these that is set, in this order.
-
-    Epochs come last, since they are the default of some stages and must not overrule a flag.
-    """
+    """When training stops: the first of these that is set, in this order."""
 
     num_steps: int | None = None
     """Optimizer steps."""
@@ -148,6 +150,7 @@ class Duration:
     """Training FLOPs, e.g. 1e18."""
     target_param_data_ratio: float | None = None
     """Tokens per parameter of the block matrices and the head."""
+    # Last, since epochs are the default of some stages and must not overrule a flag.
     epochs: int | None = None
     """Passes over all sources; an epoch covers every row exactly once."""
 

@@ -1,7 +1,11 @@
-"""Pretrain a base model on text: `python -m scripts.base_train --depth 4 --corpus bbe`.
+"""Pretrain a base model on text.
 
-Needs the encoded corpus (scripts.tok_encode). On several GPUs:
-`torchrun --nproc_per_node 8 -m scripts.base_train --depth 20`.
+Needs the encoded corpus (scripts.tok_encode). scripts.plan shows with the same flags what a run
+will do, and take.
+
+Examples:
+    python -m scripts.base_train --depth 4 --context-length 256 --corpus bbe --num-steps 400
+    torchrun --standalone --nproc_per_node 8 -m scripts.base_train --depth 20
 """
 
 from collections.abc import Mapping, Sequence

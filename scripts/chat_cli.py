@@ -1,7 +1,12 @@
-"""Talk to a model: `python -m scripts.chat_cli`, or `-p "Who are you?"` for one answer.
+"""Talk to a model on the command line.
 
 Without a terminal the prompt is read from standard input, and only the answer goes to standard
-output: `echo "Spell cat" | python -m scripts.chat_cli > answer.txt`.
+output.
+
+Examples:
+    python -m scripts.chat_cli
+    python -m scripts.chat_cli --source mid -p "Who are you?"
+    echo "Spell cat" | python -m scripts.chat_cli > answer.txt
 """
 
 import json

@@ -1,12 +1,15 @@
-"""Measure a chat model on tasks: `python -m scripts.chat_eval --source sft --task gsm8k`.
+"""Measure a chat model on tasks.
 
 Categorical tasks are answered by the most likely option, generative ones by decoding, with the
-calculator. Without --task all tasks that have answers to check are measured. On several GPUs:
-`torchrun --nproc_per_node 8 -m scripts.chat_eval --source sft`.
+calculator. Without --task all tasks that have answers to check are measured.
 
 Results go to report/eval_<stage>-<tag>.json under NANOCHAT_BASE_DIR, next to what is known of the
 same checkpoint, each as soon as its task is done. With --resume a task that has been measured on
 this checkpoint with these settings is not measured again.
+
+Examples:
+    python -m scripts.chat_eval --source sft --task spellingbee --max-problems 100
+    torchrun --standalone --nproc_per_node 8 -m scripts.chat_eval --source sft
 """
 
 import math

@@ -1,12 +1,17 @@
-"""Reinforce a chat model on tasks with rewards: `python -m scripts.chat_rl --mix arithmetic`.
+"""Reinforce a chat model on tasks with rewards.
 
 Every step samples `--group-size` answers to each of `--prompts-per-step` prompts, calculator calls
 included, and makes those likelier that got more reward than the others to the same prompt
 (nanochat/rl.py has the algorithm). What is held out of the tasks' train split is answered on the
 way; the test split is for `scripts.chat_eval --source rl`.
 
-`--algo dpo --pairs pairs.jsonl` learns from pairs of a better and a worse answer instead
+With `--algo dpo` it learns from pairs of a better and a worse answer instead
 (nanochat/preferences.py).
+
+Examples:
+    python -m scripts.chat_rl --mix arithmetic --num-steps 50
+    torchrun --standalone --nproc_per_node 8 -m scripts.chat_rl --mix gsm8k
+    python -m scripts.chat_rl --algo dpo --pairs pairs.jsonl
 """
 
 import time

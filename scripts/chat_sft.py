@@ -1,7 +1,11 @@
-"""Instruction-tune a mid-trained model: `python -m scripts.chat_sft`.
+"""Instruction-tune a mid-trained model.
 
 The same conversations as in mid-training, or others, but only what the assistant says is trained
 (`--prompt-weight 0`), and the learning rate falls to zero over the whole run.
+
+Examples:
+    python -m scripts.chat_sft --corpus bbe --mix customjson:2 arithmetic:1000
+    torchrun --standalone --nproc_per_node 8 -m scripts.chat_sft
 """
 
 from nanochat.config import SftConfig

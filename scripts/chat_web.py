@@ -1,8 +1,12 @@
-"""Serve models in the browser and with OpenAI's HTTP interface: `python -m scripts.chat_web`.
+"""Serve models in the browser and with OpenAI's HTTP interface.
 
 The page is at http://127.0.0.1:8000; any OpenAI client works with base URL
 http://127.0.0.1:8000/v1. To be reached from other machines it takes `--host 0.0.0.0`, and then
 better an `--api-key` too.
+
+Examples:
+    python -m scripts.chat_web
+    python -m scripts.chat_web --source sft rl --port 8080
 """
 
 import os

@@ -1,7 +1,8 @@
 """Find training documents that share text with the evaluation tasks, and drop them.
 
-python -m scripts.decontaminate --corpus climbmix --task mmlu gsm8k
-python -m scripts.decontaminate --corpus climbmix --drop
+Examples:
+    python -m scripts.decontaminate --corpus climbmix --task mmlu gsm8k
+    python -m scripts.decontaminate --corpus climbmix --drop
 
 A document is contaminated if it has 13 consecutive words in common with a question or an answer
 (as in arXiv 2005.14165): lower case, without punctuation. Memory holds the evaluation tasks' words,

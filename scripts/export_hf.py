@@ -1,8 +1,11 @@
-"""Export a model for transformers: `python -m scripts.export_hf --source sft`.
+"""Export a model for transformers.
 
 Models trained with --portable become transformers' own `nanochat` type; the others carry their
 code along and are loaded with trust_remote_code=True. The result is loaded with transformers and
 compared with the checkpoint, logit by logit, before the folder gets its name. Needs the extra `hf`.
+
+Example:
+    python -m scripts.export_hf --source sft --out my-model
 """
 
 from dataclasses import dataclass

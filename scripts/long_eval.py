@@ -1,14 +1,17 @@
-"""What a model makes of a long context: `python -m scripts.long_eval --source mid --corpus bbe`.
+"""What a model makes of a long context.
 
 Loss by position, what the far context gains, bits per byte at the first and the present context,
 and a grid of hidden words (tasks/passkey.py) by depth and length. Written to
 report/long_eval_<stage>-<tag>.json, from which scripts.report draws.
 
-A model whose context was never extended can be asked beyond it, its rotary base as it is:
-`--source base --context-length 1024`.
+A model whose context was never extended can be asked beyond it, its rotary base as it is.
 
-B batch, T time (the context), W the short context, S targets per short row
+Examples:
+    python -m scripts.long_eval --source mid --corpus bbe
+    python -m scripts.long_eval --source base --corpus bbe --context-length 1024
 """
+
+# B batch, T time (the context), W the short context, S targets per short row
 
 import json
 import math

@@ -1,8 +1,12 @@
-"""Mid-train a base model on conversations and tasks: `python -m scripts.mid_train`.
+"""Mid-train a base model on conversations and tasks.
 
 Every token is trained (`--prompt-weight 1`), in conversation format, while a share of the
 pretraining text is replayed (`--replay`): without it a small model forgets within minutes.
 `--context-length` extends the context, see `gpt.extend_context`.
+
+Examples:
+    python -m scripts.mid_train --corpus bbe --mix customjson:2 spellingbee:3000 arithmetic:3500
+    torchrun --standalone --nproc_per_node 8 -m scripts.mid_train --context-length 8192
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,10 @@
-"""Write the report card: `python -m scripts.report`.
+"""Write the report card.
 
 Gathers every stage's metrics and evaluations under NANOCHAT_BASE_DIR into report/report.md and a
 self-contained report/report.html. It can be run at any time; what is not there yet is named.
+
+Example:
+    python -m scripts.report
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,8 @@
 """Show what a model is trained on, token by token: real rows of the real loader.
 
-python -m scripts.show_batch --stage sft
-python -m scripts.show_batch --stage mid --task gsm8k --html gsm8k.html
+Examples:
+    python -m scripts.show_batch --stage sft
+    python -m scripts.show_batch --stage mid --task gsm8k --html gsm8k.html
 
 Tokens are coloured by their weight in the loss. Sources and settings are those that the checkpoint
 of this stage and tag was trained with, where there is one, else the stage's defaults; flags

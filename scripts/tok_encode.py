@@ -1,6 +1,7 @@
 """Encode a corpus into token stores, from which training reads.
 
-python -m scripts.tok_encode --corpus bbe
+Example:
+    python -m scripts.tok_encode --corpus bbe
 
 Each shard is encoded on its own, by one process or several: an interrupted run goes on where it
 stopped, and shards that are downloaded later are appended by running it again.

@@ -1,6 +1,7 @@
 """Measure the tokenizer: bytes per token beside GPT-2's and GPT-4's, and the way back to the text.
 
-python -m scripts.tok_eval --corpus bbe
+Example:
+    python -m scripts.tok_eval --corpus bbe
 
 More bytes per token mean fewer tokens for the same text. GPT-2's and GPT-4's vocabularies are used
 if tiktoken has them in its cache (`TIKTOKEN_CACHE_DIR`), or may fetch them (`--online`). The result

@@ -1,7 +1,8 @@
 """Train the tokenizer on a corpus.
 
-python -m scripts.tok_train --corpus bbe --vocab-size 4096
-python -m scripts.tok_train --corpus climbmix
+Examples:
+    python -m scripts.tok_train --corpus bbe --vocab-size 4096
+    python -m scripts.tok_train --corpus climbmix
 
 Running it again with the same settings keeps the tokenizer that is there.
 """

@@ -19,6 +19,7 @@ LAYERS = [
         "config",
         "conversation",
         "execution",
+        "help_page",
         "kv_cache",
         "paths",
         "progress",

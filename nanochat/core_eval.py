@@ -316,12 +316,17 @@ def load_bundle(bundle: Path) -> tuple[list[CoreTask], list[str]]:
             raise UserError(
                 f"{bundle}/core.yaml: {label} is of type '{kind}', not one of {', '.join(_FIELDS)}"
             )
+        if label not in baselines:
+            raise UserError(f"{bundle}/eval_meta_data.csv has no random baseline for {label}")
         try:
             chance = float(baselines[label]) / 100
-        except (KeyError, ValueError) as error:
+        except (TypeError, ValueError):  # a short row has None there
+            chance = math.nan
+        if not 0 <= chance < 1:
             raise UserError(
-                f"{bundle}/eval_meta_data.csv has no random baseline for {label} ({error})"
-            ) from error
+                f"{bundle}/eval_meta_data.csv: the random baseline '{baselines[label]}' of {label} "
+                "must be a percentage from 0 to below 100"
+            )
         path = bundle / "eval_data" / entry["dataset_uri"]
         if not path.is_file():
             missing.append(label)
@@ -398,17 +403,31 @@ class HFEncoder:
         return [list(ids) for ids in encoded["input_ids"]]
 
 
-def load_hf(path: str, runtime: Runtime) -> tuple[LogitsScorer, HFEncoder]:
-    """Any causal language model that transformers can load, by folder or hub id (extra `hf`)."""
+def load_hf(
+    path: str, runtime: Runtime, trust_remote_code: bool = False
+) -> tuple[LogitsScorer, HFEncoder]:
+    """Any causal language model that transformers can load, by folder or hub id (extra `hf`).
+
+    Our own exports load without trust: their class is the one of this package.
+    trust_remote_code: run the code that a model of another kind brings along.
+    """
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+        from nanochat.modeling_nanochat_full import NanoChatFullConfig, NanoChatFullForCausalLM
     except ImportError as error:
         raise UserError("--hf needs transformers; pip install 'nanochat[hf]'") from error
+    AutoConfig.register(NanoChatFullConfig.model_type, NanoChatFullConfig, exist_ok=True)
+    AutoModelForCausalLM.register(NanoChatFullConfig, NanoChatFullForCausalLM, exist_ok=True)
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=runtime.dtype)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--hf {path}: {' '.join(str(error).split())[:300]}") from error
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=runtime.dtype, **trust)
+        tokenizer = AutoTokenizer.from_pretrained(path, **trust)
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason and not trust_remote_code:
+            reason = "it brings its own code; run that, if you trust it, with --trust-remote-code"
+        raise UserError(f"--hf {path}: {reason[:300]}") from error
     model = model.to(runtime.device).eval()
     context_length = next(
         (

@@ -7,6 +7,7 @@
     open_corpus("org/name:content")  a data set on the hub, downloaded before
 
     python -m nanochat.dataset climbmix -n 8     download 8 training shards and the validation shard
+    python -m nanochat.dataset eval_bundle       download the task files of the CORE metric
 
 The split into train and val never depends on how much was downloaded or on files added later:
 `NamedCorpus`, `FolderCorpus` and `EmbeddedCorpus` say how each is split.
@@ -16,6 +17,8 @@ import argparse
 import hashlib
 import re
 import sys
+import tempfile
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +26,7 @@ from pathlib import Path
 from nanochat import paths
 from nanochat.corpus import BadRows, Corpus, EmbeddedCorpus, Shard, Split, bbe_chapters
 from nanochat.corpus_files import EXTENSIONS, FolderCorpus, Problem, read_parquet
-from nanochat.download import fetch_files, list_files
+from nanochat.download import fetch_files, fetch_url, list_files
 from nanochat.errors import UserError
 
 
@@ -193,19 +196,67 @@ def download(spec: str, num_shards: int, workers: int = 4) -> list[Path]:
     return [folder / file for file in files]
 
 
+# Written down from memory too.
+BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+_BUNDLE = "eval_bundle"
+
+
+def fetch_bundle(url: str = BUNDLE_URL) -> Path:
+    """Where the CORE metric's task files are, downloaded and unpacked unless they were before.
+
+    The archive holds core.yaml, eval_meta_data.csv and eval_data/, on top or in a folder.
+    """
+    folder = paths.eval_bundle_dir()
+    if folder.is_dir():
+        return folder
+    archive = paths.corpora_dir() / f"{_BUNDLE}.zip"
+    if not archive.exists():
+        try:
+            fetch_url(url, archive)
+        except UserError as error:
+            raise UserError(
+                f"CORE's task files are not in {folder} and cannot be fetched: {error}; put a copy "
+                "of the bundle there, or name one with --bundle"
+            ) from error
+    with (
+        zipfile.ZipFile(archive) as opened,
+        tempfile.TemporaryDirectory(
+            prefix=f".{_BUNDLE}.", suffix=".tmp", dir=folder.parent
+        ) as aside,
+    ):
+        opened.extractall(aside)
+        found = sorted(Path(aside).rglob("core.yaml"))
+        if not found:
+            archive.unlink()
+            raise UserError(f"{url} is no bundle of CORE's task files: it has no core.yaml")
+        with paths.atomic_folder(folder) as unpacked:
+            for path in found[0].parent.iterdir():
+                path.rename(unpacked / path.name)
+    archive.unlink()
+    return folder
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m nanochat.dataset", description="Download shards of a pretraining corpus."
+        prog="python -m nanochat.dataset",
+        description="Download shards of a pretraining corpus, or the CORE metric's task files.",
     )
     parser.add_argument(
-        "corpus", nargs="?", default="climbmix", help=f"{', '.join(NAMED)} or ORG/NAME on the hub"
+        "corpus",
+        nargs="?",
+        default="climbmix",
+        help=f"{', '.join(NAMED)}, ORG/NAME on the hub, or {_BUNDLE}",
     )
     parser.add_argument(
-        "-n", "--num-shards", type=int, required=True, help="training shards, from the first"
+        "-n", "--num-shards", type=int, default=8, help="training shards, from the first (8)"
     )
-    parser.add_argument("--workers", type=int, default=4, help="files fetched at a time")
+    parser.add_argument("--workers", type=int, default=4, help="files fetched at a time (4)")
+    parser.add_argument("--url", default=BUNDLE_URL, help=f"of the {_BUNDLE}")
     arguments = parser.parse_args(argv)
     try:
+        if arguments.corpus == _BUNDLE:
+            print(f"CORE's task files are in {fetch_bundle(arguments.url)}")
+            return
         if arguments.corpus == EmbeddedCorpus.name:
             chapters = len(bbe_chapters())
             print(f"bbe is embedded ({chapters} chapters): there is nothing to download")

@@ -1,4 +1,4 @@
-"""Files from the Hugging Face hub, or a mirror of it, that are whole or not there at all.
+"""Files from the Hugging Face hub or a mirror of it (or any address), whole or not there at all.
 
 `huggingface_hub` speaks to the server; what is added here is that a download goes on where an
 earlier process was stopped, that several run beside each other under one progress bar, and that
@@ -10,6 +10,8 @@ import logging
 import os
 import re
 import threading
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -49,12 +51,19 @@ def list_files(repository: str, extensions: tuple[str, ...]) -> list[str]:
     return files
 
 
-def fetch_files(repository: str, files: list[str], folder: Path, workers: int) -> None:
+def fetch_url(url: str, target: Path) -> None:
+    """Download one file from anywhere, as `fetch_files` does; the hub's token stays here."""
+    fetch_files(url, [target.name], target.parent, 1, url=url)
+
+
+def fetch_files(
+    repository: str, files: list[str], folder: Path, workers: int, url: str | None = None
+) -> None:
     """Download `files` into `folder`, `workers` at a time; each appears when it is verified.
 
-    Dropped and stalled connections are resumed, with growing pauses. After `_ATTEMPTS` failures in
-    a row without a new byte it is a `UserError`; what was fetched is kept under `folder/.partial`
-    and continued by the next call.
+    With `url` it is one file, from there. Dropped and stalled connections are resumed, with growing
+    pauses. After `_ATTEMPTS` failures in a row without a new byte it is a `UserError`; what was
+    fetched is kept under `folder/.partial` and continued by the next call.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import (
@@ -74,7 +83,7 @@ def fetch_files(repository: str, files: list[str], folder: Path, workers: int) -
     constants.DOWNLOAD_CHUNK_SIZE = _CHUNK
     try:
         with progress_bar(f"downloading {repository}", 0) as bar:
-            fetcher = _Fetcher(repository, folder, bar, len(files))
+            fetcher = _Fetcher(repository, folder, bar, len(files), url)
             with ThreadPoolExecutor(min(workers, len(files))) as pool:
                 futures = [pool.submit(fetcher.fetch, file) for file in files]
                 try:
@@ -123,10 +132,11 @@ class _PartFile:
 
 
 class _Fetcher:
-    """Downloads files of one repository; `fetch` runs in several threads."""
+    """Downloads files of one repository, or the one of a URL; `fetch` runs in several threads."""
 
-    def __init__(self, repository: str, folder: Path, bar: Bar, num_files: int):
+    def __init__(self, repository: str, folder: Path, bar: Bar, num_files: int, url: str | None):
         self.repository = repository
+        self.url = url
         self.folder = folder
         self.bar = bar
         self.num_files = num_files
@@ -161,10 +171,11 @@ class _Fetcher:
                     _raise_if_hopeless(error, self.repository, file)
                     failures = 1 if self._fetched(partial, file) > before else failures + 1
                     if failures >= _ATTEMPTS:
+                        mirror = "(HF_ENDPOINT names a mirror, NANOCHAT_HUB_DIR a local copy)"
                         raise UserError(
                             f"{file} of {self.repository} could not be downloaded: {_line(error)}; "
                             "what was fetched is kept: run the same command again later "
-                            "(HF_ENDPOINT names a mirror, NANOCHAT_HUB_DIR a local copy)"
+                            + (mirror if self.url is None else "")
                         ) from error
                     self.stop.wait(min(_FIRST_WAIT * 2 ** (failures - 1), _LONGEST_WAIT))
         finally:
@@ -178,8 +189,11 @@ class _Fetcher:
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers
 
-        url = hf_hub_url(self.repository, file, repo_type="dataset", endpoint=_endpoint())
-        metadata = get_hf_file_metadata(url)
+        url = self.url or hf_hub_url(
+            self.repository, file, repo_type="dataset", endpoint=_endpoint()
+        )
+        token = False if self.url else None  # None: the user's, if there is one
+        metadata = get_hf_file_metadata(url, token=token)
         size, etag = metadata.size, metadata.etag or ""
         # The content's tag is part of the name: what was fetched of another version is no start.
         part = partial / f"{_safe(file)}.{_safe(etag)[:16]}.part"
@@ -201,7 +215,7 @@ class _Fetcher:
                         url,
                         counted,
                         resume_size=done,
-                        headers=build_hf_headers(),
+                        headers=build_hf_headers(token=token),
                         expected_size=size,
                     )
                 except OSError as error:
@@ -245,6 +259,14 @@ def _verify(path: Path, size: int | None, etag: str) -> str:
             pq.ParquetFile(path).close()
         except pa.ArrowException as error:
             return f"its parquet footer cannot be read ({error})"
+    if ".zip." in path.name:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            return f"it is no zip archive ({error})"
+        if damaged is not None:
+            return f"{damaged} in it is damaged"
     return ""
 
 

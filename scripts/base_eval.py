@@ -1,14 +1,17 @@
 """Evaluate a model on text: bits per byte, samples, and the CORE metric where its bundle is.
 
-python -m scripts.base_eval --source base
-python -m scripts.base_eval --hf PATH         the CORE metric of any Hugging Face causal LM
+Examples:
+    python -m scripts.base_eval --source base
+    python -m scripts.base_eval --source base --core yes
+    python -m scripts.base_eval --hf PATH         the CORE metric of any Hugging Face causal LM
 
-CORE (arXiv 2406.11794) needs its task files in NANOCHAT_BASE_DIR/eval_bundle or `--bundle`.
+CORE (arXiv 2406.11794) needs its task files in NANOCHAT_BASE_DIR/eval_bundle or `--bundle`; with
+`--core yes` and with `--hf` they are downloaded where they are missing.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -16,6 +19,7 @@ from nanochat import paths
 from nanochat.checkpoint_manager import find, load_model, read_meta
 from nanochat.core_eval import describe_core, evaluate_core, load_hf
 from nanochat.dataloader import DataLoader, Source
+from nanochat.dataset import BUNDLE_URL, fetch_bundle
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.launch import launch
@@ -38,12 +42,18 @@ class Config:
     """Tokens of each split that are measured, at least one batch."""
     batch_size: int = 16
     """Rows computed at once."""
+    core: Literal["auto", "yes", "no"] = "auto"
+    """Whether to measure CORE; auto: where its task files are."""
     bundle: Path | None = None
-    """CORE's task files; default: NANOCHAT_BASE_DIR/eval_bundle, skipped where it is missing."""
+    """CORE's task files; default: NANOCHAT_BASE_DIR/eval_bundle."""
+    bundle_url: str = BUNDLE_URL
+    """Where they are downloaded from."""
     max_per_task: int | None = None
     """A quick look at CORE: at most so many items of each task."""
     hf: str | None = None
     """Measure CORE of this Hugging Face model instead (a folder or a hub id)."""
+    trust_remote_code: bool = False
+    """Run the code that the model of --hf brings along; our own exports don't need it."""
     resume: bool = False
     """Keep what an earlier run of this command has measured on this checkpoint."""
     device: str = "auto"
@@ -74,18 +84,20 @@ def bits_per_byte(
 
 
 def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
-    bundle = cfg.bundle or paths.eval_bundle_dir()
+    bundle = core_bundle(cfg, runtime)
     if cfg.hf:
-        if not bundle.is_dir():
-            raise UserError(f"{bundle} is missing; put CORE's task files there, or give --bundle")
-        scorer, encoder = load_hf(cfg.hf, runtime)
+        if bundle is None:
+            raise UserError(f"--core {cfg.core} and --hf {cfg.hf}: nothing would be measured")
+        scorer, encoder = load_hf(cfg.hf, runtime, cfg.trust_remote_code)
         result = evaluate_core(scorer, encoder, bundle, runtime, cfg.max_per_task)
         runtime.print(describe_core(result))
         return {"core": result}
 
     asked = questions(cfg, bundle)
-    if "core" not in asked:
-        runtime.print(f"CORE is not measured: {bundle} is missing")
+    if bundle is None and cfg.core == "auto":
+        runtime.print(
+            f"CORE is not measured: {paths.eval_bundle_dir()} is missing (--core yes downloads it)"
+        )
     known: dict[str, Any] = {}
     if cfg.resume:
         meta = read_meta(find(cfg.source, cfg.step), verify=False)
@@ -126,7 +138,7 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
             for sample in samples:
                 runtime.print(f"  {sample['prompt']} |{sample['text']}")
         record("bpb", bpb=bpb, samples=samples)
-    if "core" in asked and "core" not in kept:
+    if bundle is not None and "core" not in kept:
         core = evaluate_core(model, tokenizer, bundle, runtime, cfg.max_per_task)
         runtime.print(describe_core(core))
         key = "core" if "core" in core else "core_partial"
@@ -134,12 +146,28 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
     return known
 
 
-def questions(cfg: Config, bundle: Path) -> dict[str, dict[str, Any]]:
+def core_bundle(cfg: Config, runtime: Runtime) -> Path | None:
+    """The folder of CORE's task files; None where CORE is not to be measured."""
+    if cfg.core == "no":
+        return None
+    if cfg.bundle is not None:
+        if not cfg.bundle.is_dir():
+            raise UserError(f"--bundle {cfg.bundle} is no folder; name one with CORE's task files")
+        return cfg.bundle
+    if cfg.core == "yes" or cfg.hf:
+        if runtime.is_main:
+            fetch_bundle(cfg.bundle_url)
+        runtime.barrier()
+    folder = paths.eval_bundle_dir()
+    return folder if folder.is_dir() else None
+
+
+def questions(cfg: Config, bundle: Path | None) -> dict[str, dict[str, Any]]:
     """What is to be measured, and what its result depends on beside the model."""
     asked: dict[str, dict[str, Any]] = {
         "bpb": {"corpus": cfg.corpus, "eval_tokens": cfg.eval_tokens}
     }
-    if bundle.is_dir():
+    if bundle is not None:
         files = [path.stat() for path in bundle.rglob("*") if path.is_file()]
         asked["core"] = {
             "max_per_task": cfg.max_per_task,

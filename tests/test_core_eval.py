@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tiny_models import tiny_model, tiny_tokenizer
 
 from nanochat.core_eval import describe_core, evaluate_core, load_bundle, load_hf
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime, single
-from nanochat.scoring import LogitsScorer
+from nanochat.scoring import GPTScorer, LogitsScorer
 
 V = 257
 
@@ -306,6 +307,10 @@ def test_bad_bundles_are_explained(tmp_path: Path) -> None:
     write_bundle(tmp_path, TASKS)
     (bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nschema,50\n")
     fails(bundle, "no random baseline for choosing")
+    for number in ("many", "", "nan", "100", "-1"):
+        rows = "".join(f"{label},{number}\n" for label in TASKS)
+        (bundle / "eval_meta_data.csv").write_text(f"Eval Task,Random baseline\n{rows}")
+        fails(bundle, f"random baseline '{number}' of .* must be a percentage from 0")
 
 
 def test_a_transformers_model_is_scored_with_the_same_code(tmp_path: Path) -> None:
@@ -341,3 +346,24 @@ def test_a_transformers_model_is_scored_with_the_same_code(tmp_path: Path) -> No
     assert result["num_tasks"] == 3
     with pytest.raises(UserError, match="--hf"):
         load_hf(str(tmp_path / "nothing"), single())
+
+
+def test_our_own_export_needs_no_trust_and_code_of_others_does(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from nanochat import export
+
+    tokenizer, model = tiny_tokenizer(), tiny_model()
+    export.export(model, tokenizer, tmp_path / "ours")
+    scorer, encoder = load_hf(str(tmp_path / "ours"), single())
+    assert encoder.bos == tokenizer.bos
+    texts = ["the king", " and more"]
+    assert encoder.encode_batch(texts) == tokenizer.encode_batch(texts)
+    prompts, options = [[tokenizer.bos, 70, 71]], [[[72, 73], [74]]]
+    theirs, ours = scorer.score(prompts, options), GPTScorer(model).score(prompts, options)
+    for mine, other in zip(ours[0], theirs[0], strict=True):
+        assert mine.logprob == pytest.approx(other.logprob, abs=1e-4)
+
+    settings = tmp_path / "ours" / "config.json"
+    settings.write_text(settings.read_text().replace("nanochat_full", "somebody_elses"))
+    with pytest.raises(UserError, match="run that, if you trust it, with --trust-remote-code"):
+        load_hf(str(tmp_path / "ours"), single())

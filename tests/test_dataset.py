@@ -3,10 +3,12 @@
 import gzip
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import threading
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -479,6 +481,7 @@ class Hub(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.faults: dict[str, list[str]] = {}
         self.requests: list[tuple[str, str, str | None]] = []
+        self.authorizations: list[str | None] = []
         self.with_sha = True
         self.with_ranges = True
         self.lock = threading.Lock()
@@ -516,6 +519,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, head: bool) -> None:
         hub = self.server
         hub.requests.append((self.command, self.path, self.headers.get("Range")))
+        hub.authorizations.append(self.headers.get("Authorization"))
         if self.path.startswith("/api/datasets/"):
             tree = [
                 {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
@@ -801,6 +805,69 @@ def test_data_set_on_the_hub(hub: Hub, tmp_path: Path) -> None:
 def test_impossible_downloads(spec: str, count: int, workers: int, says: str) -> None:
     with pytest.raises(UserError, match=says):
         dataset.download(spec, count, workers)
+
+
+def zipped(files: dict[str, str]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    return buffer.getvalue()
+
+
+BUNDLE = {
+    "eval_bundle/core.yaml": "icl_tasks: []",
+    "eval_bundle/eval_meta_data.csv": "Eval Task,Random baseline",
+    "eval_bundle/eval_data/world/a.jsonl": "".join(f"{i}\n" for i in range(20_000)),
+    "__MACOSX/eval_bundle/._core.yaml": "a shadow",
+}
+
+
+@pytest.mark.parametrize("with_sha", [True, False])
+@pytest.mark.parametrize("faults", [[], ["drop", "stall", "busy"], ["truncate", "page"]])
+def test_the_bundle_is_fetched_and_unpacked_once(
+    hub: Hub, faults: list[str], with_sha: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    hub.with_sha = with_sha
+    hub.files = {"bundle.zip": zipped(BUNDLE)}
+    hub.faults = {"bundle.zip": faults}
+    url = f"{os.environ['HF_ENDPOINT']}/any/resolve/main/bundle.zip"
+    folder = dataset.fetch_bundle(url)
+    assert folder == Path(os.environ["NANOCHAT_BASE_DIR"]) / "eval_bundle"
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert found == {"core.yaml", "eval_meta_data.csv", "eval_data/world/a.jsonl"}
+    data = BUNDLE["eval_bundle/eval_data/world/a.jsonl"]
+    assert (folder / "eval_data/world/a.jsonl").read_text() == data
+    left = {p.name for p in folder.parent.rglob("*") if p.is_file()} - {
+        Path(name).name for name in found
+    }
+    assert all(name.endswith(".lock") for name in left)
+    assert "secret" not in str(hub.authorizations), "it is for the hub alone"
+    count = len(hub.requests)
+    assert dataset.fetch_bundle(url) == folder
+    assert len(hub.requests) == count
+
+
+def test_a_bundle_that_cannot_be_had_is_explained(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"{os.environ['HF_ENDPOINT']}/any/resolve/main/bundle.zip"
+    with pytest.raises(UserError, match=r"eval_bundle and cannot be fetched: .*404.*--bundle"):
+        dataset.fetch_bundle(url)
+    monkeypatch.setattr(download, "_ATTEMPTS", 2)
+    hub.with_sha = False
+    hub.files = {"bundle.zip": b"no archive, and nothing tells" * 99}
+    with pytest.raises(UserError, match="no zip archive"):
+        dataset.fetch_bundle(url)
+    hub.files = {"bundle.zip": zipped({"other/file.txt": "x"})}
+    with pytest.raises(UserError, match=r"no bundle.*has no core\.yaml"):
+        dataset.fetch_bundle(url)
+    folder = Path(os.environ["NANOCHAT_BASE_DIR"]) / "eval_bundle"
+    assert not folder.exists()
+    with pytest.raises(SystemExit):
+        dataset.main(["eval_bundle", "--url", "http://127.0.0.1:9/x.zip"])
+    assert "cannot be fetched" in capsys.readouterr().err
 
 
 def test_command_line(

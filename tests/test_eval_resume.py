@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny_runs
 
+from nanochat.errors import UserError
 from nanochat.runtime import single
 from scripts import base_eval, chat_eval
 
@@ -125,7 +126,6 @@ def test_base_eval_keeps_what_it_knows(
         corpus=tiny_runs.corpus(encoded),
         eval_tokens=128,
         batch_size=1,
-        bundle=tmp_path / "bundle",
         device="cpu",
         dtype="float32",
         resume=True,
@@ -146,17 +146,16 @@ def test_base_eval_keeps_what_it_knows(
     assert measured(replace(cfg, eval_tokens=256)) == (2, 0, 1)
     assert measured(cfg) == (2, 0, 1)
 
-    data = tmp_path / "bundle" / "eval_data"
+    bundle = base / "eval_bundle"
+    data = bundle / "eval_data"
     data.mkdir(parents=True)
     entries = "".join(
         f"- {{label: {label}, dataset_uri: {label}.jsonl, num_fewshot: [0], "
         "icl_task_type: language_modeling}\n"
         for label in ("one", "two")
     )
-    (tmp_path / "bundle" / "core.yaml").write_text(f"icl_tasks:\n{entries}")
-    (tmp_path / "bundle" / "eval_meta_data.csv").write_text(
-        "Eval Task,Random baseline\none,0\ntwo,0\n"
-    )
+    (bundle / "core.yaml").write_text(f"icl_tasks:\n{entries}")
+    (bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\none,0\ntwo,0\n")
     item = json.dumps({"context": "the king", "continuation": "gave"})
     (data / "one.jsonl").write_text(item)
     assert measured(cfg) == (0, 1, 1), "the bundle is new"
@@ -165,5 +164,29 @@ def test_base_eval_keeps_what_it_knows(
     (data / "two.jsonl").write_text(item)
     assert measured(cfg) == (0, 1, 1), "it is complete now"
     assert measured(replace(cfg, max_per_task=1)) == (0, 1, 1)
+    assert measured(replace(cfg, core="no")) == (0, 0, 0)
     retrain(base, encoded)
     assert measured(cfg) == (2, 1, 1)
+
+
+def test_core_is_fetched_where_it_is_asked_for(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def fetch(url: str) -> Path:
+        asked.append(url)
+        raise UserError("no network")
+
+    monkeypatch.setattr(base_eval, "fetch_bundle", fetch)
+    cfg = base_eval.Config(device="cpu", dtype="float32", bundle_url="http://here/x.zip")
+    assert base_eval.core_bundle(cfg, single()) is None
+    assert asked == []
+    for wanted in (replace(cfg, core="yes"), replace(cfg, hf="somebody/model")):
+        with pytest.raises(UserError, match="no network"):
+            base_eval.main(wanted, single())
+    assert asked == [cfg.bundle_url] * 2
+    with pytest.raises(UserError, match=r"--bundle .*nowhere is no folder"):
+        base_eval.main(replace(cfg, bundle=tmp_path / "nowhere"), single())
+    with pytest.raises(UserError, match="nothing would be measured"):
+        base_eval.main(replace(cfg, hf="somebody/model", core="no"), single())

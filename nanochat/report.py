@@ -134,7 +134,7 @@ def _state(run: Run) -> str:
     if run.end is not None:
         return "finished"
     planned = as_number(run.planned("num_steps"))
-    return f"stopped, {planned:,.0f} steps planned" if planned else "not finished"
+    return f"stopped ({planned:,.0f} steps planned)" if planned else "not finished"
 
 
 def _flops(run: Run) -> float | None:
@@ -185,14 +185,20 @@ def _evaluations(material: Material) -> Section:
     for stage in stages:
         for key, value in last_evals.get(stage, {}).items():
             if key not in ("kind", "step") and (x := as_number(value)) is not None:
-                held_out.setdefault("validation bpb" if key == "bpb" else key, {})[stage] = x
+                held_out.setdefault(_measure(key), {})[stage] = x
         measured = material.evaluations.get(stage, {}).get("bpb")
         for split, value in (as_mapping(measured) or {"val": measured}).items():
             if (x := as_number(value)) is not None:
                 name = "validation bpb" if split == "val" else f"{split} bpb"
                 held_out.setdefault(name, {})[stage] = x
+    measures = [
+        [name, *(f"{values[s]:.4f}" if s in values else "–" for s in stages)]
+        for name, values in held_out.items()
+        if "bpb" not in name
+    ]
     for name, values in held_out.items():
-        add(name, {stage: f"{value:.4f}" for stage, value in values.items()})
+        if "bpb" in name:
+            add(name, {stage: f"{value:.4f}" for stage, value in values.items()})
     cores = {stage: _core(material.evaluations.get(stage, {})) for stage in stages}
     for partial in (False, True):
         name = "CORE, partial" if partial else "CORE"
@@ -221,7 +227,11 @@ def _evaluations(material: Material) -> Section:
         "Accuracies with their 95 % intervals (Wilson). bpb: bits per byte, lower is better. "
         "ChatCORE: mean accuracy of the tasks, centred so that guessing is 0."
     )
-    blocks: list[Block] = [Table(["", *(s.upper() for s in stages), "chance"], rows, note)]
+    head = ["", *(s.upper() for s in stages)]
+    blocks: list[Block] = [Table([*head, "chance"], rows, note)] if rows else []
+    if measures:
+        note = "At a run's last evaluation. Losses: of held-out conversations, in nats a token."
+        blocks.append(Table(["held out", *head[1:]], measures, note))
     for stage in stages:
         core = cores[stage][2]
         rows = [
@@ -238,6 +248,17 @@ def _evaluations(material: Material) -> Section:
             head = [f"CORE of {stage}", "accuracy", "chance", "centred"]
             blocks.append(Table(head, rows, note))
     return Section("Evaluation", blocks)
+
+
+def _measure(key: str) -> str:
+    """How a field of the eval records is called: `loss_tool_call` -> "loss, tool call"."""
+    if key.startswith("bpb"):
+        return f"validation bpb{key[3:].replace('_', ', ', 1)}"
+    if key == "loss_masked":
+        return "loss, masked: what instruction tuning minimises"
+    if key.startswith("loss_"):
+        return f"loss, {key[5:].replace('_', ' ')}"
+    return key.replace("_", " ")
 
 
 def _core(evaluation: Record) -> tuple[str, bool, Record]:

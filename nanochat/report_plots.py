@@ -8,9 +8,10 @@ from itertools import accumulate, pairwise
 
 from nanochat.report_blocks import Plot
 
+NUM_COLORS = 8
 _MAX_POINTS = 400
 _INK, _GRID = "#010203", "#040506"
-_SERIES = ["#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05", "#0a0b06"]
+_SERIES = [f"#0a0b0{i}" for i in range(NUM_COLORS)]
 """Stand-ins that become CSS variables, so that a plot follows the page's colour scheme."""
 
 
@@ -37,8 +38,8 @@ def plot_svg(plot: Plot, name: str) -> str:
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.6, 2.6), layout="constrained")
         axes = figure.add_subplot()
-        for number, (label, steps, values) in enumerate(plot.series):
-            color = _SERIES[number % len(_SERIES)]
+        for number, (_, steps, values) in enumerate(plot.series):
+            color = _SERIES[number % NUM_COLORS]
             width = 1.8
             marker = "o" if len(steps) < 12 else None
             if plot.smooth and len(values) >= 10:
@@ -50,7 +51,6 @@ def plot_svg(plot: Plot, name: str) -> str:
                 linewidth=width,
                 marker=marker,
                 markersize=3.5,
-                label=label.replace("$", r"\$"),  # no formula
             )
         if plot.from_zero:
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
@@ -67,8 +67,6 @@ def plot_svg(plot: Plot, name: str) -> str:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _axis_number(y)))
         axes.set_xlabel("step")
-        if any(label for label, _, _ in plot.series):
-            axes.legend(frameon=False, fontsize=9)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()

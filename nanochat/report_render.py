@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 from nanochat.report_blocks import Block, Plot, Quote, Section, Table, tick_text
-from nanochat.report_plots import plot_svg, smoothed
+from nanochat.report_plots import NUM_COLORS, plot_svg, smoothed
 
 
 def to_markdown(sections: Sequence[Section]) -> str:
@@ -60,10 +60,10 @@ def _plot_table(plots: Sequence[Plot]) -> Table:
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --page: #ffffff;
   --panel: #f6f8fa; --line: #d1d9e0; --c0: #0b62d6; --c1: #c2410c; --c2: #15803d; --c3: #9333ea;
-  --c4: #be185d; --c5: #0e7490; }
+  --c4: #be185d; --c5: #0e7490; --c6: #854d0e; --c7: #57606a; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9da7b3; --page: #0d1117;
   --panel: #161b22; --line: #30363d; --c0: #6cb2ff; --c1: #ff9d5c; --c2: #5dd28a; --c3: #c99bff;
-  --c4: #ff8cc0; --c5: #5cd0e6; } }
+  --c4: #ff8cc0; --c5: #5cd0e6; --c6: #e3b341; --c7: #b1bac4; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
@@ -95,14 +95,16 @@ td b { font-weight: inherit; white-space: nowrap; }
 figure { margin: 0; padding: .6rem .6rem .3rem; background: var(--panel);
   border: 1px solid var(--line); border-radius: 6px; }
 figcaption b { color: var(--ink); font-weight: 600; }
+.key { margin-right: .5em; white-space: nowrap; }
+.key i { display: inline-block; width: .7em; height: .7em; margin-right: .3em; border-radius: 50%; }
 figure svg { display: block; width: 100%; height: auto; color: var(--soft); }
 .label { margin: 1rem 0 .25rem; overflow-wrap: anywhere; }
 pre { margin: 0; padding: .6rem .8rem; background: var(--panel); border: 1px solid var(--line);
   border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }
 @media (max-width: 560px) { body { font-size: 15px; } main { padding: .5rem .75rem 3rem; }
-  table { font-size: .8rem; } .ci { display: block; font-size: .75em; } .beside { gap: 0; }
-  th, td { padding: .25rem .3rem; white-space: normal; }
-  td:first-child { min-width: 5rem; } }
+  table { font-size: .74rem; } .ci { display: block; font-size: .75em; } .beside { gap: 0; }
+  th, td { padding: .25rem .2rem; white-space: normal; }
+  td:first-child { min-width: 4.5rem; } }
 """
 
 
@@ -121,9 +123,10 @@ def to_html(sections: Sequence[Section]) -> str:
                     body.append(f'<div class="plots">{"".join(figures)}</div>')
             elif isinstance(block, Table):
                 table = _html_table(block)
-                if _is_list(block) and previous is not None and _is_list(previous):
-                    # Two narrow lists stand side by side where there is room.
-                    table = f'<div class="beside">{body.pop()}{table}</div>'
+                if isinstance(previous, Table) and _stand_beside(previous, block):
+                    before = body.pop()
+                    row = before if before.startswith(_BESIDE) else f"{_BESIDE}{before}</div>"
+                    table = f"{row.removesuffix('</div>')}{table}</div>"
                 body.append(table)
             elif isinstance(block, Quote):
                 label, text = html.escape(block.label), html.escape(block.text)
@@ -141,8 +144,12 @@ def to_html(sections: Sequence[Section]) -> str:
     )
 
 
-def _is_list(block: Block) -> bool:
-    return isinstance(block, Table) and len(block.head) <= 2
+_BESIDE = '<div class="beside">'
+
+
+def _stand_beside(previous: Table, table: Table) -> bool:
+    """Narrow lists, and grids of shares, stand side by side where there is room."""
+    return (previous.heat and table.heat) or max(len(previous.head), len(table.head)) <= 2
 
 
 def _html_cell(cell: str) -> str:
@@ -180,11 +187,13 @@ def _heat(cell: str) -> str:
 
 
 def _figure(plot: Plot, name: str) -> str:
+    """The panel under its caption, which is the legend too: there it never covers a curve."""
     ends = []
-    for label, _, values in plot.series:
+    for number, (label, _, values) in enumerate(plot.series):
         last = tick_text((smoothed(values) if plot.smooth else values)[-1])
-        ends.append(f"{label} {last}" if label else last)
-    caption = f"<b>{html.escape(plot.title)}</b>, at the end {html.escape(', '.join(ends))}"
+        key = f'<i style="background:var(--c{number % NUM_COLORS})"></i>{html.escape(label)} '
+        ends.append(f'<span class="key">{key if label else ""}{last}</span>')
+    caption = f"<b>{html.escape(plot.title)}</b>, at the end {' '.join(ends)}"
     alt = html.escape(f"Curve of {plot.title} over the steps", quote=True)
     svg = plot_svg(plot, name).replace("<svg ", f'<svg role="img" aria-label="{alt}" ', 1)
     return f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"

@@ -1,7 +1,6 @@
 """The report's sections about one stage's run and about long contexts."""
 
 import re
-from typing import Any
 
 from nanochat.report_blocks import (
     Block,
@@ -35,7 +34,8 @@ _PANELS = {
     "rollout_tokens_per_second": ("rollouts, tokens a second", 1.0, False, True),
     "update_tokens_per_second": ("updates, tokens a second", 1.0, False, True),
 }
-_NO_PANEL = {"kind", "step", "tokens", "targets", "seconds", "time", "skipped", "rollout_seconds"}
+_NO_PANEL = {"kind", "step", "tokens", "targets", "seconds", "elapsed_seconds", "time", "skipped"}
+_NO_PANEL |= {"rollout_seconds"}
 _EVAL_PANELS = (
     # title, beginnings of the measures that have one scale
     ("held-out problems answered rightly", ("pass@",)),
@@ -82,6 +82,9 @@ def stage_section(run: Run, evaluation: Record) -> Section:
             if len(series) == 1:
                 series = [("", *series[0][1:])]
             extra += [Plot(title, series)] if series else []
+    by_role = [(name[len("loss_") :], x, y) for name, x, y in others if name.startswith("loss_")]
+    others = [one for one in others if not one[0].startswith("loss_")]
+    extra += [Plot("held-out loss by role, nats a token", by_role)] if by_role else []
     extra += [Plot("other validation measures", others)] if others else []
     plots[1:1] = extra
     blocks += plots
@@ -134,45 +137,51 @@ def _points(records: dict[int, Record], name: str, factor: float) -> tuple[list[
 
 
 def long_context_section(records: list[Record]) -> Section:
+    """Models beside each other: what their context is and costs, and what they find in it."""
     names = [f"{record.get('stage')}/{record.get('tag')}" for record in records]
     rows: dict[str, list[str]] = {}
 
-    def add(name: str, column: int, value: Any, digits: int) -> None:
-        cells = rows.setdefault(name, ["–"] * len(records))
-        cells[column] = fixed_text(value, digits)
+    def add(name: str, column: int, cell: str) -> None:
+        rows.setdefault(name, ["–"] * len(records))[column] = cell
 
-    heat = []
+    grids: dict[str, list[Block]] = {"forced": [], "generated": []}
     for column, (name, record) in enumerate(zip(names, records, strict=True)):
-        add("context of the model", column, record.get("model_context_length"), 0)
-        add("context it was first trained with", column, record.get("first_context_length"), 0)
-        add("rotary base", column, record.get("rope_base"), 0)
+        add("context of the model", column, whole_text(record.get("model_context_length")))
+        add("context at first", column, whole_text(record.get("first_context_length")))
+        add("rotary base", column, whole_text(record.get("rope_base")))
         for length, value in as_mapping(record.get("bpb")).items():
-            add(f"bits per byte in rows of {length}", column, value, 4)
+            add(f"bits per byte in rows of {length}", column, fixed_text(value, 4))
         gain = as_mapping(record.get("context_gain"))
         if gain:
             last = whole_text(gain.get("last_tokens"))
-            add(f"context gain over the last {last} tokens", column, gain.get("gain"), 4)
+            add(f"context gain over {last} tokens", column, fixed_text(gain.get("gain"), 4))
         for bucket in map(as_mapping, record.get("loss_by_position") or []):
-            span = f"{whole_text(bucket.get('from'))} to {whole_text(bucket.get('to'))}"
-            add(f"loss with {span} tokens of context", column, bucket.get("loss"), 3)
+            span = [whole_text(bucket.get(end)) for end in ("from", "to")]
+            add(f"loss at {' to '.join(dict.fromkeys(span))}", column,
+                fixed_text(bucket.get("loss"), 3))  # fmt: skip
         grid = as_mapping(record.get("passkey"))
-        for how in ("forced", "generated"):
-            head = [f"{name}, {how}: depth", *map(whole_text, grid.get("lengths") or [])]
+        head = [name, *map(whole_text, grid.get("lengths") or [])]
+        for how, tables in grids.items():
             cells = [
-                [fixed_text(depth, 2), *(fixed_text(value, 2) for value in line)]
+                [f"depth {fixed_text(depth, 2)}", *(fixed_text(value, 2) for value in line)]
                 for depth, line in zip(grid.get("depths") or [], grid.get(how) or [], strict=False)
             ]
             if cells:
-                heat.append(Table(head, cells, heat=True))
+                tables.append(Table(head, cells, heat=True))
     note = (
-        "Losses in nats per token. The gain is the loss with the last tokens of the context minus "
-        "the loss with all of it."
+        "Losses in nats per token, by how many tokens of context a target has. The gain is the "
+        "loss with the last tokens of the context minus the loss with all of it."
     )
-    if heat:
-        note += (
-            " Below: shares of hidden words that were found, by where in the text they stood "
-            "(0 the beginning, 1 the end) and how many tokens it had; forced: each token of the "
-            "word is the likeliest after the true ones before it."
-        )
-    table = Table(["", *names], [[name, *cells] for name, cells in rows.items()], note)
-    return Section("Long context", [table, *heat])
+    blocks: list[Block] = [
+        Table(["", *names], [[name, *cells] for name, cells in rows.items()], note)
+    ]
+    explained = {
+        "forced": "Shares of hidden passwords that are found, by where in the text they stand (0 "
+        "the beginning, 1 the end) and how many tokens it has. Forced: each token of the password "
+        "is the likeliest after the true ones before it.",
+        "generated": "Generated: the model's own greedy answer ends with the password.",
+    }
+    for how, tables in grids.items():
+        if tables:
+            blocks += [Text(explained[how]), *tables]
+    return Section("Long context", blocks)

@@ -302,7 +302,7 @@ def test_an_unfinished_run_with_odd_values_renders(base: Path) -> None:
     (base / "report" / "eval_base-x.json").write_text("[]")
     markdown = report.write_report()[0].read_text()
     sections = compose(collect())
-    assert row(sections, "state") == ["stopped, 8 steps planned"]
+    assert row(sections, "state") == ["stopped (8 steps planned)"]
     assert row(sections, "FLOPs") == ["2.00e+12"]
     assert "2 unreadable lines in base-x" in markdown
     assert "a readable tok\\_eval.json" in markdown or "a readable tok_eval.json" in markdown
@@ -408,4 +408,22 @@ def test_bits_per_byte_of_a_mixture_are_one_plot(base: Path) -> None:
     plots = {b.title: b for s in compose(collect()) for b in s.blocks if isinstance(b, Plot)}
     names = [name for name, _, _ in plots["validation, bits per byte"].series]
     assert names == ["bpb", "bpb_a", "bpb_b"]
-    assert [name for name, _, _ in plots["other validation measures"].series] == ["loss_user"]
+    by_role = plots["held-out loss by role, nats a token"].series
+    assert [name for name, _, _ in by_role] == ["user"]
+    assert "other validation measures" not in plots
+    assert row(compose(collect()), "validation bpb, a") == ["1.0000", ""]
+    assert row(compose(collect()), "loss, user") == ["3.0000"]
+
+
+def test_every_curve_has_a_name_and_a_colour_of_its_own(base: Path) -> None:
+    roles = ["masked", "special", "system", "user", "assistant", "tool_call", "tool_output"]
+    losses = {f"loss_{name}": float(i) for i, name in enumerate(roles)}
+    write_run(base, "sft-x", [start(), train(1, 5.0), {"kind": "eval", "step": 1, **losses}, end()])
+    page = report.write_report()[1].read_text()
+    figure = next(f for f in page.split("<figure>") if "loss by role" in f)
+    keys = re.findall(r'background:var\((--c\d)\)"></i>(\w+)', figure)
+    assert [name for _, name in keys] == roles
+    assert len({color for color, _ in keys}) == len(roles)
+    for color, _ in keys:
+        assert f"{color}:" in page, "it is defined"
+        assert f"stroke: var({color})" in figure, "it is drawn"

@@ -1,0 +1,194 @@
+"""Our tokenizer and its rendering of conversations, as transformers and tokenizers know them."""
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from nanochat.errors import UserError
+from nanochat.tokenizer import SystemStyle, Tokenizer
+
+# A conversation as `Tokenizer.render_conversation` renders it. `generation` marks what that one's
+# mask marks, for `apply_chat_template(..., return_assistant_tokens_mask=True)`. A template can only
+# produce text, and in text the tokenizer takes a special token's spelling for the token: a message
+# that contains one is refused rather than let it end its turn.
+CHAT_TEMPLATE = r"""{%- set special_tokens = SPECIAL_TOKENS -%}
+{%- set merge_system = MERGE_SYSTEM -%}
+{%- macro plain(text) -%}
+    {%- for name in special_tokens if name in text -%}
+        {{- raise_exception('a message spells the special token ' ~ name) -}}
+    {%- endfor -%}
+    {{- text -}}
+{%- endmacro -%}
+{%- macro text_of(message) -%}
+    {%- if message['content'] is string -%}
+        {{- plain(message['content']) -}}
+    {%- else -%}
+        {%- for part in message['content'] -%}
+            {%- if part['type'] != 'text' -%}
+                {{- raise_exception('only assistant messages have parts of the type '
+                                    ~ part['type']) -}}
+            {%- endif -%}
+            {{- plain(part['text']) -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- if add_generation_prompt and messages and messages[-1]['role'] == 'assistant' -%}
+    {%- set messages = messages[:-1] -%}
+{%- endif -%}
+{%- if not messages -%}
+    {{- raise_exception('there is no message before the assistant\'s') -}}
+{%- endif -%}
+{%- set state = namespace(pending='') -%}
+{{- '<|bos|>' -}}
+{%- for message in messages -%}
+    {%- if message['role'] == 'system' and merge_system -%}
+        {%- set state.pending = state.pending ~ text_of(message) ~ '\n\n' -%}
+    {%- elif message['role'] == 'system' -%}
+        {{- '<|system_start|>' ~ text_of(message) ~ '<|system_end|>' -}}
+    {%- elif message['role'] == 'user' -%}
+        {{- '<|user_start|>' ~ state.pending ~ text_of(message) ~ '<|user_end|>' -}}
+        {%- set state.pending = '' -%}
+    {%- elif message['role'] == 'assistant' -%}
+        {{- '<|assistant_start|>' -}}
+        {%- if message['content'] is string -%}
+            {% generation %}{{ plain(message['content']) }}{% endgeneration %}
+        {%- else -%}
+            {%- for part in message['content'] -%}
+                {%- if part['type'] == 'python_output' -%}
+                    {{- '<|output_start|>' ~ plain(part['text']) ~ '<|output_end|>' -}}
+                {%- elif part['type'] == 'python' -%}
+                    {% generation %}{{ '<|python_start|>' ~ plain(part['text']) ~ '<|python_end|>' }}{% endgeneration %}
+                {%- else -%}
+                    {% generation %}{{ plain(part['text']) }}{% endgeneration %}
+                {%- endif -%}
+            {%- endfor -%}
+        {%- endif -%}
+        {% generation %}{{ '<|assistant_end|>' }}{% endgeneration %}
+    {%- else -%}
+        {{- raise_exception('the role ' ~ message['role']
+                            ~ ' is none of system, user and assistant') -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if state.pending -%}
+    {{- raise_exception('no user message follows the system message') -}}
+{%- endif -%}
+{%- if add_generation_prompt -%}
+    {{- '<|assistant_start|>' -}}
+{%- endif -%}
+"""  # noqa: E501
+
+
+def hf_tokenizer(tokenizer: Tokenizer, context_length: int, system: SystemStyle = "tokens") -> Any:
+    """The same vocabulary and rules as a transformers tokenizer.
+
+    Calling it on a text gives a pretraining document, `[bos] + encode(text)`; with
+    `add_special_tokens=False`, `encode(text)`. Where a text spells a special token it gives the
+    token, unlike ours, unless it is called with `split_special_tokens=True`.
+    """
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+    )
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+
+    letters = _byte_letters()
+    names = ["".join(letters[byte] for byte in token) for token in tokenizer.ranks]
+    merges = [(names[a], names[b]) for a, b in bpe_merges(tokenizer.ranks)]
+    vocab = {name: i for i, name in enumerate(names)}
+    backend = Backend(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(oniguruma_pattern(tokenizer.pattern)), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    bos, end = "<|bos|>", "<|assistant_end|>"
+    backend.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in tokenizer.SPECIAL_TOKENS]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.bos)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=bos,
+        eos_token=end,
+        pad_token=bos,
+        additional_special_tokens=[n for n in tokenizer.SPECIAL_TOKENS if n not in (bos, end)],
+        padding_side="left",
+        model_max_length=context_length,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        chat_template=chat_template(system),
+    )
+
+
+def chat_template(system: SystemStyle = "tokens") -> str:
+    """The Jinja template; see its comment for where it is stricter than our renderer."""
+    names = json.dumps(list(Tokenizer.SPECIAL_TOKENS))
+    merge = json.dumps(system == "merge")
+    return CHAT_TEMPLATE.replace("SPECIAL_TOKENS", names).replace("MERGE_SYSTEM", merge)
+
+
+def bpe_merges(ranks: Sequence[bytes]) -> list[tuple[int, int]]:
+    """The two tokens that each token of more than one byte was merged from, in the order of ranks.
+
+    A token's bytes, merged by the rules learned before it, end as exactly the two tokens whose
+    merge it is. UserError if they do not: then the list is not what byte-pair encoding learns.
+
+    >>> bpe_merges([b"a", b"b", b"ab", b"aab"])
+    [(0, 1), (0, 2)]
+    """
+    rank_of = {token: rank for rank, token in enumerate(ranks)}
+    merges = []
+    for rank, token in enumerate(ranks):
+        if len(token) == 1:
+            continue
+        pieces = [token[i : i + 1] for i in range(len(token))]
+        while len(pieces) > 2:
+            pairs = [rank_of.get(a + b, rank) for a, b in pairwise(pieces)]
+            lowest = min(pairs)
+            if lowest >= rank:
+                break
+            at = pairs.index(lowest)
+            pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+        if len(pieces) != 2 or any(rank_of.get(piece, rank) >= rank for piece in pieces):
+            raise UserError(
+                f"token {rank} ({token!r}) is no merge of two tokens before it; "
+                "only a vocabulary learned by byte-pair encoding can be exported"
+            )
+        merges.append((rank_of[pieces[0]], rank_of[pieces[1]]))
+    return merges
+
+
+def oniguruma_pattern(pattern: str) -> str:
+    """Our split pattern in the dialect of the tokenizers library.
+
+    There a possessive `{1,2}+` repeats the group instead. A digit run needs no possessive: nothing
+    follows it that could make it give back. (`$` also matches before a line's end there, but not
+    after `\\s++`, which has taken that too.)
+    """
+    return pattern.replace("{1,2}+", "{1,2}")
+
+
+def _byte_letters() -> list[str]:
+    """The printable character that stands for each byte, as GPT-2 chose them.
+
+    Bytes that are printable Latin-1 characters stand for themselves, the others are numbered from
+    U+0100.
+    """
+    letters, unprintable = [], 0
+    for byte in range(256):
+        if 0x21 <= byte <= 0x7E or 0xA1 <= byte <= 0xAC or 0xAE <= byte <= 0xFF:
+            letters.append(chr(byte))
+        else:
+            letters.append(chr(0x100 + unprintable))
+            unprintable += 1
+    return letters

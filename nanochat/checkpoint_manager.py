@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from nanochat import paths
 from nanochat.config import from_dict, to_dict
@@ -75,6 +75,16 @@ class CheckpointManager:
             target=self._write, args=(step, weights, state, meta), name="checkpoint writer"
         )
         self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def check(self) -> None:
+        """Raise what the last save failed with, if it is over: called after every step."""
+        if not self.busy:
+            self.wait()
 
     def wait(self) -> None:
         """Wait for the save under way; raises UserError or OSError where it failed."""
@@ -169,6 +179,27 @@ class CheckpointManager:
                 doomed = self.folder / f".step_{step:06d}.old.tmp"
                 os.replace(self.folder / f"step_{step:06d}", doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
+
+
+def save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write float32 tensors as safetensors.
+
+    The library's own function makes bytes of all tensors first: a second copy of the weights, and
+    the interpreter's lock held against the training thread meanwhile.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb", buffering=0) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            view = memoryview(tensor.numpy().reshape(-1)).cast("B")
+            while view:  # the system takes 2 GiB at once
+                view = view[file.write(view) :]
 
 
 def _host_copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -113,6 +113,9 @@ class Run:
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Activation dtype; weights are always kept in float32."""
+    fp8: bool = False
+    """Multiply the blocks' matrices in float8, on GPUs from compute capability 8.9 (needs the extra
+    fp8; has not been run on a GPU yet)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile the loss; auto: on for CUDA, off elsewhere."""
     resume: bool = False

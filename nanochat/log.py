@@ -161,7 +161,10 @@ class RunLog:
         lr_multiplier: float,
         more: Mapping[str, float] | None = None,
     ) -> None:
-        """Record a finished step; `state` already counts it. `more` is what else it measured."""
+        """Record a finished step; `state` already counts it. `more` is what else it measured.
+
+        Tokens per second, and MFU, are of steps alone; `elapsed_seconds` has the rest.
+        """
         speed = stats.tokens / stats.seconds
         record: dict[str, Any] = {
             "kind": "train",
@@ -172,6 +175,7 @@ class RunLog:
             "tokens": state.tokens,
             "tokens_per_second": speed,
             "seconds": state.seconds,
+            "elapsed_seconds": state.elapsed_seconds,
             "memory_bytes": peak_memory_bytes(self.runtime.device),
             **(more or {}),
         }
@@ -190,7 +194,7 @@ class RunLog:
             return
         self.last_print = now
         loss = self.smooth / (1 - 0.95**self.smooth_steps)
-        eta = (self.plan.num_steps - state.step) * state.seconds / max(state.step, 1)
+        eta = (self.plan.num_steps - state.step) * state.elapsed_seconds / max(state.step, 1)
         mfu = f" | mfu {100 * record['mfu']:.0f} %" if "mfu" in record else ""
         measured = "".join(f" | {name} {value:.3g}" for name, value in (more or {}).items())
         self.runtime.print(
@@ -224,6 +228,7 @@ class RunLog:
                 "kind": "end",
                 "step": state.step,
                 "seconds": state.seconds,
+                "elapsed_seconds": state.elapsed_seconds,
                 "tokens": state.tokens,
                 "peak_memory_bytes": peak_memory_bytes(self.runtime.device),
                 "consumed": consumed,
@@ -234,6 +239,7 @@ class RunLog:
             self.wandb.finish()
         self.runtime.print(
             f"{self.stage}/{self.tag}: {state.step} steps, {state.tokens:,} tokens in "
-            f"{duration_text(state.seconds)}, peak memory "
+            f"{duration_text(state.seconds)} ({duration_text(state.elapsed_seconds)} with reading, "
+            "evaluating and saving), peak memory "
             f"{peak_memory_bytes(self.runtime.device) / 2**30:.2f} GiB"
         )

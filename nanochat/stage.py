@@ -16,6 +16,7 @@ from nanochat.checkpoint_manager import CheckpointManager, latest, read_meta, re
 from nanochat.config import BaseConfig, MidConfig, RlConfig, to_dict
 from nanochat.dataloader import Batch, DataLoader, Source
 from nanochat.errors import UserError
+from nanochat.fp8 import check_fp8, convert_to_fp8
 from nanochat.gpt import GPT
 from nanochat.log import RunLog
 from nanochat.loss_eval import evaluate_bpb, evaluate_roles, mixture_bpb
@@ -71,6 +72,8 @@ class Stage(Generic[L]):
     loss_scale: LossScale | None
     extra_meta: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
+    last: float = field(default_factory=time.monotonic)
+    """Up to when `state.elapsed_seconds` counts."""
 
     @property
     def finished(self) -> bool:
@@ -84,14 +87,21 @@ class Stage(Generic[L]):
         self.state.step += 1
         self.state.tokens += stats.tokens
         self.state.seconds += stats.seconds
+        self._count_time()
         lr_multiplier = self.plan.hypers(self.state.step - 1).lr_multiplier
         self.log.train(self.state, stats, lr_multiplier, more)
+        self.checkpoints.check()
         every = self.cfg.run.check_replicas
         if every and self.state.step % every == 0:
             check_replicas(self.model, self.runtime)
         limit = self.cfg.saving.max_hours
         if limit and time.monotonic() - self.started > limit * 3600:
             self.runtime.stop_signal = True
+
+    def _count_time(self) -> None:
+        now = time.monotonic()
+        self.state.elapsed_seconds += now - self.last
+        self.last = now
 
     def evaluate(self) -> dict[str, float]:
         """Measure what is held out from its start: the same rows each time."""
@@ -165,6 +175,7 @@ class Stage(Generic[L]):
     def close(self) -> None:
         """Wait for the last checkpoint, then write the end of the log."""
         self.checkpoints.wait()
+        self._count_time()
         if self.finished:
             self.log.end(self.state, self.loader.consumed)
         else:
@@ -271,6 +282,8 @@ def assemble(
 ) -> Stage[L]:
     """Build the optimizer, resume where that is asked for, and open the log."""
     folder, newest = paths.checkpoints_dir(name, cfg.run.tag), checkpoint_to_resume(name, cfg)
+    if cfg.run.fp8:
+        check_fp8(runtime.device, runtime.dtype)
     runtime.memory_advice = memory_advice(
         model.config,
         rows=plan.device_batch_size,
@@ -312,6 +325,8 @@ def assemble(
         loader.load_state_dict(json.loads(json.dumps(meta["loader_state"])))
         if loss_scale:
             loss_scale.load_state_dict(state.loss_scale)
+    if cfg.run.fp8:
+        convert_to_fp8(model)
     if cfg.run.compile == "on" or (cfg.run.compile == "auto" and runtime.device.type == "cuda"):
         model.compile_loss()
     log = RunLog(name, cfg.run.tag, runtime, plan, cfg.run.wandb)

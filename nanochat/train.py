@@ -19,7 +19,7 @@ from nanochat.runtime import Runtime
 
 
 class NonFiniteLoss(UserError):
-    """The loss is infinite or not a number; nothing was updated."""
+    """The loss, or a gradient, is infinite or not a number; nothing was updated."""
 
 
 class ReplicaDivergence(UserError):
@@ -33,6 +33,9 @@ class TrainState:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    """In steps."""
+    elapsed_seconds: float = 0.0
+    """In all: reading data, evaluating, sampling and waiting for saves included."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The latest evaluation."""
     loss_scale: dict[str, float] = field(default_factory=dict)
@@ -125,15 +128,23 @@ def train_step(
         loss.backward()
         total += loss.detach() / scale
 
-    losses = runtime.all_gather(total).tolist()
+    # One pass over the gradients, and no transfer of its own: a sum is finite if all of them are.
+    checksum = torch.stack([unit.gradients.sum() for unit in optimizer.units]).sum()
+    losses, checksums = runtime.all_gather(torch.stack([total, checksum])).T.tolist()
     for rank, value in enumerate(losses):
         if not math.isfinite(value):
-            raise NonFiniteLoss(
-                f"step {optimizer.steps}: the loss of rank {rank} is {value}; nothing was updated. "
-                "Lower the learning rates (--lr-scale) or resume from an earlier checkpoint"
-            )
-    skipped = loss_scale is not None and not _unscale(optimizer, loss_scale, runtime)
+            raise NonFiniteLoss(_stopped(optimizer, f"the loss of rank {rank} is {value}"))
+    finite = [math.isfinite(value) for value in checksums]
+    if loss_scale is not None:
+        loss_scale.update(all(finite))
+    elif not all(finite):
+        raise NonFiniteLoss(
+            _stopped(optimizer, f"rank {finite.index(False)} has gradients that are not finite")
+        )
+    skipped = not all(finite)
     if not skipped:
+        if loss_scale is not None:
+            optimizer.scale_gradients(torch.tensor(1 / scale, device=runtime.device))
         optimizer.step(hypers)
     optimizer.zero_grad()
     runtime.synchronize()
@@ -146,15 +157,11 @@ def train_step(
     )
 
 
-def _unscale(optimizer: Optimizer, loss_scale: LossScale, runtime: Runtime) -> bool:
-    """Divide the gradients by the loss scale; False where some rank's are not finite."""
-    finite = torch.stack([unit.gradients.isfinite().all() for unit in optimizer.units]).all()
-    bad = runtime.all_reduce_sum((~finite).float())
-    ok = bad.item() == 0
-    if ok:
-        optimizer.scale_gradients(torch.tensor(1 / loss_scale.scale, device=runtime.device))
-    loss_scale.update(ok)
-    return ok
+def _stopped(optimizer: Optimizer, reason: str) -> str:
+    return (
+        f"step {optimizer.steps}: {reason}; nothing was updated. "
+        "Lower the learning rates (--lr-scale) or resume from an earlier checkpoint"
+    )
 
 
 def check_replicas(model: GPT, runtime: Runtime) -> None:

@@ -13,20 +13,22 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from nanochat.checkpoint_manager import check_tokenizer, find, load_weights, read_meta
 from nanochat.config import MidConfig, from_dict
+from nanochat.conversation_store import conversations_store
 from nanochat.dataloader import DataLoader, Source
 from nanochat.dataset import open_corpus
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, extend_context
 from nanochat.launch import launch
 from nanochat.runtime import Runtime, seed_everything
-from nanochat.stage import HeldOut, Stage, set_up
-from nanochat.token_store import LongDocuments, conversations_store
+from nanochat.stage import HeldOut, Stage, checkpoint_to_resume, set_up
+from nanochat.token_store import LongDocuments
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import due, take, train_step
 from scripts.base_train import parse_shares, text_sources
@@ -143,6 +145,26 @@ def load_source(
     return model, meta
 
 
+def resumed_model(
+    cfg: MidConfig, runtime: Runtime, tokenizer: Tokenizer, folder: Path
+) -> tuple[GPT, dict[str, Any]]:
+    """The model of the run's own checkpoint, still without its weights, and its metadata.
+
+    All that a run goes on from is in there: what it started from may be gone.
+    """
+    meta = read_meta(folder, verify=False)
+    check_tokenizer(meta, tokenizer, folder)
+    config = from_dict(GPTConfig, meta["model_config"], str(folder))
+    if cfg.context_length not in (None, config.context_length):
+        raise UserError(
+            f"{folder} has a context of {config.context_length} tokens, --context-length is "
+            f"{cfg.context_length}; resume with the same flags, or choose another --tag"
+        )
+    with torch.device("meta"):
+        model = GPT(config, runtime.dtype)
+    return model.to_empty(device=runtime.device), meta
+
+
 def note_words(cfg: MidConfig) -> None:
     """Let the spelling tasks ask for words of the corpus, unless a word list is there already."""
     name = (
@@ -157,7 +179,13 @@ def prepare(name: str, cfg: MidConfig, runtime: Runtime) -> Stage[DataLoader]:
     """Everything before the loop, for mid-training and instruction tuning alike."""
     seed_everything(cfg.run.seed)
     tokenizer = Tokenizer.load()
-    model, meta = load_source(cfg, runtime, tokenizer)
+    newest = checkpoint_to_resume(name, cfg)
+    if newest:
+        model, meta = resumed_model(cfg, runtime, tokenizer, newest)
+        source = meta["source"]
+    else:
+        model, meta = load_source(cfg, runtime, tokenizer)
+        source = {"stage": meta["stage"], "tag": meta["tag"], "step": meta["step"]}
     if runtime.is_main:
         note_words(cfg)
     sources, held_out = runtime.in_turns(
@@ -171,7 +199,7 @@ def prepare(name: str, cfg: MidConfig, runtime: Runtime) -> Stage[DataLoader]:
         tokenizer,
         sources,
         held_out,
-        {"source": {"stage": meta["stage"], "tag": meta["tag"], "step": meta["step"]}},
+        {"source": source},
     )
 
 

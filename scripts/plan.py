@@ -1,28 +1,40 @@
 """What a run would do, without a GPU and before anything starts.
 
-python -m scripts.plan --depth 20 --gpus 8 --gpu h100
-python -m scripts.plan --depth 4 --context-length 256 --gpu cpu --num-steps 500
+Examples:
+    python -m scripts.plan --depth 20 --gpus 8 --gpu h100
+    python -m scripts.plan --depth 4 --context-length 256 --gpu cpu --num-steps 500
+    python -m scripts.plan --stage sft --num-steps 800 --gpus 8
+
+Takes every flag of the stage's own script. Stages after base are planned for the checkpoint they
+start from, or for --depth where it is not there.
 """
 
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
 from rich.table import Table
 
-from nanochat.config import BaseConfig
+from nanochat.checkpoint_manager import find, read_meta
+from nanochat.config import (
+    BaseConfig,
+    Batching,
+    Duration,
+    Learning,
+    MidConfig,
+    RlConfig,
+    SftConfig,
+    from_dict,
+)
 from nanochat.dataset import NAMED
 from nanochat.errors import UserError
-from nanochat.gpt import config_from_depth
+from nanochat.gpt import GPTConfig, config_from_depth, extend_context
 from nanochat.launch import launch
 from nanochat.log import PEAK_FLOPS, duration_text
 from nanochat.memory import estimate_memory, largest_batch
-from nanochat.plan import (
-    DEFAULT_RATIO,
-    context_schedule,
-    make_plan,
-)
-from nanochat.runtime import DTYPES, Runtime
+from nanochat.plan import DEFAULT_RATIO, Plan, context_schedule, make_plan
+from nanochat.runtime import DTYPES, Runtime, single
 
 GPU_MEMORY = {
     "cpu": 0.0, "h100": 80, "h200": 141, "h800": 80, "b200": 180, "a100": 80, "a800": 80,
@@ -32,7 +44,9 @@ GPU_MEMORY = {
 
 
 @dataclass(frozen=True)
-class Config(BaseConfig):
+class Hardware:
+    """What it would run on."""
+
     gpus: int = 8
     """Ranks of the job."""
     gpu: Literal[
@@ -51,76 +65,187 @@ class Config(BaseConfig):
     """Print this one value only (num_shards, num_steps, hours, ...): for shell scripts."""
 
 
-def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
-    if cfg.gpus < 1:
-        raise UserError(f"--gpus {cfg.gpus} must be at least 1")
-    device_type = "cpu" if cfg.gpu == "cpu" else "cuda"
-    world_size = 1 if device_type == "cpu" else cfg.gpus
-    schedule = context_schedule(cfg)
-    context_length = schedule[-1][0]
+@dataclass(frozen=True)
+class Source:
+    """The model of a later stage whose checkpoint is not there."""
+
+    depth: int = 20
+    """Its number of layers."""
+    trained_context: int = 2048
+    """Tokens per row that it was pretrained with."""
+
+
+@dataclass(frozen=True)
+class Config(BaseConfig):
+    stage: Literal["base", "mid", "sft", "rl"] = "base"
+    """Which script it is about."""
+    hardware: Hardware = field(default_factory=Hardware)
+
+
+@dataclass(frozen=True)
+class MidPlan(MidConfig):
+    stage: Literal["base", "mid", "sft", "rl"] = "mid"
+    """Which script it is about."""
+    hardware: Hardware = field(default_factory=Hardware)
+    model: Source = field(default_factory=Source)
+
+
+@dataclass(frozen=True)
+class SftPlan(SftConfig):
+    stage: Literal["base", "mid", "sft", "rl"] = "sft"
+    """Which script it is about."""
+    hardware: Hardware = field(default_factory=Hardware)
+    model: Source = field(default_factory=Source)
+
+
+@dataclass(frozen=True)
+class RlPlan(RlConfig):
+    stage: Literal["base", "mid", "sft", "rl"] = "rl"
+    """Which script it is about."""
+    hardware: Hardware = field(default_factory=Hardware)
+    model: Source = field(default_factory=Source)
+
+
+AnyPlan = Config | MidPlan | SftPlan | RlPlan
+CONFIGS: dict[str, type[AnyPlan]] = {"base": Config, "mid": MidPlan, "sft": SftPlan, "rl": RlPlan}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a stage's flags come to."""
+
+    model: GPTConfig
+    about_model: str
+    batching: Batching
+    duration: Duration
+    learning: Learning
+    extra_memory: dict[str, int] = field(default_factory=dict)
+
+
+def model_of(cfg: MidPlan | SftPlan | RlPlan) -> tuple[GPTConfig, str]:
+    """The model the stage starts from, and where that is known from."""
+    try:
+        folder = find(cfg.source)
+    except UserError:
+        model = config_from_depth(
+            cfg.model.depth, cfg.hardware.vocab_size, context_length=cfg.model.trained_context
+        )
+        return model, f"no checkpoint of {cfg.source}: planned for --depth {cfg.model.depth}"
+    meta = read_meta(folder, verify=False)
+    return from_dict(GPTConfig, meta["model_config"], str(folder)), f"the model of {folder}"
+
+
+def kv_bytes(config: GPTConfig, dtype: torch.dtype) -> int:
+    """Of a decoding cache that holds one full context."""
+    row = config.n_layer * config.n_kv_head * config.head_dim * config.context_length
+    return 2 * row * dtype.itemsize
+
+
+def job_of(cfg: AnyPlan, world_size: int, dtype: torch.dtype) -> Job:
+    if isinstance(cfg, Config):
+        model = config_from_depth(
+            cfg.depth,
+            cfg.hardware.vocab_size,
+            aspect_ratio=cfg.aspect_ratio,
+            head_dim=cfg.head_dim,
+            kv_heads=cfg.kv_heads,
+            context_length=context_schedule(cfg)[-1][0],
+            window_pattern=cfg.window_pattern,
+            portable=cfg.portable,
+        )
+        return Job(model, "", cfg.batching, cfg.duration, cfg.learning)
+    model, about = model_of(cfg)
+    if isinstance(cfg, RlPlan):
+        if cfg.num_steps is None:
+            raise UserError("--stage rl needs --num-steps: an epoch depends on the tasks")
+        T, answers = model.context_length, cfg.rollouts.prompts_per_step * cfg.rollouts.group_size
+        rows = 1 if cfg.device_batch_size == "auto" else cfg.device_batch_size
+        per_pass = rows * world_size
+        batching = Batching(
+            device_batch_size=cfg.device_batch_size,
+            # At most: short answers share a row.
+            total_batch_size=-(-answers // per_pass) * per_pass * T,
+            recompute=cfg.recompute,
+        )
+        cache = cfg.rollouts.max_slots * kv_bytes(model, dtype)
+        return Job(
+            model,
+            about,
+            batching,
+            Duration(num_steps=cfg.num_steps),
+            cfg.learning,
+            {"key/value cache of the rollouts": cache},
+        )
+    if cfg.context_length is not None:
+        model = extend_context(model, cfg.context_length, cfg.rope_scaling)
+    if cfg.duration.counts_epochs:
+        raise UserError(
+            f"--stage {cfg.stage} needs --num-steps or --target-tokens: how long an epoch is "
+            "depends on the encoded conversations"
+        )
+    return Job(model, about, cfg.batching, cfg.duration, cfg.learning)
+
+
+def main(cfg: AnyPlan, runtime: Runtime) -> dict[str, Any]:
+    hardware = cfg.hardware
+    if hardware.gpus < 1:
+        raise UserError(f"--gpus {hardware.gpus} must be at least 1")
+    device_type = "cpu" if hardware.gpu == "cpu" else "cuda"
+    world_size = 1 if device_type == "cpu" else hardware.gpus
     dtype = runtime.dtype if device_type == "cpu" else torch.bfloat16
     if cfg.run.dtype != "auto":
         dtype = DTYPES[cfg.run.dtype]
-    model_config = config_from_depth(
-        cfg.depth,
-        cfg.vocab_size,
-        aspect_ratio=cfg.aspect_ratio,
-        head_dim=cfg.head_dim,
-        kv_heads=cfg.kv_heads,
-        context_length=context_length,
-        window_pattern=cfg.window_pattern,
-        portable=cfg.portable,
-    )
-    gigabytes = cfg.gpu_memory or GPU_MEMORY[cfg.gpu]
-    limit = int(0.9 * gigabytes * 1e9) if gigabytes else None
+    job = job_of(cfg, world_size, dtype)
+    T = job.model.context_length
+    gigabytes = hardware.gpu_memory or GPU_MEMORY[hardware.gpu]
+    limit = int(0.9 * gigabytes * 1e9) if gigabytes else single().memory_limit()
+    beside = sum(job.extra_memory.values())
     plan = make_plan(
-        model_config,
-        batching=cfg.batching,
-        duration=cfg.duration,
-        learning=cfg.learning,
-        sequence_length=context_length,
+        job.model,
+        batching=job.batching,
+        duration=job.duration,
+        learning=job.learning,
+        sequence_length=T,
         world_size=world_size,
         device_type=device_type,
         dtype=dtype,
-        memory_limit=limit,
-        schedule=schedule,
+        memory_limit=limit and limit - beside,
+        schedule=context_schedule(cfg) if isinstance(cfg, Config) else (),
     )
     shape: dict[str, Any] = {
-        "sequence_length": context_length,
+        "sequence_length": T,
         "world_size": world_size,
         "dtype": dtype,
         "device_type": device_type,
-        "recompute": cfg.batching.recompute,
+        "recompute": job.batching.recompute,
     }
-    memory = estimate_memory(model_config, rows=plan.device_batch_size, **shape)
-    # One slot of the decoding cache: a full context in the activation dtype.
-    kv_bytes = (
-        2 * model_config.n_layer * model_config.n_kv_head * model_config.head_dim
-        * context_length * dtype.itemsize
-    )  # fmt: skip
+    fits = limit and largest_batch(job.model, limit=limit - beside, **shape)
+    memory = estimate_memory(job.model, rows=plan.device_batch_size, **shape)
+    total = memory.pop("total") + beside
     result: dict[str, Any] = {
+        "stage": cfg.stage,
+        "model": job.about_model,
         **asdict(plan),
         "flops_per_token": round(plan.flops / plan.tokens),
-        "memory": memory,
-        "kv_cache_per_chat": kv_bytes,
-        "largest_device_batch_size": largest_batch(model_config, limit=limit, **shape)
-        if limit
-        else None,
-        "num_shards": _num_shards(cfg, plan.tokens),
+        "memory": {**memory, **job.extra_memory, "total": total},
+        "memory_limit": limit,
+        "kv_cache_per_chat": kv_bytes(job.model, dtype),
+        "largest_device_batch_size": fits,
+        "num_shards": _num_shards(cfg, plan.tokens) if isinstance(cfg, Config) else None,
         "hours": None,
         "cost": None,
     }
     peaks = {name.lower(): peak for name, peak in PEAK_FLOPS.items()}
-    if cfg.gpu in peaks:
-        hours = plan.flops / (peaks[cfg.gpu] * world_size * cfg.mfu) / 3600
+    if hardware.gpu in peaks:
+        hours = plan.flops / (peaks[hardware.gpu] * world_size * hardware.mfu) / 3600
         result["hours"] = hours
-        result["cost"] = hours * world_size * cfg.price_per_hour
-    if cfg.print is not None:
-        if cfg.print not in result:
-            raise UserError(f"--print {cfg.print}: choose one of {', '.join(result)}")
-        print(result[cfg.print])
+        result["cost"] = hours * world_size * hardware.price_per_hour
+    if hardware.print is not None:
+        if hardware.print not in result:
+            raise UserError(f"--print {hardware.print}: choose one of {', '.join(result)}")
+        print(result[hardware.print])
     elif runtime.is_main:
-        show(cfg, plan.describe(), result, runtime)
+        show(cfg, plan, result, runtime)
     return result
 
 
@@ -133,14 +258,15 @@ def _num_shards(cfg: Config, tokens: int) -> int | None:
     return min(source.train_shards, max(8, -int(-1.1 * tokens // per_shard)))
 
 
-def show(cfg: Config, description: str, result: dict[str, Any], runtime: Runtime) -> None:
-    runtime.print(description)
-    ratio = result["tokens"] / (
-        result["parameters"]["block_matrices"] + result["parameters"]["head"]
-    )
+def show(cfg: AnyPlan, plan: Plan, result: dict[str, Any], runtime: Runtime) -> None:
+    hardware = cfg.hardware
+    if result["model"]:
+        runtime.print(result["model"])
+    runtime.print(plan.describe())
+    scaling = result["parameters"]["block_matrices"] + result["parameters"]["head"]
     runtime.print(
-        f"{result['flops_per_token']:,} FLOPs per token; {ratio:.1f} tokens per parameter of "
-        f"block matrices and head (default {DEFAULT_RATIO:g})"
+        f"{result['flops_per_token']:,} FLOPs per token; {result['tokens'] / scaling:.1f} tokens "
+        f"per parameter of block matrices and head (default {DEFAULT_RATIO:g})"
     )
     table = Table(title="memory per rank")
     table.add_column("kind")
@@ -149,17 +275,32 @@ def show(cfg: Config, description: str, result: dict[str, Any], runtime: Runtime
         table.add_row(kind, f"{size / 2**30:.2f}")
     runtime.console.print(table)
     runtime.print(f"a chat's key/value cache: {result['kv_cache_per_chat'] / 2**20:.1f} MiB")
-    if result["largest_device_batch_size"] is not None:
-        runtime.print(f"largest device_batch_size that fits: {result['largest_device_batch_size']}")
-    if result["num_shards"] is not None:
-        runtime.print(f"data: {result['num_shards']} shards of {cfg.corpus}")
-    if result["hours"] is not None:
+    if result["memory_limit"]:
         runtime.print(
-            f"expected: {duration_text(3600 * result['hours'])} at {100 * cfg.mfu:.0f} % of the "
-            f"peak of {cfg.gpus} x {cfg.gpu}, cost {result['cost']:,.2f} at {cfg.price_per_hour:g} "
-            "per device and hour"
+            f"largest device_batch_size that fits {result['memory_limit'] / 2**30:.1f} GiB: "
+            f"{result['largest_device_batch_size']}"
+        )
+    if result["num_shards"] is not None:
+        runtime.print(f"data: {result['num_shards']} shards of {getattr(cfg, 'corpus', '')}")
+    if result["hours"] is not None:
+        what = "without rollouts, " if cfg.stage == "rl" else ""
+        runtime.print(
+            f"expected: {what}{duration_text(3600 * result['hours'])} at {100 * hardware.mfu:.0f} %"
+            f" of the peak of {hardware.gpus} x {hardware.gpu}, cost {result['cost']:,.2f} at "
+            f"{hardware.price_per_hour:g} per device and hour"
         )
 
 
+def stage_asked_for(argv: list[str]) -> str:
+    """The value of --stage: it decides which other flags there are."""
+    stage = "base"
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        if name == "--stage":
+            stage = value if equals else following
+    return stage
+
+
 if __name__ == "__main__":
-    launch(main, Config, __doc__)
+    # An unknown stage is told of by the parser.
+    launch(main, CONFIGS.get(stage_asked_for(sys.argv[1:]), Config), __doc__)

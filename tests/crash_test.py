@@ -61,7 +61,7 @@ def checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     tensors = load_file(folder / "model.safetensors")
     for path in sorted((folder / "optim").glob("*.safetensors")):
         tensors |= {f"optim {name}": value for name, value in load_file(path).items()}
-    state = {k: v for k, v in meta["train_state"].items() if k != "seconds"}
+    state = {k: v for k, v in meta["train_state"].items() if "seconds" not in k}
     return tensors, {"state": state, "loader": meta["loader_state"], "step": meta["step"]}
 
 

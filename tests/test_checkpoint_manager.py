@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nanochat import checkpoint_manager, runtime
 from nanochat.checkpoint_manager import (
@@ -396,6 +398,40 @@ def test_a_failed_save_leaves_the_one_before_as_the_newest(
     manager.save(3, model, optimizer, META)
     manager.wait()
     assert list_steps(folder) == [3], "the next save works again"
+
+
+def test_a_failed_save_is_noticed_after_the_next_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at the next save, which may be hours away."""
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_manager, "save_file", fail)
+    manager = CheckpointManager(folder, RUNTIME)
+    manager.check()
+    manager.save(2, *make(), META)
+    while manager.busy:
+        time.sleep(0.001)
+    with pytest.raises(OSError, match=r"saving to .* failed on rank 0.*No space left"):
+        manager.check()
+    manager.check()
+
+
+def test_weights_are_what_the_library_reads(tmp_path: Path) -> None:
+    """Written without it, for speed."""
+    tensors = {
+        "b.weight": torch.randn(3, 5),
+        "a": torch.randn(7, generator=torch.Generator().manual_seed(0)),
+        "ünï": torch.randn(2, 1, 4),
+        "scalar": torch.tensor(2.5),
+    }
+    checkpoint_manager.save_file(tensors, tmp_path / "x.safetensors")
+    loaded = load_file(tmp_path / "x.safetensors")
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
+    assert all(loaded[name].dtype == torch.float32 for name in tensors)
 
 
 @pytest.fixture

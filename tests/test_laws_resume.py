@@ -90,7 +90,7 @@ def outcome(stage: str, folder: Path) -> dict[str, Any]:
     tensors = load_file(newest / "model.safetensors")
     for path in sorted((newest / "optim").glob("*.safetensors")):
         tensors |= {f"optim {name}": value for name, value in load_file(path).items()}
-    state = {k: v for k, v in meta["train_state"].items() if k != "seconds"}
+    state = {k: v for k, v in meta["train_state"].items() if "seconds" not in k}
     return {
         "step": meta["step"],
         "losses": tiny_runs.losses(folder, stage),

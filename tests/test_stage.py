@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import tiny_runs
 
+from nanochat import checkpoint_manager
 from nanochat.checkpoint_manager import list_steps, read_meta
 from nanochat.errors import UserError
 from nanochat.stage import Stage
@@ -144,6 +146,29 @@ def test_max_hours_saves_and_stops(run: Callable[..., Stage], folder: Path) -> N
     assert sorted(tiny_runs.losses(folder, "base")) == [1, 2, 3, 4]
 
 
+def test_a_save_that_failed_ends_the_run_at_the_next_step(
+    run: Callable[..., Stage], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    record = Stage.record
+
+    def later(stage: Stage, *arguments: Any) -> None:
+        """The writer is done before a step is over."""
+        while stage.checkpoints.busy:
+            time.sleep(0.001)
+        record(stage, *arguments)
+
+    monkeypatch.setattr(Stage, "record", later)
+    monkeypatch.setattr(checkpoint_manager, "save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        run(saving={"save_every": 2}, duration={"num_steps": 50})
+    assert [r["step"] for r in records(folder) if r["kind"] == "train"] == [1, 2, 3]
+    with pytest.raises(OSError, match="No space left"):  # the last save
+        run(run={"tag": "other"}, saving={"save_every": 0}, duration={"num_steps": 2})
+
+
 def test_a_stage_needs_the_one_before(run: Callable[..., Stage]) -> None:
     with pytest.raises(UserError, match=r"no checkpoint of base .*; train that stage first"):
         run("mid")
@@ -164,6 +189,36 @@ def test_stages_name_what_they_started_from(run: Callable[..., Stage], folder: P
     newest = folder / "checkpoints" / "mid" / "default" / "step_000004"
     source = read_meta(newest)["source"]
     assert source == {"stage": "base", "tag": "default", "step": 4}
+
+
+@pytest.mark.parametrize("stage", ["mid", "sft"])
+def test_a_run_goes_on_without_what_it_started_from(
+    stage: str, run: Callable[..., Stage], folder: Path
+) -> None:
+    run()
+    run(stage, source="base")
+    expected = tiny_runs.losses(folder, stage)
+    own = folder / "checkpoints" / stage / "default"
+    source = read_meta(own / "step_000004")["source"]
+    shutil.rmtree(own / "step_000004")
+    shutil.rmtree(folder / "checkpoints" / "base")
+    assert run(stage, source="base", run={"resume": True}).finished
+    assert tiny_runs.losses(folder, stage) == expected
+    assert read_meta(own / "step_000004")["source"] == source
+    with pytest.raises(UserError, match=r"context of 64 tokens, --context-length is 128"):
+        run(stage, source="base", run={"resume": True}, context_length=128)
+
+
+def test_time_outside_of_steps_is_counted_too(run: Callable[..., Stage], folder: Path) -> None:
+    run(evaluating={"eval_every": 2})
+    log = records(folder)
+    elapsed = [r["elapsed_seconds"] for r in log if r["kind"] in ("train", "end")]
+    assert elapsed == sorted(elapsed)
+    assert all(r["elapsed_seconds"] > r["seconds"] for r in log if "seconds" in r)
+    shutil.rmtree(folder / "checkpoints" / "base" / "default" / "step_000004")
+    run(run={"resume": True})
+    again = [r["elapsed_seconds"] for r in records(folder)[len(log) :] if r["kind"] == "train"]
+    assert again[0] > elapsed[1], "it goes on from the checkpoint's"
 
 
 def test_starting_from_an_unfinished_run_is_said(

@@ -149,6 +149,28 @@ def test_a_non_finite_loss_stops_before_the_update(bad: float) -> None:
         assert torch.equal(value, state[key])
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_non_finite_gradient_stops_before_the_update(bad: float) -> None:
+    """Also where the loss is finite: it would be in the weights, and in the next checkpoint."""
+    model, optimizer = make()
+    train_step(model, optimizer, [batch(4)], Hypers(), RUNTIME)
+    before, state = parameters(model), optimizer.state_dict(host_copy=True)
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()
+        gradient[0, 3] = bad
+        return gradient
+
+    handle = model.blocks[1].mlp.up.weight.register_hook(spoil)  # type: ignore[union-attr]
+    with pytest.raises(NonFiniteLoss, match=r"step 1: rank 0 has gradients that are not finite"):
+        train_step(model, optimizer, [batch(4)], Hypers(), RUNTIME)
+    handle.remove()
+    assert torch.equal(parameters(model), before)
+    assert optimizer.steps == 1
+    for key, value in optimizer.state_dict().items():
+        assert torch.equal(value, state[key])
+
+
 def test_gradients_start_from_zero_at_every_step() -> None:
     model, optimizer = make()
     train_step(model, optimizer, [batch(4)], Hypers(), RUNTIME)

@@ -60,7 +60,8 @@ class Bar:
             return
         self._last = now
         done = min(1.0, self.count / self.total)
-        left = f", {(now - self._start) * (1 - done) / done:.0f} s left" if done > 0 else ""
+        # Before the first percent it would be a wild guess.
+        left = f", {(now - self._start) * (1 - done) / done:.0f} s left" if done >= 0.01 else ""
         self._console.print(f"{self.label}: {100 * done:.0f} %{left}", highlight=False)
 
 

@@ -41,6 +41,7 @@ if [ "$profile" = gpu ]; then
     # Enough shards for the token budget of this depth; the first few suffice for the tokenizer.
     shards="$(python -m scripts.plan --depth "$depth" --gpus "$gpus" --print num_shards)"
     run python -m nanochat.dataset "$corpus" -n 8
+    run python -m nanochat.dataset eval_bundle || echo "CORE will not be measured"
     python -m nanochat.dataset "$corpus" -n "$shards" > "$NANOCHAT_BASE_DIR/download.log" 2>&1 &
     download=$!
     run python -m scripts.tok_train --corpus "$corpus" --vocab-size 65536 --max-chars 2000000000

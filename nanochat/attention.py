@@ -166,7 +166,7 @@ class BlockedAttention(torch.autograd.Function):
         values = v.transpose(1, 2).reshape(B * K, T, D)
         out = torch.empty_like(queries)
         probabilities = []
-        for start, end, first in _query_blocks(T, window):
+        for start, end, first in query_blocks(T, window):
             t, s = end - start, end - first
             block = queries[:, :, start:end].reshape(B * K, G * t, D)
             scores = torch.bmm(block, keys[:, first:end].transpose(1, 2))  # (B*K, G*t, s)
@@ -192,7 +192,7 @@ class BlockedAttention(torch.autograd.Function):
         grad = grad_output.view(B, T, K, G, D).permute(0, 2, 3, 1, 4).reshape(B * K, G, T, D)
         grad_queries = torch.empty_like(queries)
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
-        blocks = _query_blocks(T, ctx.window)  # type: ignore[attr-defined]
+        blocks = query_blocks(T, ctx.window)  # type: ignore[attr-defined]
         for (start, end, first), p in zip(blocks, probabilities, strict=True):
             t = end - start
             block = queries[:, :, start:end].reshape(B * K, G * t, D)
@@ -213,7 +213,7 @@ class BlockedAttention(torch.autograd.Function):
         )
 
 
-def _query_blocks(T: int, window: int) -> list[tuple[int, int, int]]:
+def query_blocks(T: int, window: int) -> list[tuple[int, int, int]]:
     """(first query, end, first key) of each block."""
     return [
         (start, min(start + QUERY_BLOCK, T), max(0, start - window + 1) if window > 0 else 0)

@@ -10,8 +10,8 @@ medians.
 - engine: `Engine.generate` on the prompts of a rollout, until its last answer has ended.
 - rollout: what a step of chat_rl does before it learns: prompts rendered, the same answers decoded,
   judged, compared and packed into rows.
-- update and sft: tokens a second of a training step on the rollout's rows, and on as many full rows
-  of plain targets.
+- update and sft: tokens a second (no padding) of a training step on the rollout's rows, and on as
+  many tokens in full rows of plain targets.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from nanochat.engine import Completion, Engine, SamplingParams
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.optim import Hypers, Optimizer, parameter_rules
 from nanochat.rl import Prompt, Verdict, as_sample, roll_out, tally
-from nanochat.rl_rows import Rows, pack_samples, policy_batches
+from nanochat.rl_rows import pack_samples, policy_batches
 from nanochat.runtime import DTYPES, Runtime, single, tune_cpu
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import train_step
@@ -153,7 +153,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             batches, _ = policy_batches(model, rows, advantages, temperature=1.0)
             targets = int(sums["trainable_tokens"])
             note("update", sum(r.tokens for r in rows), step(batches, targets))
-            note("sft", sum(r.inputs.numel() for r in rows), step(full_rows(rows), targets))
+            plain = full_rows(model, sum(r.tokens for r in rows))
+            note("sft", sum(batch.inputs.numel() for batch in plain), step(plain, targets))
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     return {
         "tokens_per_second": medians,
@@ -164,12 +165,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def full_rows(rows: list[Rows]) -> list[Batch]:
-    """Rows of the same shapes without padding, every token a target, one document each."""
-    return [
-        Batch(r.inputs, r.inputs, torch.ones_like(r.drawn_nll), torch.zeros_like(r.doc_ids))
-        for r in rows
-    ]
+def full_rows(model: GPT, tokens: int) -> list[Batch]:
+    """About so many tokens in full rows of plain targets, two documents in each."""
+    T = model.config.context_length
+    batches = []
+    for left in range(max(1, round(tokens / T)), 0, -ROWS):
+        ids = torch.randint(model.config.vocab_size, (min(left, ROWS), T + 1))
+        documents = (torch.arange(T) >= T // 2).int().expand(len(ids), T)
+        weights = torch.ones(len(ids), T)
+        batches.append(Batch(ids[:, :-1], ids[:, 1:], weights, documents))
+    return batches
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ B rows, T time, S samples of a step
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -63,24 +64,29 @@ def pack_samples(
 ) -> list[Rows]:
     """Pack samples of at most T + 1 tokens into rows, and the rows into micro-batches.
 
-    Micro-batches are equally large and as wide as their fullest row, or, with `fill_up`, all of
-    `rows_per_batch` rows of T: a compiled loss would be compiled again for every other shape.
+    A micro-batch has at most `rows_per_batch` * T positions. Rows are as long as leaves the least
+    padding: in rows of T, samples a bit longer than T / 2 would leave half of it free. With
+    `fill_up` micro-batches are `rows_per_batch` rows of T all the same: a compiled loss would be
+    compiled again for every other shape.
     """
-    longest = max((len(sample.ids) for sample in samples), default=0)
+    lengths = [len(sample.ids) for sample in samples]
+    if not lengths:
+        return []
+    longest = max(lengths)
     if longest > T + 1:
         raise UserError(f"a sample of {longest} tokens does not fit into a row of {T + 1}")
-    packed = list(pack_window([len(sample.ids) for sample in samples], T + 1))
-    if not packed:
-        return []
-    size = rows_per_batch
-    if not fill_up:
-        size = -(-len(packed) // -(-len(packed) // rows_per_batch))
+    if fill_up:
+        packed = list(pack_window(lengths, T + 1))
+        batches = [packed[i : i + rows_per_batch] for i in range(0, len(packed), rows_per_batch)]
+    else:
+        candidates = [
+            _micro_batches(list(pack_window(lengths, capacity)), rows_per_batch * T)
+            for capacity in (*range(T + 1, longest, -max(1, T // 16)), longest)
+        ]
+        batches = min(candidates, key=_positions)
     result = []
-    for start in range(0, len(packed), size):
-        rows = packed[start : start + size]
-        # The fullest rows come first, so those of a micro-batch are about equally full.
-        width = max(sum(length for _, _, length in pieces) for pieces in rows)
-        shape = (size, T + 1) if fill_up else (len(rows), width)
+    for rows in batches:
+        shape = (rows_per_batch, T + 1) if fill_up else (len(rows), _width(rows))
         ids = np.zeros(shape, dtype=np.int64)
         owner = np.full(shape, -1, dtype=np.int64)
         drawn = np.zeros(shape, dtype=np.float32)
@@ -109,6 +115,26 @@ def pack_samples(
             )
         )
     return result
+
+
+Pieces: TypeAlias = list[tuple[int, int, int]]
+"""A row: (sample, start, stop) of each."""
+
+
+def _width(rows: Sequence[Pieces]) -> int:
+    return max(sum(length for _, _, length in pieces) for pieces in rows)
+
+
+def _micro_batches(packed: list[Pieces], positions: int) -> list[list[Pieces]]:
+    """Equally many rows in each, and about equally full ones."""
+    rows = sorted(packed, key=lambda pieces: _width([pieces]), reverse=True)
+    most = max(1, positions // (_width(rows) - 1))
+    size = -(-len(rows) // -(-len(rows) // most))
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def _positions(batches: list[list[Pieces]]) -> int:
+    return sum(len(rows) * (_width(rows) - 1) for rows in batches)
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:

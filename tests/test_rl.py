@@ -174,8 +174,8 @@ def ragged_samples(count: int = 20) -> list[Sample]:
 def test_every_sampled_token_is_a_target_once(rows_per_batch: int, fill_up: bool) -> None:
     samples = ragged_samples()
     rows = pack_samples(samples, 40, rows_per_batch, CPU, fill_up=fill_up)
-    assert all(len(r.inputs) <= rows_per_batch for r in rows)
-    assert not fill_up or all(len(r.inputs) == rows_per_batch for r in rows)
+    assert all(r.inputs.numel() <= rows_per_batch * 40 for r in rows)
+    assert not fill_up or all(r.inputs.shape == (rows_per_batch, 40) for r in rows)
     seen: dict[int, list[tuple[int, float]]] = {s: [] for s in range(len(samples))}
     for r in rows:
         assert ((r.targets >= 0) == (r.owner >= 0)).all()
@@ -186,6 +186,18 @@ def test_every_sampled_token_is_a_target_once(rows_per_batch: int, fill_up: bool
         expected = [(i, -p) for i, m, p in zip(sample.ids, sample.mask, logprobs, strict=True) if m]
         assert seen[s] == expected
     assert sum(r.tokens for r in rows) == sum(len(sample.ids) - 1 for sample in samples)
+
+
+def test_rows_are_as_long_as_leaves_little_padding() -> None:
+    """Rows of T = 40 would be half empty."""
+    samples = [Sample([1] * n, [1] * n) for n in (22, 23, 23, 24, 24, 24, 25, 25)]
+    rows = pack_samples(samples, 40, 2, CPU)
+    used, positions = sum(r.tokens for r in rows), sum(r.inputs.numel() for r in rows)
+    assert used == sum(len(sample.ids) - 1 for sample in samples)
+    assert used > 0.95 * positions
+    assert used < 0.7 * sum(
+        r.inputs.numel() for r in pack_samples(samples, 40, 2, CPU, fill_up=True)
+    )
 
 
 def test_packed_samples_are_scored_as_if_alone() -> None:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from stores import Echo
 
+from nanochat.conversation_store import conversations_store
 from nanochat.errors import UserError
 from nanochat.runtime import single
-from nanochat.token_store import StoreWriter, TokenStore, conversations_store
+from nanochat.token_store import StoreWriter, TokenStore
 from nanochat.tokenizer import Tokenizer
 from scripts import decontaminate, tok_encode
 from scripts.decontaminate import Config, Index, Item, split_words, task_items

@@ -31,6 +31,7 @@ LAYERS = [
     {
         "adamw",
         "attention",
+        "conversation_store",
         "corpus",
         "corpus_files",
         "dataloader",
@@ -47,6 +48,7 @@ LAYERS = [
     },
     # Assemblies.
     {
+        "batch_view",
         "checkpoint_manager",
         "core_eval",
         "decoder",

@@ -13,12 +13,13 @@ import torch
 from stores import numbered_store
 
 from nanochat.config import BaseConfig
+from nanochat.conversation_store import conversations_store
 from nanochat.dataloader import DataLoader, Source
 from nanochat.errors import UserError
 from nanochat.loss_eval import evaluate_roles, mixture_bpb
 from nanochat.runtime import single
 from nanochat.stage import describe_mixture
-from nanochat.token_store import TokenStore, conversations_store
+from nanochat.token_store import TokenStore
 from nanochat.tokenizer import ROLE_NAMES, Tokenizer
 from scripts import base_train, mid_train, tok_encode
 from scripts.base_train import parse_shares, text_sources

@@ -10,13 +10,15 @@ from rich.console import Console
 from stores import Echo
 
 from nanochat import runtime
+from nanochat.batch_view import View, build_view, print_view, render_html, token_text
 from nanochat.config import Run, SftConfig, to_dict
+from nanochat.conversation_store import conversations_store
 from nanochat.dataloader import DataLoader, Source
 from nanochat.errors import UserError
-from nanochat.token_store import build_store, conversations_store
+from nanochat.token_store import build_store
 from nanochat.tokenizer import Tokenizer
 from scripts import show_batch
-from scripts.show_batch import Config, View, build_view, print_view, render_html, token_text
+from scripts.show_batch import Config
 
 T = 40
 

@@ -9,14 +9,10 @@ import numpy as np
 import pytest
 from stores import Echo, make_store
 
-from nanochat import token_store
+from nanochat import conversation_store
+from nanochat.conversation_store import conversations_store
 from nanochat.errors import UserError
-from nanochat.token_store import (
-    TokenStore,
-    build_store,
-    conversations_store,
-    merge_stores,
-)
+from nanochat.token_store import TokenStore, build_store, merge_stores
 from nanochat.tokenizer import Tokenizer
 
 DOCUMENTS = [[1, 2, 3], [9], [4, 5, 6, 7, 8]]
@@ -268,15 +264,15 @@ def test_processes_do_not_change_the_store(
 ) -> None:
     task = Echo(50, bad=[7, 33])
     one = conversations_store(task, tokenizer, bad_rows="skip", folder=tmp_path / "one")
-    monkeypatch.setattr(token_store, "_PARALLEL_FROM", 10)
-    monkeypatch.setattr(token_store, "_SLICE_ROWS", 20)
+    monkeypatch.setattr(conversation_store, "_PARALLEL_FROM", 10)
+    monkeypatch.setattr(conversation_store, "_SLICE_ROWS", 20)
     slices = []
 
     def merge(folder: Path, parts: list[Path], **settings: Any) -> TokenStore:
         slices.extend(parts)
         return merge_stores(folder, parts, **settings)
 
-    monkeypatch.setattr(token_store, "merge_stores", merge)
+    monkeypatch.setattr(conversation_store, "merge_stores", merge)
     two = conversations_store(
         task, tokenizer, bad_rows="skip", folder=tmp_path / "two", num_workers=2
     )

@@ -9,13 +9,14 @@ of its resident set, as the run's own log tells it.
 
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.decode import made_up_tokenizer
 from nanochat import config
@@ -73,7 +74,7 @@ def prepare(folder: Path, vocab_size: int) -> None:
     (folder / "text").mkdir()
     (folder / "text" / "text.txt").write_text("a\n\nb")
     corpus = open_corpus(str(folder / "text"))
-    draw = random.Random(0)
+    draw = np.random.default_rng(0)
     for split, count in (("train", 2000), ("val", 200)):
         with StoreWriter(
             corpus.store_folder(split),  # type: ignore[arg-type]
@@ -81,8 +82,8 @@ def prepare(folder: Path, vocab_size: int) -> None:
             tokenizer_hash=tokenizer.hash,
             fingerprint="",
         ) as writer:
-            for _ in range(count):
-                writer.add([tokenizer.bos, *(draw.randrange(vocab_size) for _ in range(400))])
+            for ids in draw.integers(0, vocab_size, (count, 400)):
+                writer.add(ids)
 
 
 def measure(shape: Shape, folder: Path) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def create_app(
             )
         return asked or min(limits.max_tokens, context)
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, responses=ANSWER)
     async def chat(body: ChatRequest, request: Request) -> Response | dict[str, Any]:
         served = find_model(body.model)
         if not served.chat:
@@ -223,7 +223,7 @@ def create_app(
             )
         return {**head, "choices": choices, "usage": usage(job)}
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=None, responses=ANSWER)
     async def complete(body: CompletionRequest, request: Request) -> Response | dict[str, Any]:
         served = find_model(body.model)
         engine = served.engine
@@ -327,6 +327,12 @@ def create_app(
     return app
 
 
+ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer, or with `stream` its pieces as server-sent events",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
 PAGE = {
     "/": ("index.html", "text/html"),
     "/style.css": ("style.css", "text/css"),

@@ -11,6 +11,7 @@ Examples:
 
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,20 +105,19 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def main(cfg: Config, runtime: Runtime) -> None:
+def serve(cfg: Config, runtime: Runtime, models: Sequence[Served], listener: socket.socket) -> None:
+    """Answer on this socket until Ctrl-C."""
     local = cfg.host in ("127.0.0.1", "localhost", "::1")
     hosts = None
     if local:
         hosts = ("127.0.0.1", "localhost", "[::1]", *(name.lower() for name in cfg.allow_host))
-    listener = listen(cfg.host, cfg.port)
     limits = Limits(
         temperature=cfg.temperature,
         top_k=cfg.top_k,
         max_tokens=cfg.max_tokens,
         max_queue=cfg.max_queue,
     )
-    service = Service(load(cfg, runtime), limits)
-    app = create_app(service, api_key=cfg.api_key, cors=cfg.cors, hosts=hosts)
+    app = create_app(Service(models, limits), api_key=cfg.api_key, cors=cfg.cors, hosts=hosts)
     port = listener.getsockname()[1]
     shown = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
     runtime.print(f"serving {', '.join(cfg.source)} at http://{shown}:{port}  (Ctrl-C ends)")
@@ -127,6 +127,12 @@ def main(cfg: Config, runtime: Runtime) -> None:
         uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
     )
     server.run(sockets=[listener])
+
+
+def main(cfg: Config, runtime: Runtime) -> None:
+    # First the port: to hear that it is taken should not take as long as loading a model.
+    listener = listen(cfg.host, cfg.port)
+    serve(cfg, runtime, load(cfg, runtime), listener)
 
 
 if __name__ == "__main__":

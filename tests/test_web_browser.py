@@ -430,6 +430,15 @@ def test_dark_and_light(page: Page) -> None:
     page.picture("dark-1280")
     page.open()
     assert back() == dark
+    page.choose("markdown")
+    page.send("hi")
+    page.until(lambda: page.all("#log table"))
+    page.picture("dark-markdown-1280")
+    page.browser.set_window_size(400, 800)
+    page.picture("dark-400")
+    page.one("#open-settings").click()
+    page.picture("dark-settings-400")
+    page.one("#close-settings").click()
 
 
 def test_everything_has_a_name_and_a_place_in_the_tab_order(page: Page) -> None:

@@ -76,14 +76,14 @@ def _summary(material: Material) -> Section:
     if not runs:
         return Section("Run", [Text("No stage has been run yet.")])
     blocks: list[Block] = []
-    seconds = math.fsum(as_number(run.last.get("seconds")) or 0.0 for run in runs)
+    seconds = [_elapsed(run) for run in runs]
     tokens = sum(as_number(run.last.get("tokens")) or 0 for run in runs)
     flops = math.fsum(_flops(run) or 0.0 for run in runs)
     total = f"{count_text(tokens)} tokens, {flops_text(flops)} FLOPs"
-    total += f", {duration_text(seconds)} of training"
+    total += f", {duration_text(math.fsum(seconds))} of training runs"
     if material.price_per_hour is not None:
-        cost = seconds / 3600 * material.price_per_hour
-        total += f"; {cost:,.2f} at {material.price_per_hour:g} an hour (training steps only)"
+        cost = math.fsum(seconds) / 3600 * material.price_per_hour
+        total += f"; {cost:,.2f} at {material.price_per_hour:g} an hour (without the evaluations)"
     blocks.append(Text(total + "."))
 
     facts: dict[str, list[str]] = {}
@@ -101,9 +101,9 @@ def _summary(material: Material) -> Section:
     add("tokens a step", [count_text(_tokens_a_step(run)) for run in runs])
     add("FLOPs", [flops_text(_flops(run)) for run in runs])
     add("training time", [duration_text(run.last.get("seconds")) for run in runs])
+    add("with all around it", [duration_text(run.last.get("elapsed_seconds")) for run in runs])
     if material.price_per_hour is not None:
-        hours = [(as_number(run.last.get("seconds")) or 0) / 3600 for run in runs]
-        add("cost", [f"{hour * material.price_per_hour:,.2f}" for hour in hours])
+        add("cost", [f"{one / 3600 * material.price_per_hour:,.2f}" for one in seconds])
     add("tokens a second", [count_text(_speed(run)) for run in runs])
     add("peak memory", [memory_text(_peak_memory(run)) for run in runs])
     add("resumed", [f"{run.num_resumed} times" if run.num_resumed else "" for run in runs])
@@ -142,6 +142,11 @@ def _flops(run: Run) -> float | None:
     planned, tokens = as_number(run.planned("flops")), as_number(run.planned("tokens"))
     done = as_number(run.last.get("tokens"))
     return planned * done / tokens if planned and tokens and done else None
+
+
+def _elapsed(run: Run) -> float:
+    """Seconds that the machine was in use, reading, evaluating and saving included if recorded."""
+    return as_number(run.last.get("elapsed_seconds")) or as_number(run.last.get("seconds")) or 0.0
 
 
 def _tokens_a_step(run: Run) -> float | None:

@@ -68,6 +68,7 @@ def end(step: int = 8) -> dict[str, Any]:
         "kind": "end",
         "step": step,
         "seconds": 1800.0,
+        "elapsed_seconds": 2400.0,
         "tokens": step * TOKENS,
         "peak_memory_bytes": 3 * 2**30,
         "consumed": {
@@ -159,7 +160,8 @@ def test_everything_recorded_is_in_both_reports(base: Path) -> None:
     sections = compose(collect(price_per_hour=3.0))
 
     assert row(sections, "training time") == ["30:00\N{NO-BREAK SPACE}min"] * 4
-    assert row(sections, "cost") == ["1.50"] * 4
+    assert row(sections, "with all around it") == ["40:00\N{NO-BREAK SPACE}min"] * 4
+    assert row(sections, "cost") == ["2.00"] * 4
     assert row(sections, "FLOPs") == ["8.00e+12"] * 4
     assert row(sections, "peak memory") == ["3.00\N{NO-BREAK SPACE}GiB"] * 4
     assert row(sections, "state") == ["finished"] * 4
@@ -177,7 +179,7 @@ def test_everything_recorded_is_in_both_reports(base: Path) -> None:
     assert shares == [[["text", "30", "6,000", "75.0 %"], ["gsm8k", "10", "2,000", "25.0 %"]]] * 4
     total = next(b for b in sections[0].blocks if isinstance(b, Text)).text
     assert "3.20e+13 FLOPs" in total
-    assert "6.00 at 3 an hour" in total
+    assert "8.00 at 3 an hour" in total
     assert collect().missing == []
 
     quotes = [b.text for s in sections for b in s.blocks if isinstance(b, Quote)]

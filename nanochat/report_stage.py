@@ -31,6 +31,10 @@ _PANELS = {
     "truncated": ("share of rollouts cut off", 1.0, False, True),
     "entropy": ("entropy in rollouts, nats a token", 1.0, True, True),
     "kept_groups": ("share of groups with something to tell", 1.0, True, True),
+    "tool_calls": ("calls in an answer of rollouts", 1.0, True, True),
+    "tool_success": ("share of calls in rollouts that work", 1.0, False, False),
+    "bonus": ("format bonus in rollouts", 1.0, True, True),
+    "clipped": ("share of importance weights clipped", 1.0, True, True),
     "rollout_tokens_per_second": ("rollouts, tokens a second", 1.0, False, True),
     "update_tokens_per_second": ("updates, tokens a second", 1.0, False, True),
 }

@@ -16,9 +16,9 @@ none of it after 300,000 tokens:
 - **The wording.** What is the easiest to learn is to go on as after an earlier place that looks the
   same ("induction", arXiv 2209.11895). So the answer repeats the needle, and the password comes
   right after the only word that tells needles apart, which is seldom met in prose.
-- **Three of four training rows are short**, needles and questions with no text around. Attention
-  that does not know yet where to look is spread over all that is there, and what the needle adds to
-  it is lost in a long text.
+- **Three of four training rows are short** (`short`), needles and questions with no text around.
+  Attention that does not know yet where to look is spread over all that is there, and what the
+  needle adds to it is lost in a long text.
 
 Passwords are pairs of words drawn anew for every row; the pair's hash decides the split, so no pair
 that is tested was ever an answer in training.
@@ -85,7 +85,7 @@ NEEDLE = "Say to the {listener} {key}."
 LONGEST_SENTENCE = 60
 """Words; a list without a full stop would be a haystack by itself."""
 MAX_SENTENCES = 20_000
-SHORT_SHARE, SHORT_NEEDLES = 0.75, 4
+SHORT_NEEDLES = 4
 
 _END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 
@@ -216,7 +216,8 @@ class Passkey(Task):
 
     1 to `needles` passwords are hidden, at drawn depths or all at `depth`, and asked one after the
     other; 0 to `distractors` more are not asked. Rows are spread evenly over the doublings up to
-    `length` tokens, or words without a `tokenizer`, but for the short ones of the split train.
+    `length` tokens, or words without a `tokenizer`, but for the share of `short` ones in the split
+    train.
     mid_train hands in its tokenizer, its context as the length, and sentences of the replayed
     corpus.
     """
@@ -231,6 +232,7 @@ class Passkey(Task):
         needles: int = 8,
         distractors: int = 2,
         depth: float | str | None = None,
+        short: float | str = 0.75,
         seed: int = 0,
         sentences: Sequence[str] = FILLER,
         tokenizer: Tokenizer | None = None,
@@ -238,10 +240,8 @@ class Passkey(Task):
         super().__init__("passkey", split)
         self.size = check_generated("passkey", split, size)
         self.length, self.needles, self.distractors = length, needles, distractors
-        try:
-            self.depth = None if depth is None else float(depth)
-        except ValueError:
-            raise UserError(f"passkey: depth {depth!r} is not a number from 0 to 1") from None
+        self.depth = None if depth is None else _share("depth", depth)
+        self.short = _share("short", short)
         self.seed = seed
         self.haystack = Haystack(sentences, tokenizer)
         # Tells at once where the settings do not fit.
@@ -258,6 +258,7 @@ class Passkey(Task):
             "needles": self.needles,
             "distractors": self.distractors,
             "depth": self.depth,
+            "short": self.short,
             "seed": self.seed,
             "sentences": digest("\n".join(self.haystack.sentences)),
             "tokenizer": tokenizer.hash if tokenizer else None,
@@ -265,7 +266,7 @@ class Passkey(Task):
 
     def row(self, index: int) -> Conversation:
         random = row_random("passkey", self.split, self.seed, index)
-        short = self.split == "train" and random.random() < SHORT_SHARE
+        short = self.split == "train" and random.random() < self.short
         needles = random.randint(1, min(SHORT_NEEDLES, self.needles) if short else self.needles)
         distractors = 0 if short else random.randint(0, self.distractors)
         length = shortest = self.haystack.least(needles, distractors)
@@ -278,6 +279,16 @@ class Passkey(Task):
         """Whether the sentence that was said ends with the password, or is it alone."""
         said = completion.strip().removesuffix(".")
         return f" {said}".endswith(f" {conversation['answer']}") and "." not in said
+
+
+def _share(name: str, value: float | str) -> float:
+    try:
+        share = float(value)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise UserError(f"passkey: {name} {value!r} is not a number from 0 to 1")
+    return share
 
 
 if __name__ == "__main__":

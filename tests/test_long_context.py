@@ -581,6 +581,9 @@ def test_rows_are_spread_over_lengths_and_most_training_rows_are_short() -> None
     assert 1200 < max(train) <= 1600
     task = Passkey("train", 200, 1600)
     assert {len(row["messages"]) // 2 for row in task} == set(range(1, 9))
+    for short in ("0", 1):
+        rows = [task.haystack.size(row) for row in Passkey("train", 50, 1600, short=short)]
+        assert (max(rows) > 200) == (short == "0")
     assert (
         task.fingerprint() != Passkey("train", 200, 1600, tokenizer=tiny_tokenizer()).fingerprint()
     )
@@ -603,8 +606,9 @@ def test_answers_are_judged() -> None:
         ("passkey:length=20", "length 20 is too short for 8 needles and 2 distractors"),
         ("passkey:needles=0", "must be a needle"),
         ("passkey:needles=19", "at most 20 of both"),
-        ("passkey:depth=1.5", "depths .* must be between 0"),
-        ("passkey:depth=deep", "'deep' is not a number"),
+        ("passkey:depth=1.5", "depth '1.5' is not a number from 0 to 1"),
+        ("passkey:depth=deep", "depth 'deep' is not a number"),
+        ("passkey:short=2", "short 2 is not a number from 0 to 1"),
     ],
 )
 def test_impossible_settings_are_user_errors(spec: str, message: str) -> None:
@@ -788,6 +792,10 @@ def test_the_script_measures_beyond_the_context_and_the_report_shows_it(
         assert f"{base['bpb']['160']:.4f}" in text
         assert "rotary base" in text
     assert page.count("color-mix(in srgb, var(--c2)") == 2 * 2 * 5
+    beside = re.findall(r"<div class=\"beside\">.*", page)
+    assert [re.findall("<th>(base/default|mid/default)</th>", row) for row in beside[-2:]] == [
+        ["base/default", "mid/default"]
+    ] * 2, "forced, then generated"
     # Whatever is in the file, the rest is shown.
     path = folder / "report" / "long_eval_mid-default.json"
     broken = {"bpb": 3, "passkey": {"forced": [[None, 2]], "depths": ["x"], "lengths": [1]}}

@@ -12,7 +12,7 @@ from nanochat import runtime
 from nanochat.config import Learning
 from nanochat.dataloader import Batch
 from nanochat.errors import UserError
-from nanochat.fp8 import check_fp8, convert_to_fp8
+from nanochat.fp8 import check_fp8, convert_to_fp8, is_convertible
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.optim import Hypers, Optimizer, parameter_rules
 from nanochat.train import train_step
@@ -78,6 +78,10 @@ def test_gates_head_and_odd_shapes_stay() -> None:
     kinds = {name: type(m).__name__ for name, m in model.named_modules() if hasattr(m, "weight")}
     assert kinds["head"] == kinds["blocks.1.attention.value_gate"] == "Linear"
     assert kinds["blocks.1.mlp.up"] == "Float8Linear"
+    square = torch.nn.Linear(32, 32)
+    assert is_convertible(square, "blocks.0.mlp.up")
+    assert not is_convertible(square, "blocks.0.attention.value_gate"), "whatever its shape"
+    assert not is_convertible(square, "head")
     odd = GPT(config_from_depth(2, 100, aspect_ratio=12, head_dim=12, context_length=32))
     with pytest.raises(UserError, match=r"no matrix whose sides are multiples of 16 .* width of"):
         convert_to_fp8(odd, emulate=True)

@@ -3,11 +3,11 @@
     python -m benchmarks.option_scoring [--hub] [--json out.json]
 
 Two hundred questions in the manner of MMLU (made up, or with --hub real ones) and a depth-6 model
-with random weights. Two ways of asking: "letters", as chat_eval does, where all options are read
-off one pass over the prompt; "texts", as CORE does, where the prompt's keys and values are copied
-for each option. Scored separately, each takes a pass over the prompt and itself. Both ways use the
-same model and batches of 32 questions, in turn: A B A B; quoted are medians. The results must
-agree. Preparing (rendering and encoding) is the same for both and timed apart.
+with random weights. "chat_eval" is that script's evaluation of the task from first to last, its
+letters being read off one pass over the prompt; "texts" is scoring alone where options are texts,
+as in CORE: the prompt's keys and values are copied for each. Scored separately, each option takes a
+pass over the prompt and itself. Both sides use the same model and batches of 32 questions, in turn:
+A B A B; quoted are medians. The results must agree.
 """
 
 import dataclasses
@@ -19,15 +19,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from nanochat import config, runtime
 from nanochat.gpt import GPT, config_from_depth
+from nanochat.runtime import Runtime
 from nanochat.scoring import GPTScorer, Ids, Scored, crop, length_blocks
 from nanochat.tokenizer import Tokenizer
+from scripts import chat_eval
 from scripts.chat_eval import encode_options
-from tasks.common import Conversation, choice_conversation
+from tasks.common import Conversation, Task, choice_conversation
 from tasks.mmlu import MMLU
 
 
@@ -90,52 +93,94 @@ def randomised(model: GPT) -> GPT:
     return model.eval()
 
 
-def prepare(
-    conversations: Sequence[Conversation], tokenizer: Tokenizer, context_length: int, letters: bool
-) -> tuple[list[Ids], list[Sequence[Ids]]]:
-    """Prompts and options, as chat_eval makes them; without `letters` the options are texts."""
+class Questions(Task):
+    """Conversations that are there already."""
+
+    eval_type = "categorical"
+
+    def __init__(self, conversations: Sequence[Conversation]):
+        super().__init__("mmlu", "test")
+        self.conversations = conversations
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def row(self, index: int) -> Conversation:
+        return self.conversations[index]
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+
+class SeparateScorer(GPTScorer):
+    """Each option with a prompt of its own."""
+
+    def score(self, prompts: Sequence[Ids], options: Sequence[Sequence[Ids]]) -> list[list[Scored]]:
+        flat = super().score(
+            [prompt for prompt, choices in zip(prompts, options, strict=True) for _ in choices],
+            [[choice] for choices in options for choice in choices],
+        )
+        scored = iter(flat)
+        return [[next(scored)[0] for _ in choices] for choices in options]
+
+
+SIDES = {"shared": GPTScorer, "separate": SeparateScorer}
+
+
+def measure_chat_eval(
+    cfg: Config,
+    model: GPT,
+    tokenizer: Tokenizer,
+    conversations: Sequence[Conversation],
+    started: Runtime,
+) -> dict[str, Any]:
+    """The whole evaluation: rendering, encoding, scoring, judging."""
+    task, settings = Questions(conversations), chat_eval.Config(batch_size=cfg.batch_size)
+    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
+    right = {}
+    for repeat in range(cfg.repeats + 1):
+        for name, scorer in SIDES.items():
+            with patch.object(chat_eval, "GPTScorer", scorer):
+                start = time.perf_counter()
+                result = chat_eval.evaluate_task(model, tokenizer, task, settings, started)
+            if repeat:  # the first is for warming up
+                seconds[name].append(time.perf_counter() - start)
+            right[name] = result["correct"]
+    return {**summary(seconds), "right": right}
+
+
+def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    return {
+        "seconds": medians,
+        "all_seconds": seconds,
+        "speedup": medians["separate"] / medians["shared"],
+    }
+
+
+def measure_texts(
+    cfg: Config, model: GPT, tokenizer: Tokenizer, conversations: Sequence[Conversation]
+) -> dict[str, Any]:
+    """Scoring alone, the options being the answers' texts."""
     prompts: list[Ids] = []
     options: list[Sequence[Ids]] = []
     for conversation in conversations:
+        choices = encode_options(tokenizer, conversation["choices"])
         prompt = tokenizer.render_for_completion(conversation)
-        choices = conversation["letters" if letters else "choices"]
-        short, fitting, _ = crop(prompt, encode_options(tokenizer, choices), context_length)
+        short, fitting, _ = crop(prompt, choices, cfg.context_length)
         prompts.append(short)
         options.append(fitting)
-    return prompts, options
-
-
-def shared(
-    scorer: GPTScorer, prompts: Sequence[Ids], options: Sequence[Sequence[Ids]]
-) -> list[list[Scored]]:
-    return scorer.score(prompts, options)
-
-
-def separate(
-    scorer: GPTScorer, prompts: Sequence[Ids], options: Sequence[Sequence[Ids]]
-) -> list[list[Scored]]:
-    """Each option with a prompt of its own."""
-    flat = scorer.score(
-        [prompt for prompt, choices in zip(prompts, options, strict=True) for _ in choices],
-        [[choice] for choices in options for choice in choices],
-    )
-    scored = iter(flat)
-    return [[next(scored)[0] for _ in choices] for choices in options]
-
-
-def measure(
-    cfg: Config, scorer: GPTScorer, prompts: list[Ids], options: list[Sequence[Ids]]
-) -> dict[str, Any]:
     blocks = length_blocks([len(prompt) for prompt in prompts], cfg.batch_size)
-    seconds: dict[str, list[float]] = {"shared": [], "separate": []}
+    seconds: dict[str, list[float]] = {name: [] for name in SIDES}
     results: dict[str, list[list[Scored]]] = {}
     for repeat in range(cfg.repeats + 1):
-        for name, score in (("shared", shared), ("separate", separate)):
+        for name, kind in SIDES.items():
+            scorer = kind(model)
             start = time.perf_counter()
             scored: list[list[Scored]] = []
             for block in blocks:
-                scored += score(scorer, [prompts[i] for i in block], [options[i] for i in block])
-            if repeat:  # the first is for warming up
+                scored += scorer.score([prompts[i] for i in block], [options[i] for i in block])
+            if repeat:
                 seconds[name].append(time.perf_counter() - start)
             results[name] = scored
     values = {
@@ -147,11 +192,8 @@ def measure(
         for mine, theirs in zip(values["shared"], values["separate"], strict=True)
         for a, b in zip(mine, theirs, strict=True)
     )
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
     return {
-        "seconds": medians,
-        "all_seconds": seconds,
-        "speedup": medians["separate"] / medians["shared"],
+        **summary(seconds),
         "same_choice": sum(a == b for a, b in zip(*chosen.values(), strict=True)),
         "largest_difference_nats": difference,
         "prompt_tokens": sum(map(len, prompts)),
@@ -168,25 +210,15 @@ def main(cfg: Config) -> dict[str, Any]:
         cfg.depth, tokenizer.vocab_size, head_dim=64, context_length=cfg.context_length
     )
     model = randomised(GPT(shape, started.dtype).init_weights(0).to(started.device))
-    scorer = GPTScorer(model)
-    result: dict[str, Any] = {
+    result = {
         "config": dataclasses.asdict(cfg),
         "device": str(started.device),
         "dtype": str(started.dtype),
         "threads": torch.get_num_threads(),
         "questions": len(conversations),
+        "chat_eval": measure_chat_eval(cfg, model, tokenizer, conversations, started),
+        "texts": measure_texts(cfg, model, tokenizer, conversations),
     }
-    for name in ("letters", "texts"):
-        start = time.perf_counter()
-        prompts, options = prepare(conversations, tokenizer, cfg.context_length, name == "letters")
-        preparing = time.perf_counter() - start
-        measured = measure(cfg, scorer, prompts, options)
-        times = measured["seconds"]
-        measured["prepare_seconds"] = preparing
-        measured["speedup_with_preparing"] = (times["separate"] + preparing) / (
-            times["shared"] + preparing
-        )
-        result[name] = measured
     started.close()
     return result
 

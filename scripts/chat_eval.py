@@ -396,7 +396,7 @@ def _shown(task: Task, index: int, conversation: Conversation, answers: list[str
 
 def make_table(results: dict[str, dict[str, Any]], title: str) -> Table:
     table = Table(title=title)
-    table.add_column("task")
+    table.add_column("task", no_wrap=True)
     for name in ("accuracy", "95 %", "chance", "centred", "problems"):
         table.add_column(name, justify="right", no_wrap=True)
     notes = {}

@@ -24,14 +24,12 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat.attention import Layout, attend, attend_cached, choose_backend, make_layout
 from nanochat.errors import UserError
+from nanochat.functional import NORM_EPS as NORM_EPS
+from nanochat.functional import norm as norm
+from nanochat.functional import relu_squared
 from nanochat.kv_cache import KVCache
+from nanochat.loss import MAX_EXPONENT, SoftcappedLoss, SummedLoss
 from nanochat.rope import apply_rope, extended_base, rope_table
-
-NORM_EPS = 1e-6
-LOSS_CHUNK_LOGITS = 2**21
-"""Logits (tokens x vocabulary) that the loss holds at once: 8 MiB in float32, in an L3 cache."""
-MAX_EXPONENT = 60.0
-"""The loss takes exponentials up to exp(2 softcap / temperature); a sum of 2^24 such still fits."""
 
 
 @dataclass(frozen=True)
@@ -166,11 +164,6 @@ def extend_context(
     )
 
 
-def norm(x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm without weights (arXiv 1910.07467) over the last dimension."""
-    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
-
-
 class Linear(nn.Linear):
     """A bias-free linear map that casts its float32 weight to the activation's dtype."""
 
@@ -230,7 +223,7 @@ class MLP(nn.Module):
         self.down = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.down(F.relu(self.up(x)).square())
+        out: torch.Tensor = self.down(relu_squared(self.up(x)))
         return out
 
 
@@ -546,121 +539,3 @@ class GPT(nn.Module):
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
         self.token_losses = torch.compile(self._token_losses, fullgraph=True, dynamic=False)
         self.summed_loss = torch.compile(self._summed_loss, fullgraph=True, dynamic=False)
-
-
-class SoftcappedLoss(torch.autograd.Function):
-    """Cross entropy of softcapped logits of a linear head, chunk by chunk.
-
-    hidden (N, C), weight (V', C) with V' >= V rows, targets (N,) with -1 ignored -> (N,) float32.
-    Equal to F.cross_entropy(softcap * tanh(hidden @ weight.T / softcap) / temperature), the test's
-    slow twin. The backward pass computes each chunk's logits again and turns them into their own
-    gradient in place, so that a chunk stays in the cache. With s = sigmoid(2 logit / softcap),
-    which costs half of tanh, the capped logit is softcap * (2 s - 1) and its derivative
-    4 s (1 - s); capped logits are so small that their exponentials need no maximum subtracted.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
-        softcap: float,
-        vocab_size: int,
-        temperature: float = 1.0,
-    ) -> torch.Tensor:
-        height = softcap / temperature  # what the capped and tempered logits stay below
-        cast = weight[:vocab_size].to(hidden.dtype)
-        losses, normalizers = [], []
-        for rows in _chunks(len(hidden), vocab_size):
-            s = F.linear(hidden[rows], cast).float().mul_(2 / softcap).sigmoid_()
-            target = targets[rows]
-            chosen = s.gather(1, target.clamp(min=0)[:, None])[:, 0]
-            # log sum exp(2 height s), larger than that of the tempered logits by the height
-            normalizer = s.mul_(2 * height).exp_().sum(dim=-1).log_()
-            losses.append(torch.where(target >= 0, normalizer - 2 * height * chosen, 0.0))
-            normalizers.append(normalizer)
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(normalizers))
-        ctx.softcap, ctx.vocab_size = softcap, vocab_size  # type: ignore[attr-defined]
-        ctx.temperature = temperature  # type: ignore[attr-defined]
-        return torch.cat(losses)
-
-    @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad_output: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, targets, normalizers = ctx.saved_tensors  # type: ignore[attr-defined]
-        softcap, vocab_size = ctx.softcap, ctx.vocab_size  # type: ignore[attr-defined]
-        temperature = ctx.temperature  # type: ignore[attr-defined]
-        cast = weight[:vocab_size].to(hidden.dtype)
-        grad_hidden = []
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        # The factor of a row is applied where rows are short: to hidden, not to the logits.
-        scale = 4 / temperature * torch.where(targets >= 0, grad_output, 0.0)[:, None]
-        scaled = (hidden * scale).to(hidden.dtype)
-        for rows in _chunks(len(hidden), vocab_size):
-            s = F.linear(hidden[rows], cast).float().mul_(2 / softcap).sigmoid_()
-            probabilities = torch.add(
-                -normalizers[rows, None], s, alpha=2 * softcap / temperature
-            ).exp_()
-            index = targets[rows].clamp(min=0)[:, None]
-            probabilities.scatter_add_(1, index, s.new_full((1, 1), -1.0).expand_as(index))
-            grad = torch.ops.aten.sigmoid_backward(probabilities, s).to(hidden.dtype)
-            grad_hidden.append(((grad @ cast) * scale[rows]).to(hidden.dtype))
-            grad_weight[:vocab_size] += grad.t() @ scaled[rows]
-        return torch.cat(grad_hidden), grad_weight.to(weight.dtype), None, None, None, None
-
-
-class SummedLoss(torch.autograd.Function):
-    """sum(weights * SoftcappedLoss), a scalar, whose gradient is computed in the forward pass.
-
-    weights (N,); the others as in SoftcappedLoss. Saves a quarter of the head's arithmetic and half
-    of the exponentials; the price is to keep the head's gradient, (V', C), until the backward pass.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
-        weights: torch.Tensor,
-        softcap: float,
-        vocab_size: int,
-        temperature: float = 1.0,
-    ) -> torch.Tensor:
-        height = softcap / temperature
-        cast = weight[:vocab_size].to(hidden.dtype)
-        weights = torch.where(targets >= 0, weights.float(), 0.0)[:, None]
-        # d capped / d raw = 4 s (1 - s); the factor of a row is applied where rows are short.
-        scale = 4 / temperature * weights
-        scaled = (hidden * scale).to(hidden.dtype)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        grad_hidden = []
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for rows in _chunks(len(hidden), vocab_size):
-            s = F.linear(hidden[rows], cast).float().mul_(2 / softcap).sigmoid_()
-            index = targets[rows].clamp(min=0)[:, None]
-            exponentials = (s * (2 * height)).exp_()
-            normalizer = exponentials.sum(dim=-1, keepdim=True)
-            losses = normalizer.log() - 2 * height * s.gather(1, index)
-            total = total + (weights[rows] * losses).sum()
-            probabilities = exponentials.div_(normalizer)
-            probabilities.scatter_add_(1, index, s.new_full((1, 1), -1.0).expand_as(index))
-            grad = torch.ops.aten.sigmoid_backward(probabilities, s).to(hidden.dtype)
-            grad_hidden.append(((grad @ cast) * scale[rows]).to(hidden.dtype))
-            grad_weight[:vocab_size] += grad.t() @ scaled[rows]
-        ctx.save_for_backward(torch.cat(grad_hidden), grad_weight)
-        return total
-
-    @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad_output: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad_hidden * grad_output, grad_weight * grad_output, *(None,) * 5
-
-
-def _chunks(tokens: int, vocab_size: int) -> list[slice]:
-    size = max(64, LOSS_CHUNK_LOGITS // vocab_size)
-    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]

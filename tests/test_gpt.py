@@ -12,9 +12,11 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 
-from nanochat import gpt
+from nanochat import loss as head_loss
 from nanochat.errors import UserError
-from nanochat.gpt import GPT, GPTConfig, SoftcappedLoss, config_from_depth
+from nanochat.functional import NORM_EPS
+from nanochat.gpt import GPT, GPTConfig, config_from_depth
+from nanochat.loss import SoftcappedLoss
 
 TINY = GPTConfig(
     vocab_size=100,
@@ -120,6 +122,12 @@ def test_rows_are_independent() -> None:
 # The loss
 
 
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 64 tokens, in blocks of 16."""
+    monkeypatch.setitem(head_loss.LOGITS_PER_CHUNK, "cpu", 1)
+    monkeypatch.setattr(head_loss, "LOGITS_PER_BLOCK", 1)
+
+
 def plain_nll(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -139,7 +147,7 @@ def plain_nll(
 def test_softcapped_loss_equals_cross_entropy(
     tokens: int, scale: float, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpt, "LOSS_CHUNK_LOGITS", 1)  # chunks of 64 tokens
+    small_chunks(monkeypatch)
     V, C = 50, 16
     generator = torch.Generator().manual_seed(tokens)
     hidden = torch.randn(tokens, C, generator=generator)
@@ -175,7 +183,7 @@ def test_weighted_loss_equals_the_weighted_sum(
     temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss that computes its gradient in the forward pass, against the one that does not."""
-    monkeypatch.setattr(gpt, "LOSS_CHUNK_LOGITS", 1)
+    small_chunks(monkeypatch)
     model = random_model()
     ids, targets = random_ids(3, 40), random_ids(3, 40, seed=1)
     targets[0, :7] = -1
@@ -439,7 +447,7 @@ def test_portable_model_equals_transformers() -> None:
         num_key_value_heads=config.n_kv_head,
         head_dim=config.head_dim,
         max_position_embeddings=config.context_length,
-        rms_norm_eps=gpt.NORM_EPS,
+        rms_norm_eps=NORM_EPS,
         rope_theta=config.rope_base,
         final_logit_softcapping=config.softcap,
         attn_implementation="eager",

@@ -1,0 +1,70 @@
+"""Element-wise parts of the model, with derivatives that take few passes over the data on a CPU.
+
+PyTorch's own `rms_norm` and `relu(x).square()` are chains of simple operations there: measured in
+bfloat16 they need 3.2 and 1.8 times as long, forward and backward. On CUDA its kernels are used.
+"""
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+
+NORM_EPS = 1e-6
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    """RMSNorm without weights (arXiv 1910.07467) over the last dimension."""
+    if x.device.type == "cuda" or not (torch.is_grad_enabled() and x.requires_grad):
+        return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
+    return cast(torch.Tensor, RMSNorm.apply(x))  # type: ignore[no-untyped-call]
+
+
+def relu_squared(x: torch.Tensor) -> torch.Tensor:
+    """max(0, x)^2, the activation of arXiv 2109.08668."""
+    if x.device.type == "cuda" or not (torch.is_grad_enabled() and x.requires_grad):
+        return F.relu(x).square()
+    return cast(torch.Tensor, ReLUSquared.apply(x))  # type: ignore[no-untyped-call]
+
+
+class RMSNorm(torch.autograd.Function):
+    """y = x r with r = 1 / sqrt(mean(x^2) + eps); dx = r (dy - y mean(y dy)). Reduces in float32.
+
+    Keeps y, which a following matrix multiplication keeps as well, in the place of x.
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor) -> torch.Tensor:
+        precise = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise)
+        scale = length.square_().div_(x.shape[-1]).add_(NORM_EPS).rsqrt_()
+        y: torch.Tensor = (x * scale).to(x.dtype)
+        ctx.save_for_backward(y, scale.to(x.dtype))
+        return y
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad_output: torch.Tensor
+    ) -> torch.Tensor:
+        y, scale = ctx.saved_tensors  # type: ignore[attr-defined]
+        precise = torch.promote_types(y.dtype, torch.float32)
+        mean = (y * grad_output).sum(dim=-1, keepdim=True, dtype=precise) / -y.shape[-1]
+        result: torch.Tensor = torch.addcmul(grad_output, y, mean.to(y.dtype)).mul_(scale)
+        return result
+
+
+class ReLUSquared(torch.autograd.Function):
+    """r^2 with r = max(0, x); the derivative is 2 r."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor) -> torch.Tensor:
+        positive = x.clamp_min(0)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad_output: torch.Tensor
+    ) -> torch.Tensor:
+        (positive,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        result: torch.Tensor = (grad_output * positive).mul_(2)
+        return result

@@ -519,6 +519,20 @@ def test_a_port_that_is_taken() -> None:
             chat_web.listen(host, port)
 
 
+def test_a_processor_is_left_for_the_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads, named, expected in ((3, False, 2), (1, False, 1), (3, True, 3)):
+            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+            if named:
+                monkeypatch.setenv("OMP_NUM_THREADS", "3")
+            torch.set_num_threads(threads)
+            chat_web.leave_a_processor(single())
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_what_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     metas = {"sft": {"stage": "sft", "run_config": {"system": "merge"}}, "base": {"stage": "base"}}

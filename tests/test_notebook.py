@@ -1,0 +1,71 @@
+"""The examples run: the notebook, at a smaller size, and the task that docs/customize.md shows."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanochat.conversation import validate
+from tasks import registry
+from tasks.common import Task
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
+
+
+def corpus(folder: Path) -> Path:
+    """Some English: the identity conversations as text."""
+    path = folder / "text.jsonl"
+    with (ROOT / "tasks/data/identity_conversations.jsonl").open("rb") as file:
+        rows = [json.loads(line) for line in file]
+    texts = [" ".join(str(m["content"]) for m in row["messages"]) for row in rows]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts) + "\n")
+    return path
+
+
+@pytest.mark.timeout(600)
+def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat: Any = pytest.importorskip("nbformat")
+    nbclient: Any = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs, "outputs are not kept in the file"
+            text = cell.source.replace('corpus = "bbe"', f"corpus = {str(corpus(tmp_path))!r}")
+            text = text.replace("vocab_size=1024", "vocab_size=400")
+            cell.source = re.sub(r"num_steps=\d+", "num_steps=2", text)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    nbclient.NotebookClient(notebook, timeout=200, kernel_name="python3").execute()
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    printed = "".join(output.get("text", "") for output in code[-2].outputs)
+    assert printed.startswith("Who are you?")
+    assert any("image/png" in output.get("data", {}) for output in code[-1].outputs)
+    assert {path.name for path in (tmp_path / "base" / "checkpoints").iterdir()} == {
+        "base", "mid", "sft",
+    }  # fmt: skip
+
+
+def test_the_task_of_the_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "customize.md").read_text("utf-8")
+    [source] = re.findall(r"```python\n(\"\"\"Reversing words.*?)```", page, re.DOTALL)
+    [entry] = re.findall(r"```python\n    \"reverse\": \((\w+), \"(\w+)\"\),\n```", page)
+    assert len([line for line in source.splitlines() if line]) <= 30
+    names: dict[str, Any] = {}
+    exec(source, names)
+    monkeypatch.setitem(registry.TASKS, "reverse", (names[entry[0]], entry[1]))
+    train, test = (registry.build("reverse:200", split) for split in ("train", "test"))
+    assert isinstance(train, Task)
+    assert len(train) == 200
+    for task in (train, test):
+        for i, row in enumerate(task):
+            validate(row, task.where(i))
+            assert task.evaluate(row, f" {row['answer']}\n")
+            assert not task.evaluate(row, row["answer"] + "x")
+    assert [row["answer"] for row in train] != [row["answer"] for row in test]
+    assert train.fingerprint() != test.fingerprint()

@@ -1,6 +1,9 @@
 """The server: OpenAI's interface, its limits, and what happens when clients misbehave."""
 
+import argparse
+import asyncio
 import json
+import os
 import re
 import socket
 import threading
@@ -16,6 +19,7 @@ import torch
 from live_server import Limits, Service, running, settle, slow_model, tiny_models_to_serve
 from tiny_models import tiny_model, tiny_tokenizer
 
+from benchmarks import serving
 from nanochat.config import parse
 from nanochat.engine import Engine, SamplingParams
 from nanochat.errors import UserError
@@ -496,6 +500,22 @@ def test_memory_does_not_grow_with_requests(client: httpx.Client, service: Servi
     settle(service)
     assert not service._jobs
     assert all(count == 0 for count in service.waiting_and_running.values())
+
+
+def test_the_load_benchmark_at_a_tiny_size(service: Service, url: str) -> None:
+    """All kinds of clients at once: nothing fails, nothing is left over."""
+    arguments = argparse.Namespace(
+        clients=6, slow=1, leaving=2, malformed=1, seconds=1.0, alone=0.3, max_tokens=8
+    )
+    arguments.temperature = 1.0
+    port = int(url.rpartition(":")[2])
+    result = asyncio.run(serving.measure(port, os.getpid(), arguments))
+    assert result["errors"] == {}
+    assert not any(result["left_over"].values())
+    for kind, known in result["clients"].items():
+        assert sum(known["outcomes"].values()) > 0, kind
+    assert result["tokens_per_second"]["together"] > 0
+    settle(service)
 
 
 # The command

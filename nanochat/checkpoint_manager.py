@@ -197,7 +197,7 @@ def save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
     with path.open("wb", buffering=0) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            view = memoryview(tensor.numpy().reshape(-1)).cast("B")
+            view = tensor.numpy().reshape(-1).view("uint8").data
             while view:  # the system takes 2 GiB at once
                 view = view[file.write(view) :]
 

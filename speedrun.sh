@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# From a bare machine to a chat model: install, tokenizer, base, mid, SFT, evaluation, report, chat.
+# From a bare machine to a chat model: install, tokenizer, base, mid, SFT, RL, evaluation, report,
+# chat.
 #
 #   bash speedrun.sh                          picks a profile by itself: gpu where CUDA is, else cpu
 #   SPEEDRUN_PROFILE=cpu|gpu|smoke bash speedrun.sh
 #   DEPTH=24 bash speedrun.sh                 gpu: the one dial (default 20)
 #   bash speedrun.sh --corpus ./my_texts      cpu: your own .txt, .jsonl or .parquet files
+#   RL=0 bash speedrun.sh                     without the reinforcement learning at the end
 #
 # Run it again after an interruption: it continues where it stopped, finished stages are not
 # repeated. Everything is written under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
@@ -31,6 +33,8 @@ mkdir -p "$NANOCHAT_BASE_DIR"
 echo "profile $profile, artifacts in $NANOCHAT_BASE_DIR"
 
 run() { echo; echo "> $*"; "$@"; }
+stages=(base mid sft)
+[ "${RL:-1}" = 0 ] || stages+=(rl)
 
 if [ "$profile" = gpu ]; then
     depth="${DEPTH:-20}"
@@ -53,7 +57,10 @@ if [ "$profile" = gpu ]; then
     train scripts.base_eval --corpus "$corpus" --resume
     train scripts.mid_train --corpus "$corpus" --save-every 500 --resume
     train scripts.chat_sft --corpus "$corpus" --save-every 500 --resume
-    for stage in base mid sft; do
+    if [ "${RL:-1}" != 0 ]; then
+        train scripts.chat_rl --mix gsm8k --num-steps 120 --prompts-per-step 32 --save-every 40 --resume
+    fi
+    for stage in "${stages[@]}"; do
         train scripts.chat_eval --source "$stage" --resume --task mmlu --task arc:easy --task arc:challenge \
             --task gsm8k --task humaneval --task simplespelling --task spellingbee
     done
@@ -68,6 +75,9 @@ else
             # seed=1: other rows than those of mid-training
             sft_mix=(customjson:2 simplespelling:5000:seed=1:1 spellingbee:1500:seed=1:1
                 arithmetic:1000:seed=1:1)
+            # Harder sums than those of SFT, and what should not get lost on the way.
+            rl=(--mix arithmetic:5000:level=2:1 spellingbee:1500:seed=2:1 --num-steps 30
+                --prompts-per-step 16 --max-tokens 100 --eval-problems 128 --save-every 10)
             ;;
         smoke)
             vocabulary=512 problems=4
@@ -76,10 +86,12 @@ else
             chat=(--num-steps 3 --eval-every 0 --eval-tokens 1024)
             mid_mix=(customjson:2 simplespelling:50:1 spellingbee:50:1 arithmetic:50:1)
             sft_mix=("${mid_mix[@]}")
+            rl=(--mix simplespelling:50:1 spellingbee:50:1 --num-steps 2 --prompts-per-step 2
+                --max-tokens 8 --eval-problems 4)
             ;;
         *) echo "error: SPEEDRUN_PROFILE=$profile; choose cpu, gpu or smoke" >&2; exit 2 ;;
     esac
-    tasks=(simplespelling spellingbee arithmetic)
+    tasks=(simplespelling spellingbee arithmetic arithmetic:level=2)
 
     run python -m scripts.tok_train --corpus "$corpus" --vocab-size "$vocabulary"
     run python -m scripts.tok_eval --corpus "$corpus"
@@ -93,7 +105,11 @@ else
         --replay 0.3 --lr-scale 0.8 --warmdown 0.5
     run python -m scripts.chat_sft "${small[@]}" "${chat[@]}" --mix "${sft_mix[@]}" \
         --replay 0.15 --lr-scale 0.25
-    for stage in base mid sft; do
+    if [ "${RL:-1}" != 0 ]; then
+        run python -m scripts.chat_rl "${rl[@]}" --group-size 8 --lr-scale 0.03 --eval-every 0 \
+            --eval-samples 2 --resume
+    fi
+    for stage in "${stages[@]}"; do
         run python -m scripts.chat_eval --source "$stage" --resume --max-problems "$problems" \
             "${tasks[@]/#/--task=}"
     done

@@ -294,7 +294,7 @@ def show(cfg: AnyPlan, plan: Plan, result: dict[str, Any], runtime: Runtime) -> 
 def stage_asked_for(argv: list[str]) -> str:
     """The value of --stage: it decides which other flags there are."""
     stage = "base"
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+    for argument, following in zip(argv, [*argv[1:], ""], strict=False):
         name, equals, value = argument.partition("=")
         if name == "--stage":
             stage = value if equals else following

@@ -475,9 +475,11 @@ def test_an_extended_run_resumes_only_as_such(extended: Path, whole: Path) -> No
     for later in (4, 6):
         shutil.rmtree(folder / "checkpoints" / "mid" / "default" / f"step_{later:06d}")
     forgot = mid_config(whole, run={"resume": True}, context_length=None)
-    forgot = tiny_runs.changed(forgot, batching={"total_batch_size": 256})
-    with pytest.raises(UserError, match=r"holds another model: it has .*'context_length': 160"):
+    with pytest.raises(UserError, match=r"data position is for sources"):
         tiny_runs.train("mid", folder, forgot)
+    other = tiny_runs.changed(forgot, context_length=128)
+    with pytest.raises(UserError, match=r"has a context of 160 tokens, --context-length is 128"):
+        tiny_runs.train("mid", folder, other)
     tiny_runs.train("mid", folder, mid_config(whole, run={"resume": True}))
     assert tiny_runs.losses(folder, "mid") == tiny_runs.losses(extended, "mid")
 

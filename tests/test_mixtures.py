@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import tiny_runs
 import torch
@@ -17,11 +18,11 @@ from nanochat.conversation_store import conversations_store
 from nanochat.dataloader import DataLoader, Source
 from nanochat.errors import UserError
 from nanochat.loss_eval import evaluate_roles, mixture_bpb
-from nanochat.runtime import single
+from nanochat.runtime import Runtime, single
 from nanochat.stage import describe_mixture
 from nanochat.token_store import TokenStore
 from nanochat.tokenizer import ROLE_NAMES, Tokenizer
-from scripts import base_train, mid_train, tok_encode
+from scripts import base_train, chat_eval, decontaminate, mid_train, tok_encode
 from scripts.base_train import parse_shares, text_sources
 from tasks.common import Conversation, Task, TaskRest, TaskSlice, hold_out
 from tasks.customjson import CustomJSON
@@ -357,3 +358,44 @@ def test_mid_and_sft_log_the_losses_of_held_out_conversations(
         )
     assert len(held_out) > 64
     assert not trained & held_out
+
+
+# Several ranks
+
+
+def data_commands(runtime: Runtime, folder: Path, first: str, second: str) -> dict[str, Any]:
+    """One rank's share of what reads data: training on mixtures, evaluations, decontamination."""
+    mix = (f"{first}:0.75", f"{second}:0.25")
+    base = tiny_runs.base_config(first, mix=mix, duration={"num_steps": 4})
+    mid = tiny_runs.mid_config(first, corpus=mix, replay=0.3, duration={"num_steps": 2})
+    chat = chat_eval.Config(source="mid", task=("arithmetic:9",), max_tokens=3, batch_size=4)
+    leaks = decontaminate.Config(corpus=(first,), task=("arithmetic:9",), ngram=1, workers=1)
+    tiny_runs.train("base", folder, base, runtime)
+    tiny_runs.train("mid", folder, mid, runtime)
+    with tiny_runs.base_dir(folder):
+        results = chat_eval.main(chat, runtime)["results"]
+        reports = decontaminate.main(leaks, runtime).values()
+    return {"chat": results, "documents": [report["matches"] for report in reports]}
+
+
+def test_two_ranks_do_what_one_does(two: tuple[Path, str, str], tmp_path: Path) -> None:
+    base, first, second = two
+    results = {}
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        shutil.copytree(base, folder)
+        results[ranks] = processes.run_ranks(data_commands, ranks, folder, first, second)
+    (alone,), (main, other) = results[1], results[2]
+    assert main == alone
+    assert alone["documents"][0]
+    assert other == {"chat": alone["chat"], "documents": []}
+    for stage, record in (("base", -1), ("mid", 0)):
+        one, both = (tiny_runs.losses(tmp_path / str(ranks), stage) for ranks in (1, 2))
+        # Muon turns what rounding left of a gradient into steps of full size.
+        assert both == pytest.approx(one, rel=1e-3)
+        measured = [
+            {key: value for key, value in evaluation.items() if key.startswith(("bpb", "loss"))}
+            for evaluation in (evals(tmp_path / str(ranks), stage)[record] for ranks in (1, 2))
+        ]
+        assert measured[1] == pytest.approx(measured[0], rel=3e-4)
+        assert len(measured[0]) >= (3 if stage == "base" else 9)

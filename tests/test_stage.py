@@ -65,6 +65,16 @@ def test_a_run_logs_evaluates_samples_and_saves(run: Callable[..., Stage], folde
     assert meta["run_config"]["depth"] == 2
 
 
+def test_an_evaluation_reads_a_batch_at_least(run: Callable[..., Stage], folder: Path) -> None:
+    measured = []
+    for tokens in (1, 128, 10**9):  # a batch is 2 rows of 64 tokens
+        run(run={"tag": str(tokens)}, evaluating={"eval_tokens": tokens}, duration={"num_steps": 1})
+        log = records(folder, tag=str(tokens))
+        measured.append([r["bpb"] for r in log if r["kind"] == "eval"])
+    assert measured[0] == measured[1] != measured[2]
+    assert len(measured[0]) == 2
+
+
 def test_a_tag_that_is_in_use_needs_resume(run: Callable[..., Stage], folder: Path) -> None:
     run()
     with pytest.raises(UserError, match=r"already holds step_000004; continue it with --resume"):

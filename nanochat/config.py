@@ -180,7 +180,7 @@ class Learning:
     head_lr: float = 0.004
     """AdamW: the output head."""
     scalar_lr: float = 0.5
-    """AdamW: residual scalars."""
+    """AdamW: residual scalars (a tenth of that in mid-training and SFT)."""
     gate_lr: float = 0.01
     """AdamW: the small gate projections."""
     weight_decay: float | Literal["auto"] = "auto"
@@ -264,7 +264,7 @@ class MidConfig:
     batching: Batching = field(default_factory=Batching)
     duration: Duration = field(default_factory=lambda: Duration(epochs=1))
     learning: Learning = field(
-        default_factory=lambda: Learning(warmup=0.0, warmdown=0.2, weight_decay=0.0)
+        default_factory=lambda: Learning(scalar_lr=0.05, warmup=0.0, warmdown=0.2, weight_decay=0.0)
     )
     evaluating: Evaluating = field(default_factory=Evaluating)
     saving: Saving = field(default_factory=Saving)
@@ -306,7 +306,7 @@ class SftConfig(MidConfig):
     """Instruction tuning: conversations and tasks, the assistant's tokens trained."""
 
     learning: Learning = field(
-        default_factory=lambda: Learning(warmup=0.0, warmdown=1.0, weight_decay=0.0)
+        default_factory=lambda: Learning(scalar_lr=0.05, warmup=0.0, warmdown=1.0, weight_decay=0.0)
     )
     source: str = "mid"
     replay: float = 0.0

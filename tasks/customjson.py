@@ -29,7 +29,7 @@ class CustomJSON(Task):
         bad_rows: Literal["error", "skip"] = "error",
     ):
         super().__init__("customjson", split)
-        self.path = Path(path).expanduser()
+        self.path = Path(str(path)).expanduser()  # a spec gives `customjson:20` as a number
         if split != "train":
             raise UserError(
                 f"{self.path.name} has only a train split, not '{split}'; hold rows out of it"

@@ -54,6 +54,7 @@ def build(spec: str, split: str, **options: Any) -> Task:
     known = list(inspect.signature(constructor).parameters)
     known.remove("split")
     arguments = {key: value for key, value in options.items() if key in known}
+    given: set[str] = set()
     for part in _option_parts(rest):
         key, equals, value = part.partition("=")
         if not equals:
@@ -61,6 +62,9 @@ def build(spec: str, split: str, **options: Any) -> Task:
         if key not in known:
             takes = f"options: {', '.join(known)}" if known else "no options"
             raise UserError(f"task '{spec}': cannot read '{part}'; {name} takes {takes}")
+        if key in given:
+            raise UserError(f"task '{spec}': {key} is given twice; a weight belongs to --mix only")
+        given.add(key)
         arguments[key] = int(value) if value.isdecimal() else value
     return constructor(split, **arguments)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from nanochat.conversation import validate
+from nanochat.errors import UserError
 from tasks import registry
 from tasks.common import Task
 
@@ -49,6 +50,13 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {path.name for path in (tmp_path / "base" / "checkpoints").iterdir()} == {
         "base", "mid", "sft",
     }  # fmt: skip
+
+
+def test_a_weight_where_none_belongs_is_named() -> None:
+    with pytest.raises(UserError, match="path is given twice; a weight belongs to --mix only"):
+        registry.build("customjson:identity.jsonl:20", "train")
+    with pytest.raises(UserError, match="20 is not a file"):
+        registry.build("customjson:20", "train")
 
 
 def test_the_task_of_the_documentation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,7 @@ async def ask(port: int, body: bytes, tally: Tally) -> None:
                 first = time.monotonic() - start
             if line.startswith(b"data: [DONE]"):
                 break
-            if b'"error"' in line:
+            if line.startswith(b'data: {"error"'):
                 tally.outcomes["error in the stream"] += 1
                 return
             if b'"choices": []' in line:

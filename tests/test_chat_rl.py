@@ -89,6 +89,17 @@ class Letters(Task):
         return completion in LETTERS
 
 
+class Others(Letters):
+    """Another letter is rewarded."""
+
+    def __init__(self, split: str, kind: str = "plain"):
+        super().__init__(split, kind)
+        self.name = "others"
+
+    def reward(self, conversation: Conversation, completion: str) -> float:
+        return float(completion == "c")
+
+
 class NoRewards(Letters):
     evaluate = Task.evaluate
     reward = Task.reward
@@ -97,6 +108,7 @@ class NoRewards(Letters):
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.TASKS, "letters", (Letters, "kind"))
+    monkeypatch.setitem(registry.TASKS, "others", (Others, "kind"))
     monkeypatch.setitem(registry.TASKS, "norewards", (NoRewards, None))
 
 
@@ -234,16 +246,15 @@ def test_a_format_bonus_is_logged_apart_from_the_reward(folder: Path) -> None:
 
 
 def test_a_mixture_is_judged_by_each_of_its_tasks(folder: Path) -> None:
-    """Tool calls included: the arithmetic is answered with whatever the model says to it."""
-    run(folder, config(mix=("letters:1", "arithmetic:40:0.5"), num_steps=4))
+    run(folder, config(mix=("letters", "others:0.5"), num_steps=4))
     last = records(folder, "eval")[-1]
     names = {name for name in last if name.startswith("pass@1_greedy_")}
-    assert names == {"pass@1_greedy_letters", "pass@1_greedy_arithmetic"}
+    assert names == {"pass@1_greedy_letters", "pass@1_greedy_others"}
     assert last["pass@1_greedy"] == pytest.approx(sum(last[name] for name in names) / 2)
     (end,) = records(folder, "end")
     documents = {name: value["documents"] for name, value in end["consumed"].items()}
     assert sum(documents.values()) == 16
-    assert documents["letters"] > documents["arithmetic"] > 0
+    assert documents["letters"] > documents["others"] > 0
 
 
 def test_the_report_shows_it(folder: Path) -> None:

@@ -820,7 +820,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
     """splitmix64's finaliser (Steele, Lea & Flood, OOPSLA 2014) on uint64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 def _stream_key(seed: int, index: int, sample: int) -> int:
@@ -837,7 +838,8 @@ def uniforms(keys: np.ndarray, steps: np.ndarray) -> np.ndarray:
     24 random bits, so that in float32 u * total < total for every total.
     """
     bits = _mix(keys + (steps.astype(np.uint64) + np.uint64(1)) * _GAMMA) >> np.uint64(40)
-    return bits.astype(np.float32) * np.float32(2**-24)
+    uniform: np.ndarray = bits.astype(np.float32) * np.float32(2**-24)
+    return uniform
 
 
 class _Sampler:

@@ -6,7 +6,8 @@ Random weights, greedy, no token ends an answer. Both models, the portable one (
 `nanochat` type) and the full one (with its own code), are exported, loaded and timed in turn: A B A
 B, prompts included. The cases:
 
-- batch1, batch16: prompts of 64 tokens, 128 new ones each;
+- batch1, batch16: prompts of 64 tokens, 128 new ones each; batch1 in bfloat16 also with our weights
+  in 8 bits;
 - mixed_prompts: 32 requests with prompts of 16 to 512 tokens, 128 new ones each. `generate` pads
   them to one batch, the engine takes them as they come;
 - mixed: 32 requests, prompts as before and answers of 16 to 256 tokens. The padded batch goes on
@@ -21,6 +22,8 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,6 +31,7 @@ from typing import Any
 import torch
 
 from nanochat import export
+from nanochat.decoder import Decoder
 from nanochat.engine import Engine, SamplingParams
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.runtime import DTYPES, tune_cpu
@@ -118,23 +122,27 @@ def compare(kind: str, dtype_name: str, arguments: argparse.Namespace) -> list[d
     tokenizer = made_up_tokenizer(arguments.vocab_size)
     model = random_model(arguments.depth, tokenizer, kind == "portable", dtype)
     theirs = load_exported(model, tokenizer, dtype)
-    # As chat and server do: only the compute dtype is kept.
-    engine = Engine(model.to(dtype), tokenizer, max_slots=MIXED)
+    # As chat and server do: only what decodes is kept, in the compute dtype.
+    engine = Engine(Decoder(model.to(dtype)), tokenizer, max_slots=MIXED)
+    runs: dict[str, Callable[[Requests], list[list[int]]]] = {
+        "ours": lambda requests: run_engine(engine, requests),
+        "transformers": lambda requests: run_transformers(theirs, requests, tokenizer.bos),
+    }
     results = []
     chosen = cases(arguments.prompt, arguments.new, arguments.scale)
     for name, requests in chosen.items():
         if arguments.cases and name not in arguments.cases:
             continue
-        times: dict[str, list[float]] = {"ours": [], "transformers": []}
+        arms = dict(runs)
+        if name == "batch1" and dtype == torch.bfloat16:
+            small = Engine(Decoder(model, "int8"), tokenizer, max_slots=1)
+            arms["int8"] = partial(run_engine, small)
+        times: dict[str, list[float]] = {who: [] for who in arms}
         outputs: dict[str, list[list[int]]] = {}
         for repeat in range(arguments.repeats + 1):
-            for who in times:
+            for who, run in arms.items():
                 start = time.perf_counter()
-                outputs[who] = (
-                    run_engine(engine, requests)
-                    if who == "ours"
-                    else run_transformers(theirs, requests, tokenizer.bos)
-                )
+                outputs[who] = run(requests)
                 if repeat:  # the first round warms up
                     times[who].append(time.perf_counter() - start)
         wanted = sum(new for _, new in requests)
@@ -154,6 +162,11 @@ def compare(kind: str, dtype_name: str, arguments: argparse.Namespace) -> list[d
                 },
                 "ratio": statistics.median(ratios),
                 "ratio_range": [min(ratios), max(ratios)],
+                "int8_to_ours": statistics.median(
+                    a / b for a, b in zip(times["ours"], times["int8"], strict=True)
+                )
+                if "int8" in times
+                else None,
                 "equal_answers": sum(
                     a == b for a, b in zip(outputs["ours"], outputs["transformers"], strict=True)
                 ),

@@ -6,6 +6,7 @@ A list of per-layer tensors, not slices of one stacked tensor: the latter was me
 slower to decode under torch.compile.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +17,11 @@ class Reading:
     """Where T more tokens per row go, and what they see."""
 
     positions: torch.Tensor
-    """(B, T): their places in the rows."""
+    """(B, T): their places in the rows; padding that does not fit is at the capacity."""
     slots: torch.Tensor
-    """(B, T): where keys and values are written; padding without a place goes to the spare slot."""
+    """(B * T * K,): where their keys and values go, in a layer's vectors numbered (B, K, S)."""
     biases: dict[int, torch.Tensor]
-    """Per window size (0 = none): (B, 1, T, slots), 0 where attended and -inf elsewhere."""
+    """Per window size (0 = none): (B, 1, T, S), 0 where attended and -inf elsewhere."""
 
 
 class KVCache:
@@ -51,11 +52,17 @@ class KVCache:
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layer)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layer)]
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.rows = torch.arange(batch_size, device=device)[:, None]
         self.batch_size = batch_size
         self.capacity = capacity
         self.shortest = 0
         self.longest = 0
+        self.pinned = False
+
+    def pin(self) -> None:
+        """Promise compiled graphs, which write to the cache, that its memory stays where it is."""
+        for tensor in (self.lengths, *self.keys, *self.values):
+            torch._dynamo.mark_static_address(tensor)
+        self.pinned = True
 
     @property
     def nbytes(self) -> int:
@@ -70,29 +77,20 @@ class KVCache:
         """
         if self.shortest + (T if counts is None else 0) > self.capacity:
             raise ValueError(f"{T} more tokens do not fit into a cache of {self.capacity}")
-        device = self.lengths.device
-        positions = self.lengths[:, None] + torch.arange(T, device=device)
-        distance = positions[:, :, None] - torch.arange(self.slots, device=device)
-        biases = {}
-        for window in windows:
-            unseen = distance < 0
-            if window > 0:
-                unseen |= distance >= window
-            bias = torch.zeros(unseen.shape, dtype=dtype, device=device)
-            biases[window] = bias.masked_fill_(unseen, float("-inf"))[:, None]
-        return Reading(positions, positions.clamp(max=self.capacity), biases)
+        _, K, S, _ = self.keys[0].shape
+        return plan_reading(self.lengths, T, (K, S), self.capacity, windows, dtype)
 
     def append(
         self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write k, v (B, T, K, D) at slots (B, T); return all keys and values (B, K, slots, D).
+        """Write k, v (B, T, K, D) to a `Reading`'s slots; return all keys and values (B, K, S, D).
 
-        Slots are at most the capacity, and that one is the padding's. `lengths` is advanced by the
-        model once all layers have written.
+        `lengths` is advanced by the model once all layers have written.
         """
-        self.keys[layer].transpose(1, 2)[self.rows, slots] = k.to(self.keys[layer].dtype)
-        self.values[layer].transpose(1, 2)[self.rows, slots] = v.to(self.values[layer].dtype)
-        return self.keys[layer], self.values[layer]
+        keys, values = self.keys[layer], self.values[layer]
+        write(keys, slots, k)
+        write(values, slots, v)
+        return keys, values
 
     @property
     def slots(self) -> int:
@@ -102,6 +100,10 @@ class KVCache:
     def advance(self, T: int, counts: torch.Tensor | None) -> None:
         """Count T appended tokens in every row, or counts (B,) of them, each at most T."""
         self.lengths += T if counts is None else counts
+        self.widen_bounds(T, counts)
+
+    def widen_bounds(self, T: int, counts: torch.Tensor | None) -> None:
+        """`advance` for the bounds alone, where something else has counted."""
         self.shortest += T if counts is None else 0
         self.longest = min(self.longest + T, self.capacity)
 
@@ -116,9 +118,9 @@ class KVCache:
         view.keys = [t[:rows] for t in self.keys]
         view.values = [t[:rows] for t in self.values]
         view.lengths = self.lengths[:rows]
-        view.rows = self.rows[:rows]
         view.batch_size, view.capacity = rows, self.capacity
         view.shortest, view.longest = self.shortest, self.longest
+        view.pinned = False
         return view
 
     def copy_rows(
@@ -139,23 +141,47 @@ class KVCache:
         self.shortest = min(self.shortest, other.shortest)
         self.longest = max(self.longest, min(other.longest, length))
 
-    def resized(self, batch_size: int, capacity: int) -> "KVCache":
-        """A copy with other dimensions that keeps the rows and tokens which still fit."""
-        first = self.keys[0]
-        copy = KVCache(
-            len(self.keys),
-            first.shape[1],
-            first.shape[3],
-            batch_size,
-            capacity,
-            dtype=first.dtype,
-            device=first.device,
-        )
-        rows = min(batch_size, self.batch_size)
-        length = min(capacity, self.capacity, self.longest)
-        for mine, theirs in ((copy.keys, self.keys), (copy.values, self.values)):
+    def load(self, other: "KVCache") -> None:
+        """Take over the rows and tokens of another cache that fit; the other rows become empty."""
+        rows = min(self.batch_size, other.batch_size)
+        length = min(self.capacity, other.capacity, other.longest)
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for to, of in zip(mine, theirs, strict=True):
                 to[:rows, :, :length] = of[:rows, :, :length]
-        copy.lengths[:rows] = self.lengths[:rows].clamp(max=capacity)
-        copy.longest = length
-        return copy
+        self.lengths.zero_()
+        self.lengths[:rows] = other.lengths[:rows].clamp(max=self.capacity)
+        self.shortest, self.longest = 0, length
+
+
+def plan_reading(
+    lengths: torch.Tensor,
+    T: int,
+    shape: tuple[int, int],
+    capacity: int,
+    windows: set[int],
+    dtype: torch.dtype,
+) -> Reading:
+    """Where T tokens go behind each row's lengths (B,), in a cache with (K, S) vectors per row."""
+    K, S = shape
+    device = lengths.device
+    positions = lengths[:, None]
+    if T > 1:
+        positions = positions + torch.arange(T, device=device)
+    positions = positions.clamp(max=capacity)
+    heads = torch.arange(0, lengths.shape[0] * K * S, S, device=device).view(-1, 1, K)
+    slots = (heads + positions[:, :, None]).flatten()
+    seen = torch.arange(S, device=device)
+    biases = {}
+    for window in windows:
+        unseen = seen > positions[:, :, None]
+        if window > 0:
+            unseen |= seen <= positions[:, :, None] - window
+        bias = torch.zeros(unseen.shape, dtype=dtype, device=device)
+        biases[window] = bias.masked_fill_(unseen, -math.inf)[:, None]
+    return Reading(positions, slots, biases)
+
+
+def write(vectors: torch.Tensor, slots: torch.Tensor, new: torch.Tensor) -> None:
+    """new (B, T, K, D) to a `Reading`'s slots of vectors (B, K, S, D)."""
+    D = vectors.shape[3]
+    vectors.view(-1, D).index_copy_(0, slots, new.reshape(-1, D).to(vectors.dtype))

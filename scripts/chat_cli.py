@@ -83,6 +83,8 @@ class Config:
     """Activation dtype."""
     quantize: Quantize = "none"
     """int8: weights in 8 bits, for large models on a CPU in bfloat16."""
+    cuda_graphs: bool = False
+    """Compile the decoding step, once per start and length of the cache (not yet run on a GPU)."""
 
 
 class Printer:
@@ -165,7 +167,7 @@ class Chat:
             source, step=step, device=self.runtime.device, dtype=self.runtime.dtype
         )
         tool = python_tool(self.cfg.sandbox) if self.cfg.python_tool else self.cfg.tools
-        decoder = Decoder(model, self.cfg.quantize)
+        decoder = Decoder(model, self.cfg.quantize, self.cfg.cuda_graphs)
         self.engine = Engine(decoder, self.tokenizer, max_slots=1, tools=tool)
         self.source = source
         self.base = self.meta.get("stage") == "base"

@@ -64,6 +64,8 @@ class Config:
     """Activation dtype."""
     quantize: Quantize = "none"
     """int8: weights in 8 bits, for large models on a CPU in bfloat16."""
+    cuda_graphs: bool = False
+    """Compile the decoding step, once per start and length of the cache (not yet run on a GPU)."""
 
 
 def load(cfg: Config, runtime: Runtime) -> list[Served]:
@@ -75,12 +77,11 @@ def load(cfg: Config, runtime: Runtime) -> list[Served]:
     for source in cfg.source:
         model, tokenizer, meta = load_model(source, device=runtime.device, dtype=runtime.dtype)
         run_config = meta.get("run_config") or {}
+        decoder = Decoder(model, cfg.quantize, cfg.cuda_graphs)
         models.append(
             Served(
                 name=source,
-                engine=Engine(
-                    Decoder(model, cfg.quantize), tokenizer, max_slots=cfg.max_slots, tools=tool
-                ),
+                engine=Engine(decoder, tokenizer, max_slots=cfg.max_slots, tools=tool),
                 chat=meta.get("stage") != "base",
                 system="merge" if run_config.get("system") == "merge" else "tokens",
                 parameters=sum(model.num_parameters().values()),

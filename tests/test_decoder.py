@@ -1,12 +1,15 @@
 """The model's form for decoding, against the model (law 8 is in test_laws_decoding.py)."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import tiny_model
+from tiny_models import tiny_model, tiny_tokenizer
 
 from nanochat import decoder as decoding
 from nanochat.decoder import Decoder, Product
+from nanochat.engine import Engine, SamplingParams
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 
@@ -64,6 +67,84 @@ def test_int8_decodes_nearly_the_same() -> None:
     assert 1e-4 < (full - small).abs().sum(-1).mean() < 0.15
 
 
-def test_int8_is_refused_where_it_does_not_work() -> None:
+def test_what_a_device_cannot_do_is_refused() -> None:
     with pytest.raises(UserError, match="--dtype bfloat16"):
         Decoder(tiny_model(), "int8")
+    with pytest.raises(UserError, match="--cuda-graphs"):
+        Decoder(tiny_model(), compiled=True)
+
+
+def test_a_cache_longer_than_the_context_is_refused() -> None:
+    with pytest.raises(UserError, match="more than the context length 96"):
+        Decoder(tiny_model()).new_cache(1, 97)
+
+
+def test_decoding_follows_the_model_up_to_the_end_of_the_context() -> None:
+    """The last position's cosines are in the table; padding beyond it is harmless."""
+    model = tiny_model()
+    decoder = Decoder(model)
+    ids = torch.randint(0, 300, (2, 96), generator=torch.Generator().manual_seed(0))
+    cache = decoder.new_cache(2, 96)
+    with torch.no_grad():
+        decoder.next_logits(ids[:, :90], cache, torch.tensor([90, 80]))
+        padded = torch.cat((ids[:, 90:95], ids[:, :11]), dim=1)
+        last = decoder.next_logits(padded, cache, torch.tensor([5, 3]))
+        torch.testing.assert_close(last[0], model(ids[:1, :95])[0, -1], atol=2e-4, rtol=0)
+        last = decoder.next_logits(ids[:, 95:], cache)
+        torch.testing.assert_close(last[0], model(ids[:1])[0, -1], atol=2e-4, rtol=0)
+
+
+# Compiled steps
+
+
+def test_a_compiled_step_is_one_graph_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No graph break, no new graph as rows grow, come and go, and the same tokens as without.
+
+    Traced down to the operations a GPU would run; the compiler's last stage is left out.
+    """
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    compiled, graphs = Decoder(model), 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return aot_eager(graph, inputs)
+
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
+    compiled.compile_step(backend=backend)
+    prompts = [[1, 2, 3], [4], list(range(40)), [7, 8]]
+    params = [SamplingParams(max_tokens=n, seed=3) for n in (30, 5, 50, 12)]
+    engine = Engine(compiled, tokenizer, max_slots=3)
+    addresses = set()
+    step = engine.step
+
+    def watched() -> Any:
+        events = step()
+        assert engine._slots.cache is not None
+        addresses.add(tuple(t.data_ptr() for t in engine._slots.cache.keys))
+        return events
+
+    monkeypatch.setattr(engine, "step", watched)
+    expected = Engine(model, tokenizer).generate(prompts, params, 2)
+    for _ in range(2):  # the second time into the same cache
+        for mine, theirs in zip(engine.generate(prompts, params, 2), expected, strict=True):
+            for a, b in zip(mine, theirs, strict=True):
+                assert a.ids == b.ids
+                assert a.logprobs == pytest.approx(b.logprobs, abs=2e-4)
+    assert graphs == 1
+    assert len(addresses) == 1
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_graphs_decode_like_eager_steps(dtype: torch.dtype) -> None:
+    model, tokenizer = tiny_model(dtype).to("cuda"), tiny_tokenizer()
+    prompts = [[1, 2, 3], [4], list(range(40)), [7, 8]]
+    params = SamplingParams(max_tokens=40, temperature=0.0)
+    expected = Engine(Decoder(model), tokenizer, max_slots=3).generate(prompts, params)
+    engine = Engine(Decoder(model, compiled=True), tokenizer, max_slots=3)
+    for _ in range(3):  # warm-up, recording, replay
+        got = engine.generate(prompts, params)
+        for (a,), (b,) in zip(got, expected, strict=True):
+            same = 40 if dtype == torch.float32 else 4
+            assert a.ids[:same] == b.ids[:same]

@@ -14,30 +14,27 @@ from tiny_models import ToolCaller, scripted, tiny_model, tiny_tokenizer
 
 from nanochat.decoder import Decoder
 from nanochat.engine import (
-    Completion,
     Engine,
     Event,
     Request,
     SamplingParams,
-    _Row,
-    _Sampler,
-    _Transcript,
     calculator_tool,
     truncate_chat,
-    uniforms,
 )
 from nanochat.errors import UserError
 from nanochat.kv_cache import KVCache
+from nanochat.sampling import Sampler, uniforms
+from nanochat.slots import Row
+from nanochat.transcript import Transcript
 
 # Sampling
 
 
-def rows_of(params: list[SamplingParams], prompt: list[int] | None = None) -> list[_Row]:
-    rows = []
-    for i, p in enumerate(params):
-        request = Request(prompt or [1], p, i, [Completion()])
-        rows.append(_Row(request, 0, _Transcript(tiny_tokenizer(), ()), 1234567 * (i + 1), 1))
-    return rows
+def sampler_of(
+    params: list[SamplingParams], vocab_size: int, history: list[int] | None = None
+) -> Sampler:
+    keys = [1234567 * (i + 1) for i in range(len(params))]
+    return Sampler(params, keys, vocab_size, torch.device("cpu"), lambda row: history or [1])
 
 
 def slow_distribution(
@@ -85,7 +82,7 @@ def test_draws_follow_the_stated_distribution(mixed: bool) -> None:
     counts = np.zeros((len(SETTINGS), V))
     batches = [SETTINGS * rows] if mixed else [[params] * rows for params in SETTINGS]
     for batch in batches:
-        sampler = _Sampler(rows_of(batch, seen), V, torch.device("cpu"))
+        sampler = sampler_of(batch, V, seen)
         for step in range(steps):
             drawn = sampler.draw(torch.tensor([logits] * len(batch)), [step] * len(batch))
             for params, token, logprob in zip(batch, drawn[0], drawn[1], strict=True):
@@ -104,7 +101,7 @@ def test_greedy_takes_the_largest_and_reports_the_plain_softmax() -> None:
     logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
     greedy = SamplingParams(temperature=0.0, top_p=0.1, top_k=2, min_p=0.5)
     for params in ([greedy, greedy], [greedy, SamplingParams(top_k=4)]):
-        sampler = _Sampler(rows_of(params), 9, torch.device("cpu"))
+        sampler = sampler_of(params, 9)
         tokens, logprobs, _ = sampler.draw(logits, [0, 0])
         assert tokens[0] == int(logits[0].argmax())
         assert logprobs[0] == pytest.approx(float(logits[0].log_softmax(-1).max()), abs=1e-6)
@@ -113,7 +110,7 @@ def test_greedy_takes_the_largest_and_reports_the_plain_softmax() -> None:
 def test_equal_logits_are_kept_or_dropped_together() -> None:
     """So the outcome cannot depend on how a sort happens to break ties."""
     logits = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]])
-    sampler = _Sampler(rows_of([SamplingParams(top_k=2)]), 5, torch.device("cpu"))
+    sampler = sampler_of([SamplingParams(top_k=2)], 5)
     drawn = {sampler.draw(logits, [step])[0][0] for step in range(200)}
     assert drawn == {1, 2, 3}
 
@@ -128,8 +125,8 @@ def test_looking_at_few_candidates_changes_nothing() -> None:
     ]
     taken = 0
     for mixture in mixtures:
-        rows = rows_of(mixture * 8)
-        sampler, whole = (_Sampler(rows, V, torch.device("cpu")) for _ in range(2))
+        rows = mixture * 8
+        sampler, whole = (sampler_of(rows, V) for _ in range(2))
         assert sampler.num_candidates
         whole.num_candidates = 0
         for step in range(30):
@@ -204,7 +201,7 @@ def test_impossible_parameters(wrong: dict) -> None:
 @settings(max_examples=300, deadline=None)
 def test_streamed_text_is_whole_characters_up_to_the_stop(ids: list[int], stops: list[str]) -> None:
     tokenizer = tiny_tokenizer()
-    transcript = _Transcript(tokenizer, tuple(stops))
+    transcript = Transcript(tokenizer, tuple(stops))
     pieces, fed = [], []
     for token in ids:
         if transcript.stopped:
@@ -375,8 +372,8 @@ def test_a_slow_tool_does_not_hold_up_other_rows() -> None:
     engine.step()
     assert engine.completion_tokens > before  # some wait, some go on
     assert not caller.finished
-    assert engine._cache is not None
-    held = engine._cache.lengths[: engine.num_rows].tolist()
+    assert engine._slots.cache is not None
+    held = engine._slots.cache.lengths[: engine.num_rows].tolist()
     assert [row.position for row in engine._rows] == held
     gate.set()
     while not engine.idle:
@@ -483,6 +480,17 @@ def test_the_cache_follows_the_requests() -> None:
     assert engine.cache_bytes == 0
 
 
+def test_the_cache_is_in_the_compute_dtype() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        engine = Engine(tiny_model(dtype), tiny_tokenizer())
+        engine.submit([1, 2, 3], SamplingParams(max_tokens=10))
+        engine.step()
+        cache = engine._slots.cache
+        assert cache is not None
+        assert {t.dtype for t in (*cache.keys, *cache.values)} == {dtype}
+        engine.reset()
+
+
 def test_a_thousand_requests_leave_nothing_behind() -> None:
     engine = Engine(tiny_model(n_layer=1, windows=()), tiny_tokenizer(), max_slots=8)
 
@@ -506,7 +514,7 @@ def test_a_thousand_requests_leave_nothing_behind() -> None:
     finally:
         tracemalloc.stop()
     assert after - before < 100_000  # free lists fill up, then nothing grows
-    assert not [o for o in gc.get_objects() if type(o) in (KVCache, _Row, Request)]
+    assert not [o for o in gc.get_objects() if type(o) in (KVCache, Row, Request)]
 
 
 # Bad input

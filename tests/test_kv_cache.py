@@ -10,11 +10,16 @@ def cache_of(rows: int, capacity: int) -> KVCache:
     return KVCache(2, 3, 4, rows, capacity, dtype=torch.float32, device=torch.device("cpu"))
 
 
+def slots_of(cache: KVCache, T: int) -> torch.Tensor:
+    counts = torch.full((cache.batch_size,), T)  # rows without room get padding
+    return cache.read(T, counts, set(), torch.float32).slots
+
+
 def filled(rows: int, capacity: int, lengths: list[int], seed: int = 0) -> KVCache:
     cache = cache_of(rows, capacity)
     generator = torch.Generator().manual_seed(seed)
     T = max(lengths)
-    slots = torch.arange(T).expand(rows, T)
+    slots = slots_of(cache, T)
     for layer in range(2):
         k = torch.randn(rows, T, 3, 4, generator=generator)
         v = torch.randn(rows, T, 3, 4, generator=generator)
@@ -32,8 +37,7 @@ def test_append_writes_each_row_at_its_own_place() -> None:
     cache = filled(2, 10, [3, 5])
     before = [content(cache, row) for row in range(2)]
     k, v = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 3, 4)
-    slots = cache.lengths[:, None] + torch.arange(2)
-    keys, values = cache.append(1, slots, k, v)
+    keys, values = cache.append(1, slots_of(cache, 2), k, v)
     for row, start in enumerate((3, 5)):
         assert torch.equal(keys[row, :, start : start + 2], k[row].transpose(0, 1))
         assert torch.equal(values[row, :, start : start + 2], v[row].transpose(0, 1))
@@ -61,7 +65,7 @@ def test_the_spare_slot_takes_the_padding() -> None:
         assert cache.slots > capacity
         before = content(cache, 0)
         padding = torch.full((1, 2, 3, 4), 9.0)
-        cache.append(0, torch.tensor([[capacity, capacity]]), padding, padding)
+        cache.append(0, slots_of(cache, 2), padding, padding)
         assert torch.equal(content(cache, 0), before)
 
 
@@ -83,14 +87,15 @@ def test_copy_rows_between_caches_and_within_one() -> None:
         source.copy_rows(target, [0], [0], 7)
 
 
-def test_resized_keeps_content() -> None:
+def test_load_takes_over_what_fits() -> None:
     cache = filled(3, 10, [2, 10, 4])
-    larger = cache.resized(5, 30)
-    assert larger.capacity == 30
+    larger = filled(5, 30, [1, 2, 3, 4, 5])
+    larger.load(cache)
     assert larger.lengths.tolist() == [2, 10, 4, 0, 0]
     for row in range(3):
         assert torch.equal(content(larger, row), content(cache, row))
-    smaller = cache.resized(1, 4)
+    smaller = cache_of(1, 4)
+    smaller.load(cache)
     assert smaller.lengths.tolist() == [2]
     assert torch.equal(content(smaller, 0), content(cache, 0))
     assert larger.nbytes > cache.nbytes > smaller.nbytes
@@ -99,7 +104,7 @@ def test_resized_keeps_content() -> None:
 def test_head_shares_memory() -> None:
     cache = filled(3, 10, [2, 5, 4])
     view = cache.head(2)
-    view.append(0, view.lengths[:, None], torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 4))
+    view.append(0, slots_of(view, 1), torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 4))
     view.advance(1, None)
     assert cache.lengths.tolist() == [3, 6, 4]
     assert (cache.keys[0][1, :, 5] == 1).all()

@@ -12,7 +12,8 @@ import torch
 from tiny_models import ToolCaller, likes_tools, tiny_model, tiny_tokenizer
 
 from nanochat.decoder import Decoder
-from nanochat.engine import Completion, Engine, SamplingParams
+from nanochat.engine import Completion, Engine, SamplingParams, truncate_chat
+from nanochat.errors import UserError
 from nanochat.gpt import GPT
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -197,3 +198,25 @@ def test_a_prompt_is_read_once_for_all_its_samples(monkeypatch: pytest.MonkeyPat
     engine.generate([random_ids(40, 0)], SamplingParams(max_tokens=3), num_samples=8)
     assert read == 40
     assert engine.prompt_tokens == 40
+
+
+def test_beyond_the_training_length() -> None:
+    """Too long a prompt is refused, a cut chat is answered within the context, never past it."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    engine = Engine(model, tokenizer)
+    context = model.config.context_length
+    turns = [
+        {"role": ("user", "assistant")[i % 2], "content": f"word {i} and the sea"}
+        for i in range(31)
+    ]
+    whole = tokenizer.render_for_completion({"messages": turns})
+    assert len(whole) > context
+    with pytest.raises(UserError, match=f"the context of {context}"):
+        engine.generate([whole])
+    cut, notice = truncate_chat({"messages": turns}, tokenizer, context - 20)
+    assert "left out" in notice
+    prompt = tokenizer.render_for_completion(cut)
+    (completion,) = engine.generate([prompt], SamplingParams(max_tokens=500, seed=1))[0]
+    assert len(prompt) + len(completion.ids) <= context
+    expected = recomputed(model, prompt, completion)
+    torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=2e-4, rtol=0)

@@ -1,0 +1,262 @@
+"""Choosing the next token of every row: limits, temperature, one random stream per sample.
+
+B rows, V vocabulary, K candidates
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nanochat.errors import UserError
+
+CANDIDATES, SPARE_CANDIDATES = 250, 14
+"""Tokens looked at first on a CPU to find the limit of top_p; and beyond any limit, for those that
+are as likely as the last one."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn; applied in the order of the fields."""
+
+    repetition_penalty: float = 1.0
+    """Logits of tokens seen in prompt or completion are divided (negative ones multiplied) by this
+    (CTRL, arXiv 1909.05858)."""
+    temperature: float = 1.0
+    """0 takes the most likely token and ignores the three limits below."""
+    top_k: int = 0
+    """Keep tokens at least as likely as the k-th; 0 = all."""
+    top_p: float = 1.0
+    """Keep the most likely tokens that together reach this probability (arXiv 1904.09751)."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as likely as the most likely one (arXiv 2407.01082)."""
+    max_tokens: int = 256
+    """Longest completion; the context length may end it earlier."""
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these strings."""
+    top_logprobs: int = 0
+    """Also report so many of the most likely tokens at each position."""
+
+    def __post_init__(self) -> None:
+        limits = (
+            (0 <= self.temperature < math.inf, "temperature", "at least 0"),
+            (self.top_k >= 0, "top_k", "at least 0 (0 keeps all)"),
+            (0 < self.top_p <= 1, "top_p", "above 0 and at most 1 (1 keeps all)"),
+            (0 <= self.min_p <= 1, "min_p", "between 0 (keeps all) and 1"),
+            (0 < self.repetition_penalty < math.inf, "repetition_penalty", "above 0 (1 is none)"),
+            (self.max_tokens >= 1, "max_tokens", "at least 1"),
+            (self.top_logprobs >= 0, "top_logprobs", "at least 0"),
+        )
+        for holds, name, limit in limits:
+            if not holds:
+                raise UserError(f"{name} {getattr(self, name)} must be {limit}")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise UserError(f"stop {self.stop!r} must be a tuple of non-empty strings")
+
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser (Steele, Lea & Flood, OOPSLA 2014) on uint64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed
+
+
+def stream_key(seed: int, index: int, sample: int) -> int:
+    """A 64-bit name of one sample's random stream."""
+    key = np.zeros(1, dtype=np.uint64)
+    for value in (seed, index, sample):
+        key = _mix((key ^ np.array([value % 2**64], dtype=np.uint64)) + _GAMMA)
+    return int(key[0])
+
+
+def uniforms(keys: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """One float32 in [0, 1) per stream (uint64 keys) and step, without any state.
+
+    24 random bits, so that in float32 u * total < total for every total.
+    """
+    bits = _mix(keys + (steps.astype(np.uint64) + np.uint64(1)) * _GAMMA) >> np.uint64(40)
+    uniform: np.ndarray = bits.astype(np.float32) * np.float32(2**-24)
+    return uniform
+
+
+class Sampler:
+    """Draws a token for each of a fixed list of rows, all at once.
+
+    Limits are turned into one threshold per row, and the token is found by inverting the
+    cumulative distribution in the order of the vocabulary. So equal logits are all kept or all
+    dropped, and what a row draws does not depend on which limits other rows need.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[SamplingParams],
+        keys: Sequence[int],
+        vocab_size: int,
+        device: torch.device,
+        history: Callable[[int], Sequence[int]] = lambda row: (),
+    ):
+        """params and keys (`stream_key`) of each row; history: the ids a row has read and drawn."""
+        self.device, self.vocab_size = device, vocab_size
+        self.keys = np.array(keys, dtype=np.uint64)
+        greedy = [p.temperature == 0 for p in params]
+        self.all_greedy = all(greedy)
+        self.greedy = self._column(greedy) if any(greedy) else None
+
+        def column(values: list[float], neutral: float) -> torch.Tensor | None:
+            """(B, 1), or None where no row needs it."""
+            values = [neutral if g else v for v, g in zip(values, greedy, strict=True)]
+            return None if all(v == neutral for v in values) else self._column(values)
+
+        self.temperature = column([p.temperature for p in params], 1.0)
+        self.top_p = column([p.top_p for p in params], 1.0)
+        self.min_p = column(
+            [math.log(p.min_p) if p.min_p else -math.inf for p in params], -math.inf
+        )
+        top_k = [
+            vocab_size if g or not p.top_k else min(p.top_k, vocab_size)
+            for p, g in zip(params, greedy, strict=True)
+        ]
+        self.top_k = None if min(top_k) == vocab_size else self._column(top_k)
+        sampled = [(p, k) for p, k in zip(params, top_k, strict=True) if p.temperature > 0]
+        limits = [k for k in top_k if k < vocab_size]
+        without_k = any(p.top_p < 1 and k == vocab_size for p, k in sampled)
+        # How many of the largest logits it takes to find the thresholds: all, if top_p has to find
+        # its own among all of them.
+        self.num_sorted = vocab_size if without_k else max(limits, default=0)
+        # On a CPU passes over the vocabulary cost more than the products of a small model. If every
+        # row has a limit, what lies beyond a few candidates need not be looked at.
+        self.num_candidates = 0
+        if device.type == "cpu" and not any(greedy):
+            limited = all(k < vocab_size or p.top_p < 1 for p, k in sampled)
+            few = max(CANDIDATES if k == vocab_size else k for _, k in sampled)
+            if limited and few + SPARE_CANDIDATES < vocab_size:
+                self.num_candidates = few + SPARE_CANDIDATES
+        self.top_logprobs = max(p.top_logprobs for p in params)
+        self.penalty = self.seen = None
+        if any(p.repetition_penalty != 1 for p in params):
+            self.penalty = self._column([p.repetition_penalty for p in params])
+            self.seen = torch.zeros(len(params), vocab_size, dtype=torch.bool, device=device)
+            for i in range(len(params)):
+                ids = torch.tensor(list(history(i)), dtype=torch.int64, device=device)
+                self.seen[i, ids] = True
+
+    def _column(self, values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values, device=self.device)[:, None]
+
+    def see(self, tokens: list[int]) -> None:
+        """Remember what the rows' next token is, for the repetition penalty."""
+        if self.seen is not None:
+            self.seen.scatter_(1, self._column(tokens), True)
+
+    def draw(
+        self, logits: torch.Tensor, steps: list[int]
+    ) -> tuple[list[int], list[float], list[list[tuple[int, float]]]]:
+        """logits (B, V) float32, steps: B positions in the streams -> tokens, log-probabilities,
+        and the most likely tokens with theirs (empty lists if no row wants them)."""
+        x = logits
+        if self.seen is not None and self.penalty is not None:
+            x = torch.where(self.seen, torch.where(x > 0, x / self.penalty, x * self.penalty), x)
+        if self.temperature is not None:
+            x = x / self.temperature
+        ids: torch.Tensor | None = None
+        if not self.all_greedy:
+            x, ids = self._limited(x)
+        p = x.softmax(dim=-1)
+        if self.all_greedy:
+            chosen = _argmax(x)
+        else:
+            cumulative = p.cumsum(dim=-1)
+            u = torch.from_numpy(uniforms(self.keys, np.array(steps))).to(self.device)
+            target = u[:, None] * cumulative[:, -1:]
+            chosen = torch.searchsorted(cumulative, target, right=True)
+            chosen = chosen.clamp_(max=x.shape[1] - 1)
+            if self.greedy is not None:
+                chosen = torch.where(self.greedy, _argmax(x), chosen)
+        tokens = chosen if ids is None else ids.gather(1, chosen)
+        # One transfer to the host, and so one wait for the device, per step.
+        columns = [tokens, p.gather(1, chosen).log()]
+        if self.top_logprobs:
+            best = p.topk(min(self.top_logprobs, p.shape[1]), dim=-1)
+            columns += [best.indices if ids is None else ids.gather(1, best.indices)]
+            columns += [best.values.log()]
+        packed = torch.cat(
+            [c.view(torch.int32) if c.is_floating_point() else c.int() for c in columns], dim=1
+        )
+        host = packed.cpu().numpy()
+        n = (host.shape[1] - 2) // 2
+        floats = host.view(np.float32)
+        top = [
+            list(zip(host[i, 2 : 2 + n].tolist(), floats[i, 2 + n :].tolist(), strict=True))
+            for i in range(len(host) if n else 0)
+        ]
+        return host[:, 0].tolist(), floats[:, 1].tolist(), top
+
+    def _limited(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scaled logits (B, V) with -inf for tokens beyond a row's limits.
+
+        Or, in the order of the vocabulary, (B, N) of them with their ids, if those are all that any
+        row keeps.
+        """
+        if self.num_candidates:
+            largest, ids = x.topk(self.num_candidates, dim=-1)
+            threshold = self._threshold(x, largest)
+            assert threshold is not None
+            if bool((largest[:, -1:] < threshold).all()):
+                ids, order = ids.sort(dim=-1)
+                values = largest.gather(1, order)
+                return values.masked_fill(values < threshold, -math.inf), ids
+        largest = x.topk(self.num_sorted, dim=-1).values if self.num_sorted else x[:, :0]
+        threshold = self._threshold(x, largest)
+        if threshold is not None:
+            x = x.masked_fill(x < threshold, -math.inf)
+        return x, None
+
+    def _threshold(self, x: torch.Tensor, largest: torch.Tensor) -> torch.Tensor | None:
+        """(B, 1): the smallest scaled logit that stays; None if all do.
+
+        largest (B, K): the beginning of each row in falling order. Where it is too short to find
+        the threshold in, the answer is its last value or less.
+        """
+        K = largest.shape[1]
+        threshold = None
+        if self.top_k is not None or self.top_p is not None:
+            last = torch.full_like(largest[:, :1], K - 1, dtype=torch.int64)
+            if self.top_k is not None:
+                last = torch.minimum(last, self.top_k - 1)
+            if self.top_p is not None:
+                kept = largest.masked_fill(torch.arange(K, device=x.device) > last, -math.inf)
+                total = kept.logsumexp(dim=-1, keepdim=True)
+                if self.vocab_size > K:
+                    whole = x.logsumexp(dim=-1, keepdim=True)
+                    has_k = False if self.top_k is None else self.top_k < self.vocab_size
+                    total = torch.where(torch.as_tensor(has_k, device=x.device), total, whole)
+                p = (kept - total).exp()
+                # Kept while what came before is below top_p; the first always is.
+                count = (p.cumsum(dim=-1) - p < self.top_p).sum(dim=-1, keepdim=True)
+                last = torch.minimum(last, (count - 1).clamp_(min=0))
+            threshold = largest.gather(1, last)
+            # Rows without a limit keep everything, also what was not sorted.
+            free = torch.ones_like(threshold, dtype=torch.bool)
+            if self.top_k is not None:
+                free &= self.top_k == self.vocab_size
+            if self.top_p is not None:
+                free &= self.top_p == 1
+            threshold = threshold.masked_fill(free, -math.inf)
+        if self.min_p is not None:
+            floor = x.amax(dim=-1, keepdim=True) + self.min_p
+            threshold = floor if threshold is None else torch.maximum(threshold, floor)
+        return threshold
+
+
+def _argmax(x: torch.Tensor) -> torch.Tensor:
+    """(B, V) -> (B, 1); numpy's is ten times as fast on a CPU."""
+    if x.device.type == "cpu":
+        return torch.from_numpy(x.numpy().argmax(axis=-1))[:, None]
+    return x.argmax(dim=-1, keepdim=True)

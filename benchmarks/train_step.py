@@ -2,20 +2,26 @@
 
 python -m benchmarks.train_step --depths 4 6 --dtypes bfloat16 float32 [--compile] [--json out.json]
 
-Both train on the same random tokens, one optimizer step per batch, in turn: A B A B. Quoted are the
-medians. The Llama's MLP is as wide as gives it our number of parameters. In bfloat16 it is trained
-in the way that corresponds to ours, float32 weights under autocast as in transformers' `Trainer`
-(`llama`), and also with bfloat16 weights (`llama_bf16_weights`), which is faster and loses small
-updates. MFU is against this machine's own matmul peak in the same dtype, measured in the same run
-on matrices of 2048.
-Needs the extra `hf`.
+Both train on the same random tokens, one optimizer step per batch, in turn: A B A B, each in a
+process of its own. Quoted are the medians. The Llama has the same width, depth, heads and
+vocabulary, and an MLP with as many parameters.
+
+- `llama`: a process as any other; in bfloat16 with float32 weights under autocast, the way of
+  transformers' `Trainer`, which corresponds to ours.
+- `llama_tuned`: the same with our settings of the memory allocator (`runtime.tune_cpu`).
+- `llama_bf16_weights`: weights in bfloat16, which is faster and loses small updates.
+
+MFU is against this machine's own matmul peak in the same dtype, measured in the same run on
+matrices of 2048. Needs the extra `hf`.
 """
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +32,7 @@ from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.log import peak_memory_bytes
 from nanochat.optim import Hypers, Optimizer, parameter_rules
-from nanochat.runtime import DTYPES, best_dtype, single, tune_cpu
+from nanochat.runtime import DTYPES, best_dtype, physical_cores, single, tune_cpu
 from nanochat.train import train_step
 
 VOCAB, T, ROWS = 8192, 512, 8
@@ -105,44 +111,76 @@ def llama(
     return step, model
 
 
-def compare(depth: int, dtype_name: str, compiled: bool, repeats: int) -> dict[str, Any]:
+def contestant(name: str, depth: int, dtype_name: str, compiled: bool, pipe: Connection) -> None:
+    """A process: says how many parameters it has, then runs a step for every seed it is sent."""
     dtype = DTYPES[dtype_name]
-    our_step, our_model = ours(depth, dtype, compiled)
-    llama_step, llama_model = llama(depth, dtype, compiled, torch.float32)
-    steps = {"ours": our_step, "llama": llama_step}
-    if dtype == torch.bfloat16:
-        steps["llama_bf16_weights"], _ = llama(depth, dtype, compiled, dtype)
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    if name in ("ours", "llama_tuned"):
+        tune_cpu()
+    else:
+        torch.set_num_threads(physical_cores())
+    if name == "ours":
+        step, model = ours(depth, dtype, compiled)
+    else:
+        weights = dtype if name == "llama_bf16_weights" else torch.float32
+        step, model = llama(depth, dtype, compiled, weights)
+    pipe.send(sum(p.numel() for p in model.parameters()))
+    while (seed := pipe.recv()) is not None:
+        start = time.perf_counter()
+        step(seed)
+        pipe.send(time.perf_counter() - start)
+    pipe.send(peak_memory_bytes(torch.device("cpu")))
+
+
+def compare(depth: int, dtype_name: str, compiled: bool, repeats: int) -> dict[str, Any]:
+    names = ["ours", "llama", "llama_tuned"]
+    if dtype_name == "bfloat16":
+        names.append("llama_bf16_weights")
+    context = multiprocessing.get_context("spawn")
+    pipes, processes, parameters = {}, [], {}
+    for name in names:
+        pipes[name], theirs = context.Pipe()
+        process = context.Process(
+            target=contestant, args=(name, depth, dtype_name, compiled, theirs), daemon=True
+        )
+        process.start()
+        theirs.close()  # so that the end of the process is noticed
+        processes.append(process)
+        parameters[name] = pipes[name].recv()
+    times: dict[str, list[float]] = {name: [] for name in names}
     peaks = []
     for repeat in range(repeats + 2):
-        peaks.append(matmul_peak(dtype))
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step(repeat)
+        peaks.append(matmul_peak(DTYPES[dtype_name]))
+        for name in names:
+            pipes[name].send(repeat)
+            seconds = pipes[name].recv()
             if repeat >= 2:  # the first two warm up (and compile)
-                times[name].append(time.perf_counter() - start)
-    seconds = {name: statistics.median(values) for name, values in times.items()}
+                times[name].append(seconds)
+    memory = {}
+    for name, process in zip(names, processes, strict=True):
+        pipes[name].send(None)
+        memory[name] = pipes[name].recv()
+        process.join()
+    medians = {name: statistics.median(values) for name, values in times.items()}
     ratios = {
         name: [other / mine for mine, other in zip(times["ours"], times[name], strict=True)]
-        for name in steps
+        for name in names
         if name != "ours"
     }
     peak = statistics.median(peaks)
-    flops = our_model.flops_per_token(T) * ROWS * T
+    config = config_from_depth(depth, VOCAB, head_dim=64, context_length=T, window_pattern="L")
+    with torch.device("meta"):
+        flops = GPT(config).flops_per_token(T) * ROWS * T
     return {
         "depth": depth,
         "dtype": dtype_name,
         "compiled": compiled,
-        "parameters": {
-            "ours": sum(p.numel() for p in our_model.parameters()),
-            "llama": sum(p.numel() for p in llama_model.parameters()),
-        },
-        "tokens_per_second": {name: ROWS * T / value for name, value in seconds.items()},
+        "parameters": parameters,
+        "tokens_per_second": {name: ROWS * T / value for name, value in medians.items()},
         "ratio": {name: statistics.median(values) for name, values in ratios.items()},
         "ratio_range": {name: [min(values), max(values)] for name, values in ratios.items()},
         "matmul_peak_gflops": peak / 1e9,
-        "mfu": flops / seconds["ours"] / peak,
-        "peak_rss_bytes": peak_memory_bytes(torch.device("cpu")),
+        "mfu": flops / medians["ours"] / peak,
+        "peak_rss_bytes": memory,
     }
 
 
@@ -156,13 +194,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    tune_cpu()
+    torch.set_num_threads(physical_cores())
     results = []
     for depth in arguments.depths:
         for dtype in arguments.dtypes:
             result = compare(depth, dtype, arguments.compile, arguments.repeats)
             results.append(result)
-            print(json.dumps(result))
+            print(json.dumps(result), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 

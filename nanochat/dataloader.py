@@ -379,6 +379,8 @@ class DataLoader:
                 [len(source.store), source.store.num_tokens, str(weight)]
                 for source, weight in zip(self.sources, self.order.weights, strict=True)
             ],
+            "fingerprints": [source.store.meta["fingerprint"] for source in self.sources],
+            "prompt_weights": [float(source.prompt_weight) for source in self.sources],
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -395,7 +397,7 @@ class DataLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position; `UserError` if it was saved over other data or another order."""
         for key, here in self._identity().items():
-            if state[key] != here:
+            if state.get(key, here) != here:  # older checkpoints do not say it all
                 raise UserError(
                     f"the checkpoint's data position is for {key} = {state[key]}, this run has "
                     f"{here}; resume with the same data settings, or start a new run"

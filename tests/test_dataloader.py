@@ -204,12 +204,20 @@ def test_a_position_over_other_data_is_refused(tmp_path: Path) -> None:
 
     def loader(store: object = a, **changes: object) -> DataLoader:
         settings = {"batch_size": 1, "sequence_length": 2, "seed": 1, "window": 4}
-        weight = changes.pop("weight", 1.0)
-        return DataLoader([Source(store, weight)], **(settings | changes))  # type: ignore[arg-type]
+        weight, prompts = changes.pop("weight", 1.0), changes.pop("prompt_weight", 1.0)
+        source = Source(store, weight, prompts)  # type: ignore[arg-type]
+        return DataLoader([source], **(settings | changes))  # type: ignore[arg-type]
 
     state = loader().state_dict()
     loader(batch_size=3, world_size=2, epochs=5, weight="1").load_state_dict(state)
+    same_shape = numbered_store(tmp_path / "c", [3] * 9)
+    fingerprint = a.meta["fingerprint"]
+    same_shape.meta = {**same_shape.meta, "fingerprint": "other text"}
+    older = {k: v for k, v in state.items() if k not in ("fingerprints", "prompt_weights")}
+    loader(store=same_shape).load_state_dict(older)
     for other, message in (
+        (loader(store=same_shape), rf"fingerprints = \['{fingerprint}'\].* \['other text'\]"),
+        (loader(prompt_weight=0.5), r"prompt_weights = \[1.0\], this run has \[0.5\]"),
         (loader(seed=2), "seed = 1, this run has 2"),
         (loader(sequence_length=3), "sequence_length"),
         (loader(window=5), "window_size"),

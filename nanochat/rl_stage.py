@@ -59,6 +59,32 @@ def check_config(cfg: RlConfig) -> None:
         )
 
 
+def check_resumed(
+    cfg: RlConfig, name: str, resumed: dict[str, Any], source: dict[str, Any]
+) -> None:
+    """UserError where the run `name` would go on with other things than it began with."""
+    if source != resumed["source"]:
+        began, now = (
+            f"{s['stage']}/{s['tag']} step {s['step']}" for s in (resumed["source"], source)
+        )
+        raise UserError(
+            f"{name} started from {began}, --source {cfg.source} is {now}: it would be compared "
+            "with another model; resume with the --source it had, or choose another --tag"
+        )
+    saved = from_dict(RlConfig, resumed["run_config"], name)
+    before, here = saved.rollouts.updates_per_rollout, cfg.rollouts.updates_per_rollout
+    if cfg.algo != "dpo" and before != here:
+        raise UserError(
+            f"{name} has --updates-per-rollout {before}, this run has {here}: its steps would be "
+            "counted as other rollouts; resume with the same value, or choose another --tag"
+        )
+
+
+def origin(meta: dict[str, Any]) -> dict[str, Any]:
+    """Which checkpoint it is, as the one trained from it notes it."""
+    return {"stage": meta["stage"], "tag": meta["tag"], "step": meta["step"]}
+
+
 @dataclass(frozen=True)
 class Start:
     """What training starts from, and is compared with."""
@@ -73,9 +99,11 @@ class Start:
 def load_start(cfg: RlConfig, runtime: Runtime) -> Start:
     """The source's model; a resumed run takes the step that it took when it began."""
     newest = checkpoint_to_resume("rl", cfg)
-    step = read_meta(newest, verify=False)["source"]["step"] if newest else None
-    folder = find(cfg.source, step)
+    resumed = read_meta(newest, verify=False) if newest else None
+    folder = find(cfg.source, resumed["source"]["step"] if resumed else None)
     meta = read_meta(folder)
+    if resumed:
+        check_resumed(cfg, f"rl/{cfg.run.tag}", resumed, origin(meta))
     tokenizer = Tokenizer.load()
     check_tokenizer(meta, tokenizer, folder)
     trained = meta.get("run_config", {}).get("system", "tokens")
@@ -143,7 +171,6 @@ def open_stage(
         memory_limit=runtime.memory_limit(),
     )
     model.recompute = cfg.recompute
-    source = {"stage": start.meta["stage"], "tag": start.meta["tag"], "step": start.meta["step"]}
     return assemble(
         "rl",
         cfg,
@@ -153,7 +180,7 @@ def open_stage(
         RolloutPlan(**vars(plan), what=what),
         stream,
         HeldOut([]),
-        {"source": source},
+        {"source": origin(start.meta)},
     )
 
 

@@ -289,11 +289,15 @@ class Sampler:
 
     def show(self, rollout: Rollout, num_prompts: int = 2, num_answers: int = 3) -> None:
         """Print and log a few answers with their rewards, of groups that teach if there are any."""
+
+        def bonus(verdict: Verdict) -> str:
+            return f"bonus {verdict.bonus:g}, " if self.cfg.rollouts.format_bonus else ""
+
         groups = sorted(rollout.groups, key=lambda group: not any(group.advantages))
         for group in groups[:num_prompts]:
             question = "".join(part["text"] for part in parts(last_question(group.prompt)))
             answers = [
-                f"[reward {verdict.reward + verdict.bonus:g}, advantage {advantage:+.2f}, "
+                f"[reward {verdict.reward:g}, {bonus(verdict)}advantage {advantage:+.2f}, "
                 f"{completion.finish_reason}] {written(completion)}"
                 for completion, verdict, advantage in zip(
                     group.completions, group.verdicts, group.advantages, strict=True

@@ -7,6 +7,7 @@ best policy is known: always "b".
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -37,6 +38,7 @@ from nanochat.engine import Engine, SamplingParams
 from nanochat.errors import UserError
 from nanochat.preferences import pair_scores
 from nanochat.report import write_report
+from nanochat.rl import Group
 from nanochat.runtime import Runtime
 from nanochat.stage import Stage
 from scripts import chat_rl
@@ -229,16 +231,43 @@ def test_the_rewarded_answer_is_learned_on_held_out_prompts(folder: Path, update
     assert answer.text == BEST
 
 
-def test_the_denominator_is_every_sampled_token(folder: Path) -> None:
-    run(folder, config(num_steps=2))
-    for record in records(folder, "train"):
-        assert record["targets"] > 0
-        assert 0 < record["kept_groups"] <= 1
-    assert records(folder, "train")[0]["loss"] != 0
+def test_the_denominator_is_every_sampled_token(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all finished answers, those of groups with nothing to tell included."""
+    latest_groups: list[Group] = []
+    divisors, expected, targets = [], [], []
+    roll_out, train_step = chat_rl.roll_out, chat_rl.train_step
+
+    def spied_roll_out(*arguments: Any) -> list[Group]:
+        latest_groups[:] = roll_out(*arguments)
+        return latest_groups
+
+    def spied_train_step(*arguments: Any, **keywords: Any) -> Any:
+        divisors.append(keywords["divisor"])
+        lengths = [
+            (sum(completion.mask), any(group.advantages))
+            for group in latest_groups
+            for completion in group.completions
+            if completion.finish_reason == "stop"
+        ]
+        expected.append(sum(length for length, _ in lengths))
+        targets.append(sum(length for length, kept in lengths if kept))
+        return train_step(*arguments, **keywords)
+
+    monkeypatch.setattr(chat_rl, "roll_out", spied_roll_out)
+    monkeypatch.setattr(chat_rl, "train_step", spied_train_step)
+    run(folder, config(num_steps=4, rollouts={"group_size": 3, "max_tokens": 2}))
+    assert divisors == expected
+    assert any(fewer < all_ for fewer, all_ in zip(targets, expected, strict=True))
+    truncated = [record["truncated"] for record in records(folder, "train")]
+    assert any(truncated), "what is cut off is not counted"
 
 
 def test_a_format_bonus_is_logged_apart_from_the_reward(folder: Path) -> None:
     run(folder, config(num_steps=2, rollouts={"format_bonus": 0.25}))
+    shown = "".join(sample["text"] for sample in records(folder, "sample"))
+    assert re.search(r"\[reward [01], bonus 0.25, advantage", shown)
     for record in records(folder, "train"):
         assert record["bonus"] == pytest.approx(0.25, abs=0.08), "nearly all answers are letters"
         assert record["reward"] < 0.7
@@ -528,6 +557,32 @@ def test_a_resumed_run_keeps_the_start_it_had(folder: Path) -> None:
         fresh = chat_rl.load_start(config(run={"tag": "fresh"}), runtime.single())
     assert fresh.folder.name == "step_000099"
     assert run(folder, cfg).finished
+
+
+@pytest.mark.parametrize("where", ["sft/other", "path"])
+def test_a_run_is_not_resumed_from_another_source(folder: Path, where: str) -> None:
+    """A checkpoint of the same step would do silently, and KL be to another model."""
+    run(folder, config(num_steps=2))
+    base = folder / "checkpoints" / "base" / "default" / "step_000002"
+    if where == "sft/other":
+        cfg = config(run={"tag": "other"}, num_steps=2)
+        run(folder, cfg)
+        shutil.copytree(
+            folder / "checkpoints" / "rl" / "other" / "step_000002",
+            folder / "checkpoints" / "sft" / "other" / "step_000080",
+        )
+    source = where if where != "path" else str(base)
+    named = "rl/other step 2" if where != "path" else "base/default step 2"
+    message = f"rl/default started from sft/default step 80, --source {source} is {named}"
+    with pytest.raises(UserError, match=message):
+        run(folder, config(num_steps=4, source=source, run={"resume": True}))
+
+
+def test_a_run_is_not_resumed_with_another_number_of_updates(folder: Path) -> None:
+    run(folder, config(num_steps=2))
+    changes = {"num_steps": 4, "rollouts": {"updates_per_rollout": 2}}
+    with pytest.raises(UserError, match=r"has --updates-per-rollout 1, this run has 2"):
+        run(folder, config(**changes, run={"resume": True}))
 
 
 # Preferences

@@ -194,7 +194,7 @@ def test_later_stages_killed_at(stage: str, moment: str, workplace: Path) -> Non
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_again_and_again(stage: str, workplace: Path) -> None:
     """The same command with --resume until it gets through."""
-    random = Random(hash(stage) % 1000)
+    random = Random(stage)
     folder = before(stage, workplace, workplace / f"{stage} again and again")
     log = folder / "runs" / f"{stage}-default" / "metrics.jsonl"
     kills = 0

@@ -5,7 +5,8 @@
 #   bash speedrun.sh                          picks a profile by itself: gpu where CUDA is, else cpu
 #   SPEEDRUN_PROFILE=cpu|gpu|smoke bash speedrun.sh
 #   DEPTH=24 bash speedrun.sh                 gpu: the one dial (default 20)
-#   bash speedrun.sh --corpus ./my_texts      cpu: your own .txt, .jsonl or .parquet files
+#   bash speedrun.sh --corpus ./my_texts      your own .txt, .jsonl or .parquet files
+#   SHARDS=40 bash speedrun.sh --corpus ORG/NAME   gpu: so many files of a data set on the hub
 #   RL=0 bash speedrun.sh                     without the reinforcement learning at the end
 #
 # Run it again after an interruption: it continues where it stopped, finished stages are not
@@ -43,15 +44,30 @@ if [ "$profile" = gpu ]; then
     train() { run torchrun --standalone --nproc_per_node "$gpus" -m "$@"; }
 
     # Enough shards for the token budget of this depth; the first few suffice for the tokenizer.
-    shards="$(python -m scripts.plan --depth "$depth" --gpus "$gpus" --print num_shards)"
-    run python -m nanochat.dataset "$corpus" -n 8
+    # Only of climbmix and fineweb-edu it is known how much a shard holds.
+    shards="$(python -m scripts.plan --depth "$depth" --gpus "$gpus" --corpus "$corpus" \
+        --print num_shards)"
+    download=""
+    if [ -z "$shards" ] || [ "$shards" = None ]; then
+        shards="${SHARDS:-8}"
+        if [ "$corpus" = bbe ] || [ -e "$corpus" ] || [ -e "${corpus%:*}" ]; then
+            shards=0
+            echo "$corpus is here: nothing to download"
+        fi
+    fi
+    if [ "$shards" != 0 ]; then
+        run python -m nanochat.dataset "$corpus" -n "$((shards < 8 ? shards : 8))"
+        python -m nanochat.dataset "$corpus" -n "$shards" \
+            > "$NANOCHAT_BASE_DIR/download.log" 2>&1 &
+        download=$!
+    fi
     run python -m nanochat.dataset eval_bundle || echo "CORE will not be measured"
-    python -m nanochat.dataset "$corpus" -n "$shards" > "$NANOCHAT_BASE_DIR/download.log" 2>&1 &
-    download=$!
     run python -m scripts.tok_train --corpus "$corpus" --vocab-size 65536 --max-chars 2000000000
     run python -m scripts.tok_eval --corpus "$corpus"
-    echo "waiting for the download of $shards shards"
-    wait "$download" || { tail "$NANOCHAT_BASE_DIR/download.log" >&2; exit 1; }
+    if [ -n "$download" ]; then
+        echo "waiting for the download of $shards shards"
+        wait "$download" || { tail "$NANOCHAT_BASE_DIR/download.log" >&2; exit 1; }
+    fi
     run python -m scripts.tok_encode --corpus "$corpus"
     train scripts.base_train --depth "$depth" --corpus "$corpus" --save-every 1000 --resume
     train scripts.base_eval --corpus "$corpus" --resume

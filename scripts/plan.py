@@ -250,8 +250,11 @@ def main(cfg: AnyPlan, runtime: Runtime) -> dict[str, Any]:
 
 
 def _num_shards(cfg: Config, tokens: int) -> int | None:
-    """Shards of a named corpus that hold the run's tokens, with a tenth to spare."""
-    source = NAMED.get(cfg.corpus)
+    """Shards of a named corpus that hold the run's tokens, with a tenth to spare.
+
+    None for what is not downloaded in shards of a known size: a path, bbe, a mixture.
+    """
+    source = None if cfg.mix else NAMED.get(cfg.corpus)
     if source is None:
         return None
     per_shard = source.total_tokens / source.train_shards

@@ -123,3 +123,11 @@ def test_one_value_for_shell_scripts(capsys: pytest.CaptureFixture[str]) -> None
         plan("--depth 4 --print nothing")
     with pytest.raises(UserError, match="--gpus 0 must be at least 1"):
         plan("--gpus 0")
+
+
+@pytest.mark.parametrize("corpus", ["--corpus ./my_texts", "--corpus bbe", "--mix climbmix bbe"])
+def test_shards_of_unknown_size_are_not_counted(
+    corpus: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan(f"--depth 4 --gpus 1 {corpus} --print num_shards")
+    assert capsys.readouterr().out == "None\n"

@@ -164,13 +164,17 @@ def _row_name(path: Path, index: int) -> str:
 
 
 def _count_rows(path: Path) -> Iterator[int]:
-    """The indices of a file's rows, without reading more of it than asked for."""
+    """The indices of a file's rows, without reading more of it than asked for.
+
+    Blank lines of a .jsonl file are no rows: nothing could be read from one.
+    """
     if path.suffix == ".parquet":
         yield from range(_open_parquet(path).metadata.num_rows)
     elif path.suffix == ".jsonl":
         with path.open("rb") as file:
-            for index, _ in enumerate(file):
-                yield index
+            for index, line in enumerate(file):
+                if line.strip():
+                    yield index
     else:
         for index, _, _ in _sections(path):
             yield index

@@ -206,6 +206,17 @@ def test_small_corpora_have_both_splits(tmp_path: Path, count: int) -> None:
     assert set(val) == (by_hash or {hashes[min(hashes)]})
 
 
+@pytest.mark.parametrize("count", range(2, 16))
+def test_blank_lines_are_no_documents(tmp_path: Path, count: int) -> None:
+    """The one document that is made val must not be a blank line."""
+    line = json.dumps({"text": "x"})
+    (tmp_path / "a.jsonl").write_text("\n\n  \n".join([line] * count) + "\n\n\n")
+    corpus = FolderCorpus(tmp_path)
+    found = {split: len(list(corpus.documents(split))) for split in SPLITS}
+    assert min(found.values()) >= 1
+    assert sum(found.values()) == count
+
+
 def test_one_document_cannot_be_split(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("All there is.")
     with pytest.raises(UserError, match=r"holds 1 document, at least 2"):

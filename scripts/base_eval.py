@@ -93,7 +93,7 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
         runtime.print(describe_core(result))
         return {"core": result}
 
-    asked = questions(cfg, bundle)
+    asked = questions(cfg, bundle, runtime)
     if bundle is None and cfg.core == "auto":
         runtime.print(
             f"CORE is not measured: {paths.eval_bundle_dir()} is missing (--core yes downloads it)"
@@ -162,15 +162,17 @@ def core_bundle(cfg: Config, runtime: Runtime) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def questions(cfg: Config, bundle: Path | None) -> dict[str, dict[str, Any]]:
+def questions(cfg: Config, bundle: Path | None, runtime: Runtime) -> dict[str, dict[str, Any]]:
     """What is to be measured, and what its result depends on beside the model."""
+    dtype = str(runtime.dtype)
     asked: dict[str, dict[str, Any]] = {
-        "bpb": {"corpus": cfg.corpus, "eval_tokens": cfg.eval_tokens}
+        "bpb": {"corpus": cfg.corpus, "eval_tokens": cfg.eval_tokens, "dtype": dtype}
     }
     if bundle is not None:
         files = [path.stat() for path in bundle.rglob("*") if path.is_file()]
         asked["core"] = {
             "max_per_task": cfg.max_per_task,
+            "dtype": dtype,
             # A partial score is measured again when more task files are there.
             "bundle": [len(files), sum(file.st_size for file in files)],
         }

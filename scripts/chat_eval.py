@@ -123,7 +123,7 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
     tasks = {spec: build(spec, cfg.split) for spec in cfg.task or ALL_TASKS}
     for spec, task in tasks.items():
         check_task(task, spec)
-    settings = {spec: settings_of(task, cfg) for spec, task in tasks.items()}
+    settings = {spec: settings_of(task, cfg, runtime) for spec, task in tasks.items()}
     results: dict[str, dict[str, Any]] = {}
     if cfg.resume:
         meta = read_meta(find(cfg.source, cfg.step), verify=False)
@@ -159,7 +159,7 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
     return cast(dict[str, Any], runtime.broadcast_object(record))
 
 
-def settings_of(task: Task, cfg: Config) -> dict[str, Any]:
+def settings_of(task: Task, cfg: Config, runtime: Runtime) -> dict[str, Any]:
     """What a result depends on, beside the model."""
     return {
         "task": task.fingerprint(),
@@ -170,6 +170,7 @@ def settings_of(task: Task, cfg: Config) -> dict[str, Any]:
         "top_k": cfg.top_k,
         "max_tokens": cfg.max_tokens,
         "seed": cfg.seed,
+        "dtype": str(runtime.dtype),
     }
 
 

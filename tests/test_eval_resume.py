@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny_runs
+import torch
 
 from nanochat.errors import UserError
 from nanochat.runtime import single
@@ -110,6 +111,9 @@ def test_a_finished_task_is_not_measured_again(
     assert measured(replace(sampled, seed=3)) == [first, second]
     assert measured(replace(sampled, seed=3, pass_at=(1, 2))) == [first, second]
     assert measured(CHAT) == [first, second], "only the latest settings are on record"
+    half = replace(single(), dtype=torch.bfloat16)
+    chat_eval.main(CHAT, half)
+    assert measured(CHAT) == [first, second], "those were of another precision"
     retrain(base, encoded)
     assert measured(replace(CHAT, task=(first,))) == [first]
     record = json.loads((base / "report" / "eval_base-default.json").read_text())

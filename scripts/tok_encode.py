@@ -15,8 +15,16 @@ import os
 import shutil
 import signal
 from array import array
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, BrokenExecutor, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_EXCEPTION,
+    BrokenExecutor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,7 +41,10 @@ from nanochat.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from nanochat.runtime import Runtime
 
-_BATCH_CHARS = 1 << 21  # texts encoded at a time: enough to keep all threads busy
+_BATCH_CHARS = 1 << 17  # texts that a thread encodes at a time
+_PROCESS_BYTES = (
+    32 << 20
+)  # of shards for each process: starting one takes as long as encoding 10 MB
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,7 @@ def main(cfg: Config, runtime: Runtime) -> dict[Split, TokenStore]:
     stores: dict[Split, TokenStore] = {}
     splits: tuple[Split, Split] = ("val", "train")  # the quick one first: it shows mistakes early
     for split in splits:
-        store = encode_split(corpus, split, tokenizer, cfg.workers or _cpus())
+        store = encode_split(corpus, split, tokenizer, cfg.workers or _cpus(), tell=runtime.print)
         stores[split] = store
         skipped = store.meta["skipped"]
         runtime.print(
@@ -68,7 +79,13 @@ def main(cfg: Config, runtime: Runtime) -> dict[Split, TokenStore]:
     return stores
 
 
-def encode_split(corpus: Corpus, split: Split, tokenizer: Tokenizer, workers: int) -> TokenStore:
+def encode_split(
+    corpus: Corpus,
+    split: Split,
+    tokenizer: Tokenizer,
+    workers: int,
+    tell: Callable[[str], None] = print,
+) -> TokenStore:
     """The store of a split, with the shards in the corpus's order; what is current is not redone.
 
     While it is built, a shard is a store of its own under `<store>.shards/`. The finished store
@@ -86,10 +103,14 @@ def encode_split(corpus: Corpus, split: Split, tokenizer: Tokenizer, workers: in
         return done
 
     parts, todo = [slices / shard.name for shard in shards], shards
+    looked_through: list[dict[str, Any]] = []
     grown = _grown_from(folder, tokenizer, shards)
     if grown is not None and (may_skip or not grown.meta.get("skipped")):
         count = len(grown.meta["shards"])
         parts, todo = [folder, *parts[count:]], shards[count:]
+        # scripts.decontaminate wrote these; how far they reach has to be said from now on.
+        notes = grown.meta.get("decontaminated", [])
+        looked_through = [{"shards": count, **note} for note in notes]
     missing = []
     for shard in todo:
         part = TokenStore.open_if_current(slices / shard.name, tokenizer.hash, shard.fingerprint)
@@ -109,8 +130,15 @@ def encode_split(corpus: Corpus, split: Split, tokenizer: Tokenizer, workers: in
         extra={
             "skipped": sum(meta["skipped"] for meta in metas),
             "shards": [[shard.name, shard.fingerprint] for shard in shards],
+            **({"decontaminated": looked_through} if looked_through else {}),
         },
     )
+    if looked_through:
+        reach = min(note["shards"] for note in looked_through)
+        tell(
+            f"{split}: the first {reach} shards were decontaminated, those behind them were not "
+            f"looked through: run scripts.decontaminate on {folder} again"
+        )
     shutil.rmtree(slices, ignore_errors=True)
     return store
 
@@ -138,7 +166,7 @@ def _encode_shards(
     if not shards:
         return
     label, total = f"encoding {corpus.name} {split}", sum(shard.size for shard in shards)
-    processes = min(workers, len(shards))
+    processes = max(1, min(workers, len(shards), total // _PROCESS_BYTES))
     threads = max(1, workers // processes)
     if processes == 1:
         with progress_bar(label, total) as bar:
@@ -218,30 +246,48 @@ def _encode_shard(
     report: Callable[[int], None],
 ) -> None:
     skipped_before = corpus.skipped
-    with StoreWriter(
-        slices / shard.name,
-        vocab_size=tokenizer.vocab_size,
-        tokenizer_hash=tokenizer.hash,
-        fingerprint=shard.fingerprint,
-    ) as writer:
+    with (
+        StoreWriter(
+            slices / shard.name,
+            vocab_size=tokenizer.vocab_size,
+            tokenizer_hash=tokenizer.hash,
+            fingerprint=shard.fingerprint,
+        ) as writer,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        # This thread reads and writes while the others encode; what waits in between is bounded.
+        pending: deque[tuple[Future[list[np.ndarray]], int]] = deque()
 
-        def encode(texts: list[str]) -> None:
-            for ids in tokenizer.encode_batch(texts, threads):
-                ids.insert(0, tokenizer.bos)
-                # array reads a list about three times as fast as numpy does.
-                writer.add(np.frombuffer(array("I", ids), dtype=np.uintc))
+        def write_first() -> None:
+            future, position = pending.popleft()
+            for ids in future.result():
+                writer.add(ids)
+            report(position)
 
         texts: list[str] = []
-        size = 0
+        size = position = 0
         for text, position in corpus.read(split, shard.name):
             texts.append(text)
             size += len(text)
             if size >= _BATCH_CHARS:
-                encode(texts)
-                report(position)
+                pending.append((pool.submit(_encode, tokenizer, texts), position))
                 texts, size = [], 0
-        encode(texts)
+                if len(pending) > 4 * threads:
+                    write_first()
+        pending.append((pool.submit(_encode, tokenizer, texts), position))
+        while pending:
+            write_first()
         writer.extra["skipped"] = corpus.skipped - skipped_before
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    documents = []
+    for text in texts:
+        ids = tokenizer.encode(text)
+        ids.insert(0, tokenizer.bos)
+        # array reads a list about three times as fast as numpy does.
+        documents.append(np.frombuffer(array("I", ids), dtype=np.uintc))
+    return documents
 
 
 def _cpus() -> int:

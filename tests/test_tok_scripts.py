@@ -72,6 +72,12 @@ def encoded_shards(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start some for the smallest corpus, too."""
+    monkeypatch.setattr(tok_encode, "_PROCESS_BYTES", 1)
+
+
 # tok_train
 
 
@@ -189,6 +195,23 @@ def test_new_shards_are_appended(corpus_folder: Path, encoded_shards: list[str])
     assert {path.name: path.read_bytes() for path in fresh.folder.iterdir()} == files
 
 
+def test_appending_keeps_the_notes_of_decontamination(
+    corpus_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train()
+    path = encode()["train"].folder / "meta.json"
+    note = {"ngram": 13, "tasks": ["quiz"], "dropped": 0}
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({**meta, "decontaminated": [note]}))
+    assert encode()["train"].meta["decontaminated"] == [note]
+    assert "decontaminate" not in capsys.readouterr().out
+    for shard in (2, 3):  # how far the note reaches does not grow
+        add_shard(corpus_folder, shard)
+        assert encode()["train"].meta["decontaminated"] == [{"shards": 2, **note}]
+        said = " ".join(capsys.readouterr().out.split())
+        assert "the first 2 shards were decontaminated" in said
+
+
 def test_interrupted_run_goes_on_with_the_next_shard(
     monkeypatch: pytest.MonkeyPatch, encoded_shards: list[str]
 ) -> None:
@@ -236,6 +259,7 @@ def test_changed_shard_encodes_again(corpus_folder: Path) -> None:
     assert Tokenizer.load().decode(store.ids(0)) == "<|bos|>changed"
 
 
+@pytest.mark.usefixtures("processes")
 def test_number_of_processes_changes_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "books"
     folder.mkdir()
@@ -252,6 +276,20 @@ def test_number_of_processes_changes_nothing(tmp_path: Path) -> None:
     assert sum(map(len, serial.values())) == 150
 
 
+def test_small_corpora_take_one_process_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    train()
+    monkeypatch.setattr(tok_encode, "ProcessPoolExecutor", pytest.fail)
+    monkeypatch.setattr(tok_encode, "_BATCH_CHARS", 50)
+    tokenizer = Tokenizer.load()
+    expected = [
+        [tokenizer.bos, *tokenizer.encode(text(shard, row))]
+        for shard in (0, 1)
+        for row in range(30)
+    ]
+    assert contents(encode(workers=3)["train"]) == expected
+
+
+@pytest.mark.usefixtures("processes")
 def test_error_in_a_process_names_the_row(tmp_path: Path) -> None:
     folder = tmp_path / "books"
     folder.mkdir()
@@ -263,6 +301,7 @@ def test_error_in_a_process_names_the_row(tmp_path: Path) -> None:
         encode(str(folder), workers=2)
 
 
+@pytest.mark.usefixtures("processes")
 def test_death_of_a_process_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "books"
     folder.mkdir()

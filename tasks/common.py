@@ -252,6 +252,9 @@ class TaskMixture(_Joined):
     The order of epoch e is a keyed permutation computed row by row (`MixtureOrder`), so ten million
     rows cost no memory, and any row can be asked for directly. Epochs differ in order, and where a
     weight is a fraction also in rows: over epochs 0..k-1 a task of n rows gives floor(k*w*n).
+
+    A view of a mixture, for people and tests: training mixes the encoded stores of the tasks
+    (`nanochat.dataloader.Source`) by the same `MixtureOrder`.
     """
 
     def __init__(self, tasks: Sequence[tuple[Task, float]], seed: int = 0, epoch: int = 0):

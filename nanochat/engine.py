@@ -255,7 +255,8 @@ class Engine:
     @property
     def cache_bytes(self) -> int:
         """Memory held by key/value caches."""
-        caches = (self._slots.cache, self._prefill.cache if self._prefill else None)
+        prefill = self._prefill  # once: the server asks from another thread
+        caches = (self._slots.cache, prefill.cache if prefill else None)
         return sum(cache.nbytes for cache in caches if cache is not None)
 
     # The loop
@@ -423,7 +424,7 @@ class Engine:
 
     def _force(self, row: Row, result: Future[str]) -> None:
         error = result.exception()
-        output = f"error: {error or type(error).__name__}" if error else result.result()
+        output = f"error: {str(error) or type(error).__name__}" if error else result.result()
         start, end = self._output
         row.forced.extend((start, *self.tokenizer.encode(output[:TOOL_OUTPUT_CHARACTERS]), end))
         row.tool = None

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 
 from nanochat import paths
 from nanochat.errors import UserError
-from nanochat.gpt import GPT, NORM_EPS
+from nanochat.functional import NORM_EPS
+from nanochat.gpt import GPT
 from nanochat.hf_tokenizer import hf_tokenizer
 from nanochat.model_card import model_card
 from nanochat.tokenizer import SystemStyle, Tokenizer

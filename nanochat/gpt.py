@@ -24,9 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat.attention import Layout, attend, attend_cached, choose_backend, make_layout
 from nanochat.errors import UserError
-from nanochat.functional import NORM_EPS as NORM_EPS
-from nanochat.functional import norm as norm
-from nanochat.functional import relu_squared
+from nanochat.functional import norm, relu_squared
 from nanochat.kv_cache import KVCache
 from nanochat.loss import MAX_EXPONENT, SoftcappedLoss, SummedLoss
 from nanochat.rope import apply_rope, extended_base, rope_table

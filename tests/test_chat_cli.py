@@ -43,7 +43,7 @@ def use(
     asked = []
     if isinstance(model, Decoder):
         decoder = model
-        monkeypatch.setattr(chat_cli, "Decoder", lambda model, quantize: decoder)
+        monkeypatch.setattr(chat_cli, "Decoder", lambda *arguments: decoder)
 
     def load_model(source: str, **kwargs: Any) -> Any:
         asked.append(source)

@@ -7,6 +7,7 @@ resumed run appends; where a step appears twice, the later line counts.
 import json
 import math
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -26,14 +27,22 @@ CONSOLE_EVERY = 5.0
 
 PEAK_FLOPS = {
     "H100": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H200": 989e12,
+    "H200 NVL": 835e12,
+    "GH200": 989e12,
     "H800": 989e12,
+    "H800 PCIe": 756e12,
     "B200": 2250e12,
+    "GB200": 2500e12,
     "A100": 312e12,
     "A800": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "A10": 125e12,
+    "A10G": 70e12,
     "4090": 165e12,
     "3090": 71e12,
 }
@@ -44,8 +53,15 @@ def peak_flops(device: torch.device) -> float | None:
     """The device's dense bf16 peak, None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name: str) -> float | None:
+    """The peak of a device by its name: of the longest entry that is in it as whole words."""
+    if "Laptop" in name:
+        return None  # less than the card of the same name
+    found = [key for key in PEAK_FLOPS if re.search(rf"\b{re.escape(key)}\b", name)]
+    return PEAK_FLOPS[max(found, key=len)] if found else None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -24,7 +24,6 @@ _PANELS = {
     "tokens_per_second": ("tokens a second", 1.0, False, True),
     "memory_bytes": ("memory, GiB", 2.0**-30, False, True),
     "mfu": ("share of the device's peak FLOPs", 1.0, False, True),
-    "grad_norm": ("gradient norm", 1.0, True, True),
     # Of reinforcement learning.
     "reward": ("reward of rollouts", 1.0, True, False),
     "length": ("answer length in rollouts, tokens", 1.0, True, True),

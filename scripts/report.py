@@ -10,6 +10,8 @@ Example:
 from dataclasses import dataclass
 from pathlib import Path
 
+import tyro
+
 from nanochat.launch import launch
 from nanochat.report import write_report
 from nanochat.runtime import Runtime
@@ -21,8 +23,7 @@ class Config:
     """Name of the runs to report; default: the newest run of each stage."""
     price_per_hour: float | None = None
     """What the whole machine costs an hour, to work out what the training cost."""
-    device: str = "cpu"
-    """Not used: nothing is computed."""
+    device: tyro.conf.Suppress[str] = "cpu"  # nothing is computed
 
 
 def main(cfg: Config, runtime: Runtime) -> tuple[Path, Path] | None:

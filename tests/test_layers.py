@@ -126,7 +126,10 @@ def is_main_guard(node: ast.stmt) -> bool:
 
 def test_every_module_has_a_layer() -> None:
     names = {name.removeprefix("nanochat.") for name in MODULES if name.startswith("nanochat.")}
-    assert names <= set(LAYER_OF), f"say where these belong: {sorted(names - set(LAYER_OF))}"
+    entered = [name for layer in LAYERS for name in layer]
+    assert names <= set(entered), f"say where these belong: {sorted(names - set(entered))}"
+    assert set(entered) <= names, f"these are gone: {sorted(set(entered) - names)}"
+    assert len(entered) == len(set(entered)), "a module is in one layer"
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

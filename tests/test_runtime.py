@@ -11,6 +11,7 @@ import torch
 from nanochat import runtime
 from nanochat.errors import UserError
 from nanochat.launch import launch
+from nanochat.log import peak_of
 from nanochat.runtime import Runtime, best_dtype, choose_device, physical_cores, single, start
 
 
@@ -175,3 +176,24 @@ def test_interrupt_exits_as_the_shell_expects(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(SystemExit) as stop:
         run(main, [], monkeypatch)
     assert stop.value.code == 130
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA A1000", None),
+    ],
+)
+def test_a_device_is_known_by_its_whole_name(name: str, teraflops: int | None) -> None:
+    assert peak_of(name) == (None if teraflops is None else teraflops * 1e12)

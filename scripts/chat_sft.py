@@ -14,7 +14,7 @@ from nanochat.launch import launch
 from nanochat.runtime import Runtime
 from nanochat.stage import Stage
 from nanochat.train import due, take, train_step
-from scripts.mid_train import prepare
+from scripts.mid_train import prepare, sample_answers
 
 
 def main(cfg: SftConfig, runtime: Runtime) -> Stage[DataLoader]:
@@ -26,6 +26,8 @@ def main(cfg: SftConfig, runtime: Runtime) -> Stage[DataLoader]:
         last = step == plan.num_steps
         if step == 0 or due(step, cfg.evaluating.eval_every, last):
             stage.evaluate()
+        if step > first and runtime.is_main and due(step, cfg.evaluating.sample_every, last):
+            sample_answers(cfg, stage)
         if step > first and (due(step, cfg.saving.save_every, last) or runtime.stop_requested):
             stage.save()
         if last or runtime.stop_requested:

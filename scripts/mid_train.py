@@ -23,6 +23,7 @@ from nanochat.config import MidConfig, from_dict
 from nanochat.conversation_store import conversations_store
 from nanochat.dataloader import DataLoader, Source
 from nanochat.dataset import open_corpus
+from nanochat.engine import Engine, SamplingParams
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, extend_context
 from nanochat.launch import launch
@@ -35,6 +36,9 @@ from scripts.base_train import parse_shares, text_sources
 from tasks.passkey import corpus_sentences
 from tasks.registry import build_halves, split_weight
 from tasks.spellingbee import words_path, write_words
+
+QUESTIONS = ("Who are you?", "What is 17 + 25?", "Spell the word stone.")
+"""What `--sample-every` lets the model answer."""
 
 
 def task_sources(cfg: MidConfig, tokenizer: Tokenizer, split: str = "train") -> list[Source]:
@@ -203,6 +207,23 @@ def prepare(name: str, cfg: MidConfig, runtime: Runtime) -> Stage[DataLoader]:
     )
 
 
+def sample_answers(cfg: MidConfig, stage: Stage[DataLoader]) -> None:
+    """Print and log the beginnings of answers to `QUESTIONS`, where they fit into the context."""
+    context, prompts = stage.model.config.context_length, {}
+    for question in QUESTIONS:
+        conversation = {"messages": [{"role": "user", "content": question}]}
+        ids = stage.tokenizer.render_for_completion(conversation, cfg.system)
+        if len(ids) < context:
+            prompts[question] = ids
+    if not prompts:
+        return
+    room = context - max(map(len, prompts.values()))
+    params = SamplingParams(temperature=0.8, top_k=50, max_tokens=min(48, room), seed=cfg.run.seed)
+    answers = Engine(stage.model, stage.tokenizer).generate(list(prompts.values()), params)
+    for question, (answer,) in zip(prompts, answers, strict=True):
+        stage.log.sample(stage.state.step, question, "\n" + answer.text)
+
+
 def main(cfg: MidConfig, runtime: Runtime) -> Stage[DataLoader]:
     stage = prepare("mid", cfg, runtime)
     if stage.finished:
@@ -212,6 +233,8 @@ def main(cfg: MidConfig, runtime: Runtime) -> Stage[DataLoader]:
         last = step == plan.num_steps
         if step == 0 or due(step, cfg.evaluating.eval_every, last):
             stage.evaluate()
+        if step > first and runtime.is_main and due(step, cfg.evaluating.sample_every, last):
+            sample_answers(cfg, stage)
         if step > first and (due(step, cfg.saving.save_every, last) or runtime.stop_requested):
             stage.save()
         if last or runtime.stop_requested:

@@ -15,6 +15,7 @@ from nanochat.checkpoint_manager import list_steps, read_meta
 from nanochat.errors import UserError
 from nanochat.stage import Stage
 from nanochat.tokenizer import Tokenizer
+from scripts import mid_train
 
 
 @pytest.fixture
@@ -63,6 +64,17 @@ def test_a_run_logs_evaluates_samples_and_saves(run: Callable[..., Stage], folde
     meta = read_meta(folder / "checkpoints" / "base" / "default" / "step_000004")
     assert meta["train_state"]["metrics"]["bpb"] == end["bpb"]
     assert meta["run_config"]["depth"] == 2
+
+
+@pytest.mark.parametrize("stage", ["mid", "sft"])
+def test_chat_stages_log_answers(stage: str, run: Callable[..., Stage], folder: Path) -> None:
+    run(duration={"num_steps": 1})
+    sampling = {"eval_every": 0, "sample_every": 2}
+    run(stage, source="base", duration={"num_steps": 3}, evaluating=sampling)
+    samples = [r for r in records(folder, stage) if r["kind"] == "sample"]
+    assert [r["step"] for r in samples] == [2] * 3 + [3] * 3
+    assert [r["prompt"] for r in samples] == list(mid_train.QUESTIONS) * 2
+    assert all(r["text"].startswith("\n") for r in samples)
 
 
 def test_an_evaluation_reads_a_batch_at_least(run: Callable[..., Stage], folder: Path) -> None:

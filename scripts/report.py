@@ -23,7 +23,8 @@ class Config:
     """Name of the runs to report; default: the newest run of each stage."""
     price_per_hour: float | None = None
     """What the whole machine costs an hour, to work out what the training cost."""
-    device: tyro.conf.Suppress[str] = "cpu"  # nothing is computed
+    device: tyro.conf.Suppress[str] = "cpu"
+    """Nothing is computed."""
 
 
 def main(cfg: Config, runtime: Runtime) -> tuple[Path, Path] | None:

@@ -5,6 +5,7 @@ B rows, T time, V vocabulary, C channels
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -387,6 +388,10 @@ class Recorder:
     def __init__(self, model: GPT):
         self.model, self.steps = model, 0
         self.gradient = torch.zeros(0)
+
+    @property
+    def units(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(gradients=flat_gradient(self.model))]
 
     def step(self, hypers: Hypers) -> None:
         self.gradient = flat_gradient(self.model)

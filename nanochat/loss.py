@@ -27,14 +27,14 @@ MAX_EXPONENT = 60.0
 
 def chunk_tokens(vocab_size: int, device_type: str) -> int:
     """Tokens of a chunk."""
-    logits = LOGITS_PER_CHUNK.get(device_type, LOGITS_PER_CHUNK["cpu"])
+    logits = LOGITS_PER_CHUNK.get(device_type, LOGITS_PER_CHUNK["cuda"])
     return max(LEAST_TOKENS, logits // vocab_size)
 
 
 def block_tokens(vocab_size: int, device_type: str) -> int:
-    """Tokens of a block; compiled or on a GPU a chunk is one block."""
+    """Tokens of a block; compiled, or on any other device than a CPU, a chunk is one block."""
     chunk = chunk_tokens(vocab_size, device_type)
-    if device_type == "cuda" or torch.compiler.is_compiling():
+    if device_type != "cpu" or torch.compiler.is_compiling():
         return chunk
     return min(chunk, max(LEAST_BLOCK, LOGITS_PER_BLOCK // vocab_size))
 

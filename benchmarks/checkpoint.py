@@ -11,7 +11,6 @@ In turn, A B C A B C, with the same model and optimizer, quoted are medians:
 - synchronous: the same save, waited for.
 """
 
-import json
 import statistics
 import tempfile
 import time
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import publish
 from nanochat import config
 from nanochat.checkpoint_manager import CheckpointManager
 from nanochat.config import Learning
@@ -120,10 +120,7 @@ def main(cfg: Config) -> dict[str, Any]:
     else:
         with tempfile.TemporaryDirectory() as temporary:
             result = measure(cfg, Path(temporary) / "run")
-    text = json.dumps(result, indent=1)
-    print(text)
-    if cfg.json:
-        cfg.json.write_text(text + "\n")
+    publish(result, cfg.json)
     return result
 
 

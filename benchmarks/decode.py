@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import publish
 from nanochat import export
 from nanochat.decoder import Decoder
 from nanochat.engine import Engine, SamplingParams
@@ -204,7 +205,7 @@ def main() -> None:
             "versions": versions,
             "results": results,
         }
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        publish(report, arguments.json, quiet=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ the speed of a random model of that depth instead, to see where 8 bits begin to 
 """
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks.common import publish
 from benchmarks.decode import made_up_tokenizer, random_model
 from nanochat.checkpoint_manager import load_model
 from nanochat.decoder import Decoder
@@ -106,9 +106,7 @@ def main() -> None:
     result |= speeds(model, tokenizer, arguments.repeats)
     result["parameters"] = sum(model.num_parameters().values())
     result["settings"] = {key: str(value) for key, value in vars(arguments).items()}
-    print(json.dumps(result, indent=1))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    publish(result, arguments.json)
 
 
 if __name__ == "__main__":

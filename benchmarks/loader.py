@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.common import publish
 from nanochat import config
 from nanochat.dataloader import DataLoader, Source
 from nanochat.token_store import StoreWriter, TokenStore
@@ -38,6 +39,8 @@ class Config:
     """Synthetic documents."""
     large: int = 10_000_000
     """Documents of the store whose start-up is measured."""
+    json: Path | None = None
+    """Write the result there, too."""
 
 
 def synthetic_store(folder: Path, documents: int) -> TokenStore:
@@ -124,8 +127,9 @@ def main(cfg: Config) -> dict[str, object]:
             "loader": throughput(cfg, store),
             "start_up": start_up(cfg, large_store(folder / "large", cfg.large)),
         }
+    publish(result, cfg.json)
     return result
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(config.parse(Config, description=__doc__)), indent=2))
+    main(config.parse(Config, description=__doc__))

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common import publish
 from benchmarks.decode import made_up_tokenizer
 from nanochat import config
 from nanochat.config import from_dict
@@ -137,8 +138,7 @@ def main(cfg: Config) -> list[dict[str, Any]]:
             os.environ["NANOCHAT_BASE_DIR"] = before
     ratios = [result["ratio"] for result in results]
     print(f"estimate / measured: {min(ratios):.2f} to {max(ratios):.2f}", file=sys.stderr)
-    if cfg.json:
-        cfg.json.write_text(json.dumps(results, indent=1) + "\n")
+    publish(results, cfg.json, quiet=True)
     return results
 
 

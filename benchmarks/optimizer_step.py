@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from benchmarks.common import publish
 from nanochat import config, optim
 from nanochat.config import Learning
 from nanochat.dataloader import Batch
@@ -130,10 +131,7 @@ def main(cfg: Config) -> dict[str, Any]:
         "bytes_per_step": [communicated(cfg, world_size) for world_size in cfg.world_sizes],
         "threads": torch.get_num_threads(),
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if cfg.json:
-        cfg.json.write_text(text + "\n")
+    publish(result, cfg.json)
     return result
 
 

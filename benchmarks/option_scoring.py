@@ -11,7 +11,6 @@ A B A B; quoted are medians. The results must agree.
 """
 
 import dataclasses
-import json
 import random
 import statistics
 import time
@@ -23,6 +22,7 @@ from unittest.mock import patch
 
 import torch
 
+from benchmarks.common import publish
 from nanochat import config, runtime
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.runtime import Runtime
@@ -220,12 +220,9 @@ def main(cfg: Config) -> dict[str, Any]:
         "texts": measure_texts(cfg, model, tokenizer, conversations),
     }
     started.close()
+    publish(result, cfg.json)
     return result
 
 
 if __name__ == "__main__":
-    arguments = config.parse(Config, description=__doc__)
-    text = json.dumps(main(arguments), indent=2, default=str)
-    print(text)
-    if arguments.json:
-        arguments.json.write_text(text + "\n")
+    main(config.parse(Config, description=__doc__))

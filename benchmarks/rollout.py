@@ -15,7 +15,6 @@ medians.
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import publish
 from benchmarks.decode import made_up_tokenizer
 from nanochat.checkpoint_manager import load_model
 from nanochat.config import Learning
@@ -191,9 +191,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tune_cpu()
     result = measure(arguments)
-    print(json.dumps(result, indent=1))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    publish(result, arguments.json)
 
 
 if __name__ == "__main__":

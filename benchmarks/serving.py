@@ -35,6 +35,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from benchmarks.common import publish
+
 QUESTIONS = [
     "Who are you?",
     "What is 12 + 34?",
@@ -402,9 +404,7 @@ def main() -> None:
                 process.kill()
             complaints = [line for line in log.read_text(errors="replace").splitlines()[1:] if line]
     result["server_log"] = complaints[-20:]
-    print(json.dumps(result, indent=1))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    publish(result, arguments.json)
     if result["errors"] or any(result["left_over"].values()):
         sys.exit(1)
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks.common import publish
 from nanochat.config import Learning
 from nanochat.dataloader import DataLoader, Source
 from nanochat.dataset import open_corpus
@@ -156,9 +157,7 @@ def main() -> None:
         "target_bpb": target["bpb"],
         "ratio": ours[-1]["seconds"] / target["seconds"] if reached else None,
     }
-    print(json.dumps(result))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    publish(result, arguments.json)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ bytes of text per second. Made-up documents are of log-normal length, like web t
 Zipf-distributed; --text takes real ones (a folder as for tok_encode --corpus).
 """
 
-import json
 import os
 import random
 import shutil
@@ -28,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
 
+from benchmarks.common import publish
 from nanochat import config, runtime
 from nanochat.dataset import open_corpus
 from nanochat.runtime import Runtime
@@ -130,7 +130,7 @@ def main(cfg: Config) -> dict[str, Any]:
             seconds["tiktoken"].append(tiktoken_seconds(encoding, texts))
             seconds["tok_encode"].append(our_seconds(spec, base, run))
     speed = {name: size / statistics.median(times) / 1e6 for name, times in seconds.items()}
-    return {
+    result = {
         "cpus": os.cpu_count(),
         "documents": len(texts),
         "bytes": size,
@@ -139,11 +139,9 @@ def main(cfg: Config) -> dict[str, Any]:
         "all_seconds": seconds,
         "ratio": speed["tok_encode"] / speed["tiktoken"],
     }
+    publish(result, cfg.json)
+    return result
 
 
 if __name__ == "__main__":
-    arguments = config.parse(Config, description=__doc__)
-    text = json.dumps(main(arguments), indent=2)
-    print(text)
-    if arguments.json:
-        arguments.json.write_text(text + "\n")
+    main(config.parse(Config, description=__doc__))

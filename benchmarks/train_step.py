@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import publish
 from nanochat.config import Learning
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, config_from_depth
@@ -201,8 +202,7 @@ def main() -> None:
             result = compare(depth, dtype, arguments.compile, arguments.repeats)
             results.append(result)
             print(json.dumps(result), flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    publish(results, arguments.json, quiet=True)
 
 
 if __name__ == "__main__":

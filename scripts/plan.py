@@ -9,7 +9,11 @@ Takes every flag of the stage's own script. Stages after base are planned for th
 start from, or for --depth where it is not there.
 """
 
+import gc
 import sys
+
+if __name__ == "__main__":
+    gc.disable()  # a third of the time that torch and its compiler take to be imported
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 

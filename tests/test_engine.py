@@ -2,10 +2,15 @@
 
 import gc
 import math
+import sys
 import threading
 import tracemalloc
+from multiprocessing.connection import Connection
+from pathlib import Path
+from random import Random
 
 import numpy as np
+import processes
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,6 +28,7 @@ from nanochat.engine import (
 )
 from nanochat.errors import UserError
 from nanochat.kv_cache import KVCache
+from nanochat.runtime import tune_cpu
 from nanochat.sampling import Sampler, uniforms
 from nanochat.slots import Row
 from nanochat.transcript import Transcript
@@ -515,6 +521,36 @@ def test_a_thousand_requests_leave_nothing_behind() -> None:
         tracemalloc.stop()
     assert after - before < 100_000  # free lists fill up, then nothing grows
     assert not [o for o in gc.get_objects() if type(o) in (KVCache, Row, Request)]
+
+
+def resident_after(counts: list[int], pipe: Connection) -> None:
+    """Bytes this process holds after so many requests of ever new lengths."""
+    import resource
+
+    tune_cpu()
+    model = tiny_model(torch.bfloat16, n_layer=1, windows=(), context_length=512)
+    engine, random, done = Engine(model, tiny_tokenizer(), max_slots=8), Random(0), 0
+    held = []
+    for count in counts:
+        while done < count:
+            for _ in range(5):
+                prompt = [1] * random.randint(1, 400)
+                engine.submit(prompt, SamplingParams(max_tokens=random.randint(1, 4), seed=done))
+                done += 1
+            while not engine.idle:
+                engine.step()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        held.append(pages * resource.getpagesize())
+    pipe.send(held)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_ever_new_lengths_leave_nothing_behind() -> None:
+    """Not in the libraries either, which keep kernels for shapes they have met."""
+    receiver, sender = processes.context.Pipe(duplex=False)
+    assert processes.finish(processes.start(resident_after, [200, 500], sender)) == 0
+    early, late = receiver.recv()
+    assert late - early < 16 * 2**20
 
 
 # Bad input

@@ -185,7 +185,8 @@ class RunLog:
         record: dict[str, Any] = {
             "kind": "train",
             "step": state.step,
-            "loss": stats.loss,
+            # Without a target there is no loss: a rollout whose answers are all alike.
+            **({"loss": stats.loss} if stats.targets else {}),
             "lr": lr_multiplier,
             "targets": stats.targets,
             "tokens": state.tokens,
@@ -202,19 +203,22 @@ class RunLog:
         if stats.skipped:
             record["skipped"] = True
         self._write(record)
-        # A debiased moving average, over the steps this process has seen.
-        self.smooth = 0.95 * self.smooth + 0.05 * stats.loss
-        self.smooth_steps += 1
+        # A debiased moving average, over the steps with a loss that this process has seen.
+        if stats.targets:
+            self.smooth = 0.95 * self.smooth + 0.05 * stats.loss
+            self.smooth_steps += 1
         now = time.monotonic()
         if now - self.last_print < CONSOLE_EVERY and state.step != self.plan.num_steps:
             return
         self.last_print = now
-        loss = self.smooth / (1 - 0.95**self.smooth_steps)
+        loss = ""
+        if self.smooth_steps:
+            loss = f"loss {self.smooth / (1 - 0.95**self.smooth_steps):.4f} | "
         eta = (self.plan.num_steps - state.step) * state.elapsed_seconds / max(state.step, 1)
         mfu = f" | mfu {100 * record['mfu']:.0f} %" if "mfu" in record else ""
         measured = "".join(f" | {name} {value:.3g}" for name, value in (more or {}).items())
         self.runtime.print(
-            f"step {state.step}/{self.plan.num_steps} | loss {loss:.4f} | "
+            f"step {state.step}/{self.plan.num_steps} | {loss}"
             f"lr x{lr_multiplier:.2f} | {speed:,.0f} tok/s{mfu}{measured} | "
             f"eta {duration_text(eta)}"
         )

@@ -25,7 +25,8 @@ def meta_model(config: GPTConfig, dtype: torch.dtype = torch.float32) -> GPT:
 
 
 @functools.cache
-def _parameters(config: GPTConfig) -> dict[str, int]:
+def parameter_counts(config: GPTConfig) -> dict[str, int]:
+    """As `GPT.num_parameters`."""
     return meta_model(config).num_parameters()
 
 
@@ -85,7 +86,7 @@ def estimate_memory(
     """
     T, C, V = sequence_length, config.n_embd, config.padded_vocab_size
     on_cpu = device_type == "cpu"
-    counts = _parameters(config)
+    counts = parameter_counts(config)
     parameters, matrices = sum(counts.values()), counts["block_matrices"]
     half = dtype.itemsize
     backend = "blocked" if on_cpu else "varlen"
@@ -127,6 +128,32 @@ def estimate_memory(
     return memory
 
 
+LEARNING = (
+    "optimizer temporaries",
+    "activations",
+    "weight casts and the head's gradient",
+)
+"""The kinds that are there only while a step is taken: sampling and evaluating have their room."""
+
+
+def decoder_memory(config: GPTConfig, dtype: torch.dtype) -> int:
+    """Bytes of a decoder at most: the weights in the compute dtype, laid out for it.
+
+    In float32 it shares the tables it looks rows up in with the model.
+    """
+    counts = parameter_counts(config)
+    parameters = sum(counts.values())
+    if dtype == torch.float32:
+        parameters -= counts["embedding"] + counts["value_embeddings"]
+    return parameters * dtype.itemsize
+
+
+def cache_memory(config: GPTConfig, dtype: torch.dtype) -> int:
+    """Bytes of a decoding cache that holds one full context."""
+    row = config.n_layer * config.n_kv_head * config.head_dim * config.context_length
+    return 2 * row * dtype.itemsize
+
+
 def largest_batch(
     config: GPTConfig,
     *,
@@ -161,6 +188,7 @@ def memory_advice(
     *,
     rows: int,
     rows_per_step: int,
+    fits: int,
     limit: int | None,
     sequence_length: int,
     world_size: int,
@@ -170,8 +198,8 @@ def memory_advice(
 ) -> str:
     """What to set where training ran out of memory with `rows` rows to a micro-batch.
 
-    Proposes fewer rows, as many as divide the rank's `rows_per_step` and fit `limit` by the plan,
-    and --recompute where that is off.
+    Proposes fewer rows, as many as divide the rank's `rows_per_step` and by the plan fit the limit
+    (`fits`, of largest_batch), and --recompute where that is off.
     """
 
     def gibibytes(rows: int, recompute: bool) -> str:
@@ -186,15 +214,6 @@ def memory_advice(
         )["total"]
         return f"{needed / 2**30:.1f} GiB"
 
-    fits = largest_batch(
-        config,
-        limit=limit or 2**62,
-        sequence_length=sequence_length,
-        world_size=world_size,
-        dtype=dtype,
-        device_type=device_type,
-        recompute=recompute,
-    )
     fewer = [r for r in range(1, min(fits, rows - 1) + 1) if rows_per_step % r == 0]
     remedies = []
     if fewer:

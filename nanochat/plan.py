@@ -48,6 +48,8 @@ class Plan:
     """Tokens per optimizer step, over all ranks and micro-batches."""
     device_batch_size: int
     """Rows per rank and micro-batch."""
+    largest_device_batch_size: int
+    """The largest power of two of rows that fits the memory limit."""
     micro_batches: int
     sequence_length: int
     world_size: int
@@ -201,7 +203,7 @@ def make_plan(
 
     tokens = _token_budget(duration, scaling, flops_per_token)
     total = batching.total_batch_size
-    fits = largest_batch(
+    largest = largest_batch(
         model_config,
         limit=memory_limit or 2**62,
         sequence_length=sequence_length,
@@ -210,12 +212,13 @@ def make_plan(
         device_type=device_type,
         recompute=batching.recompute,
     )
-    if fits == 0 and batching.device_batch_size == "auto":
+    if largest == 0 and batching.device_batch_size == "auto":
         raise UserError(
             f"not even one row of {sequence_length} tokens fits into "
             f"{(memory_limit or 0) / 2**30:.1f} GiB; use --recompute, a smaller --depth or a "
             "shorter --context-length"
         )
+    fits = largest
     if device_type == "cpu":
         fits = min(fits, max(1, CPU_TOKENS // sequence_length))
     rows, micro_batches, total = _batch(
@@ -257,6 +260,7 @@ def make_plan(
         num_steps=num_steps,
         total_batch_size=total,
         device_batch_size=rows,
+        largest_device_batch_size=largest,
         micro_batches=micro_batches,
         sequence_length=sequence_length,
         world_size=world_size,

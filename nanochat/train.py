@@ -101,6 +101,7 @@ def train_step(
     *,
     temperature: float = 1.0,
     divisor: int | None = None,
+    step: int | None = None,
 ) -> StepStats:
     """Minimise sum(w nll) / N over this rank's micro-batches; every rank calls it.
 
@@ -108,9 +109,11 @@ def train_step(
     number of ranks changes the result, and a micro-batch without targets is harmless. `divisor`
     takes the place of N where what is trained on stands for more than its own targets (samples
     without an advantage, pairs), `temperature` is that of the distribution nll is under. Raises
-    NonFiniteLoss on every rank, before anything is updated.
+    NonFiniteLoss on every rank, before anything is updated; it names `step`, the number under which
+    this step would be logged (by default one more than the updates before it).
     """
     start = time.perf_counter()
+    number = optimizer.steps + 1 if step is None else step
     valid = sum((batch.targets >= 0).sum() for batch in batches)
     counts = torch.stack([torch.as_tensor(valid).cpu(), torch.tensor(int(runtime.stop_signal))]).to(
         runtime.device
@@ -133,13 +136,13 @@ def train_step(
     losses, checksums = runtime.all_gather(torch.stack([total, checksum])).T.tolist()
     for rank, value in enumerate(losses):
         if not math.isfinite(value):
-            raise NonFiniteLoss(_stopped(optimizer, f"the loss of rank {rank} is {value}"))
+            raise NonFiniteLoss(_stopped(number, f"the loss of rank {rank} is {value}"))
     finite = [math.isfinite(value) for value in checksums]
     if loss_scale is not None:
         loss_scale.update(all(finite))
     elif not all(finite):
         raise NonFiniteLoss(
-            _stopped(optimizer, f"rank {finite.index(False)} has gradients that are not finite")
+            _stopped(number, f"rank {finite.index(False)} has gradients that are not finite")
         )
     skipped = not all(finite)
     if not skipped:
@@ -157,9 +160,9 @@ def train_step(
     )
 
 
-def _stopped(optimizer: Optimizer, reason: str) -> str:
+def _stopped(step: int, reason: str) -> str:
     return (
-        f"step {optimizer.steps}: {reason}; nothing was updated. "
+        f"step {step}: {reason}; nothing was updated. "
         "Lower the learning rates (--lr-scale) or resume from an earlier checkpoint"
     )
 

@@ -36,7 +36,13 @@ from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig, config_from_depth, extend_context
 from nanochat.launch import launch
 from nanochat.log import PEAK_FLOPS, duration_text
-from nanochat.memory import estimate_memory, largest_batch
+from nanochat.memory import (
+    LEARNING,
+    cache_memory,
+    decoder_memory,
+    estimate_memory,
+    parameter_counts,
+)
 from nanochat.plan import DEFAULT_RATIO, Plan, context_schedule, make_plan
 from nanochat.runtime import DTYPES, Runtime, single
 
@@ -123,7 +129,8 @@ class Job:
     batching: Batching
     duration: Duration
     learning: Learning
-    extra_memory: dict[str, int] = field(default_factory=dict)
+    other_memory: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Phase -> kind -> bytes, which take the place of what only learning needs."""
 
 
 def model_of(cfg: MidPlan | SftPlan | RlPlan) -> tuple[GPTConfig, str]:
@@ -139,10 +146,21 @@ def model_of(cfg: MidPlan | SftPlan | RlPlan) -> tuple[GPTConfig, str]:
     return from_dict(GPTConfig, meta["model_config"], str(folder)), f"the model of {folder}"
 
 
-def kv_bytes(config: GPTConfig, dtype: torch.dtype) -> int:
-    """Of a decoding cache that holds one full context."""
-    row = config.n_layer * config.n_kv_head * config.head_dim * config.context_length
-    return 2 * row * dtype.itemsize
+def sampling_memory(cfg: RlPlan, model: GPTConfig, dtype: torch.dtype) -> dict[str, dict[str, int]]:
+    """What rollouts and evaluations hold beside the model: at most, as answers end at any length.
+
+    Their caches and their copy of the weights are freed before learning, the model that training
+    started from is read for an evaluation only. DPO has neither.
+    """
+    if cfg.algo == "dpo":
+        return {}
+    return {
+        "rollouts": {
+            "decoder's weights": decoder_memory(model, dtype),
+            "key/value cache": cfg.rollouts.max_slots * cache_memory(model, dtype),
+        },
+        "evaluation": {"KL's reference model": 4 * sum(parameter_counts(model).values())},
+    }
 
 
 def job_of(cfg: AnyPlan, world_size: int, dtype: torch.dtype) -> Job:
@@ -162,7 +180,9 @@ def job_of(cfg: AnyPlan, world_size: int, dtype: torch.dtype) -> Job:
     if isinstance(cfg, RlPlan):
         if cfg.num_steps is None:
             raise UserError("--stage rl needs --num-steps: an epoch depends on the tasks")
-        T, answers = model.context_length, cfg.rollouts.prompts_per_step * cfg.rollouts.group_size
+        T = model.context_length
+        size = 2 if cfg.algo == "dpo" else cfg.rollouts.group_size
+        answers = cfg.rollouts.prompts_per_step * size
         rows = 1 if cfg.device_batch_size == "auto" else cfg.device_batch_size
         per_pass = rows * world_size
         batching = Batching(
@@ -171,14 +191,13 @@ def job_of(cfg: AnyPlan, world_size: int, dtype: torch.dtype) -> Job:
             total_batch_size=-(-answers // per_pass) * per_pass * T,
             recompute=cfg.recompute,
         )
-        cache = cfg.rollouts.max_slots * kv_bytes(model, dtype)
         return Job(
             model,
             about,
             batching,
             Duration(num_steps=cfg.num_steps),
             cfg.learning,
-            {"key/value cache of the rollouts": cache},
+            sampling_memory(cfg, model, dtype),
         )
     if cfg.context_length is not None:
         model = extend_context(model, cfg.context_length, cfg.rope_scaling)
@@ -203,7 +222,6 @@ def main(cfg: AnyPlan, runtime: Runtime) -> dict[str, Any]:
     T = job.model.context_length
     gigabytes = hardware.gpu_memory or GPU_MEMORY[hardware.gpu]
     limit = int(0.9 * gigabytes * 1e9) if gigabytes else single().memory_limit()
-    beside = sum(job.extra_memory.values())
     plan = make_plan(
         job.model,
         batching=job.batching,
@@ -213,28 +231,31 @@ def main(cfg: AnyPlan, runtime: Runtime) -> dict[str, Any]:
         world_size=world_size,
         device_type=device_type,
         dtype=dtype,
-        memory_limit=limit and limit - beside,
+        memory_limit=limit,
         schedule=context_schedule(cfg) if isinstance(cfg, Config) else (),
     )
-    shape: dict[str, Any] = {
-        "sequence_length": T,
-        "world_size": world_size,
-        "dtype": dtype,
-        "device_type": device_type,
-        "recompute": job.batching.recompute,
-    }
-    fits = limit and largest_batch(job.model, limit=limit - beside, **shape)
-    memory = estimate_memory(job.model, rows=plan.device_batch_size, **shape)
-    total = memory.pop("total") + beside
+    memory = estimate_memory(
+        job.model,
+        rows=plan.device_batch_size,
+        sequence_length=T,
+        world_size=world_size,
+        dtype=dtype,
+        device_type=device_type,
+        recompute=job.batching.recompute,
+    )
+    total = memory.pop("total")
+    always = total - sum(memory[kind] for kind in LEARNING)
+    for phase, kinds in job.other_memory.items():
+        memory |= {f"{phase}: {kind}": size for kind, size in kinds.items()}
+        total = max(total, always + sum(kinds.values()))
     result: dict[str, Any] = {
         "stage": cfg.stage,
         "model": job.about_model,
         **asdict(plan),
         "flops_per_token": round(plan.flops / plan.tokens),
-        "memory": {**memory, **job.extra_memory, "total": total},
+        "memory": {**memory, "total": total},
         "memory_limit": limit,
-        "kv_cache_per_chat": kv_bytes(job.model, dtype),
-        "largest_device_batch_size": fits,
+        "kv_cache_per_chat": cache_memory(job.model, dtype),
         "num_shards": _num_shards(cfg, plan.tokens) if isinstance(cfg, Config) else None,
         "hours": None,
         "cost": None,
@@ -281,6 +302,8 @@ def show(cfg: AnyPlan, plan: Plan, result: dict[str, Any], runtime: Runtime) -> 
     for kind, size in result["memory"].items():
         table.add_row(kind, f"{size / 2**30:.2f}")
     runtime.console.print(table)
+    if cfg.stage == "rl":
+        runtime.print("learning, rollouts and evaluation take turns: the total is the largest's")
     runtime.print(f"a chat's key/value cache: {result['kv_cache_per_chat'] / 2**20:.1f} MiB")
     if result["memory_limit"]:
         runtime.print(

@@ -17,7 +17,7 @@ import pytest
 import tiny_runs
 import torch
 
-from nanochat import memory, runtime
+from nanochat import decoder, memory, runtime
 from nanochat.config import BaseConfig
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, config_from_depth
@@ -82,7 +82,7 @@ def test_advice_names_what_to_set() -> None:
     shape = {**SHAPE, "rows": 16, "rows_per_step": 48, "recompute": False}
     limit = estimate_memory(CONFIG, rows=8, **SHAPE)["total"]
     assert largest_batch(CONFIG, limit=limit, **SHAPE) == 8
-    text = memory_advice(CONFIG, limit=limit, **shape)
+    text = memory_advice(CONFIG, fits=8, limit=limit, **shape)
     for part in (
         "--device-batch-size 16 with rows of 64 tokens was planned to need",
         "8 rows fit",
@@ -91,10 +91,37 @@ def test_advice_names_what_to_set() -> None:
     ):
         assert part in text
     # What fits by the plan and failed nevertheless is not proposed again; only divisors are.
-    assert "set --device-batch-size 12 (" in memory_advice(CONFIG, limit=2**40, **shape)
-    assert "set --device-batch-size 12 (" in memory_advice(CONFIG, limit=None, **shape)
+    assert "set --device-batch-size 12 (" in memory_advice(CONFIG, fits=64, limit=2**40, **shape)
+    assert "set --device-batch-size 12 (" in memory_advice(CONFIG, fits=4096, limit=None, **shape)
     single = {**shape, "rows": 1, "recompute": True}
-    assert "set a smaller model or shorter rows" in memory_advice(CONFIG, limit=limit, **single)
+    assert "set a smaller model or shorter rows" in memory_advice(
+        CONFIG, fits=8, limit=limit, **single
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_decoder_holds(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the model, whose tensors it may share. What oneDNN lays out is as large as a copy."""
+    monkeypatch.setattr(decoder, "_pack", torch.clone)
+    model = GPT(CONFIG, dtype).init_weights(0)
+    shared = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    made = decoder.Decoder(model)
+    tensors = [made.embedding]
+    products = [made.head]
+    for layer in made.layers:
+        products += [layer.inputs, layer.out, layer.up, layer.down]
+        if layer.value_embedding is not None:
+            tensors.append(layer.value_embedding)
+    tensors += [p.packed for p in products if p.packed is not None]
+    assert len(tensors) > len(products)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    held = sum(size for key, size in storages.items() if key not in shared)
+    planned = memory.decoder_memory(CONFIG, dtype)
+    assert held <= planned < 1.1 * held
+
+    cache = made.new_cache(3, CONFIG.context_length)
+    one = memory.cache_memory(CONFIG, dtype)
+    assert 3 * one <= cache.nbytes < 1.2 * 3 * one, "and room for padding"
 
 
 # When it happens

@@ -78,16 +78,37 @@ def test_later_stages_from_a_depth(stage: str, capsys: pytest.CaptureFixture[str
         plan(f"--stage {stage} --depth 12")
 
 
-def test_reinforcement_learning() -> None:
+def test_reinforcement_learning(capsys: pytest.CaptureFixture[str]) -> None:
     line = "--stage rl --depth 12 --num-steps 50 --gpus 2 --group-size 8 --prompts-per-step 16"
     result = plan(line)
     assert result["num_steps"] == 50
     assert result["total_batch_size"] == 16 * 8 * 2048, "a row for each answer at most"
-    cache = result["memory"]["key/value cache of the rollouts"]
+    cache = result["memory"]["rollouts: key/value cache"]
     assert cache == 64 * result["kv_cache_per_chat"]
     twice = plan(f"{line} --max-slots 128")["memory"]
-    assert twice["key/value cache of the rollouts"] == 2 * cache
-    assert twice["total"] == sum(twice.values()) - twice["total"]
+    assert twice["rollouts: key/value cache"] == 2 * cache
+    said = capsys.readouterr().out
+    for kind in ("rollouts: decoder's weights", "evaluation: KL's reference model", "take turns"):
+        assert kind in said
+    weights = result["memory"]["weights"]
+    assert result["memory"]["rollouts: decoder's weights"] == weights // 2, "in bfloat16"
+    assert result["memory"]["evaluation: KL's reference model"] == weights
+
+
+def test_rollouts_and_learning_take_turns() -> None:
+    """The total is of the one that needs more."""
+    line = "--stage rl --depth 4 --num-steps 50 --gpus 1 --device-batch-size 8 --max-slots"
+    few, many = (plan(f"{line} {slots}")["memory"] for slots in (1, 2048))
+    kept = ("weights", "gradients", "optimizer shard", "logits chunk", "checkpoint copy", "runtime")
+    rollouts = ("rollouts: decoder's weights", "rollouts: key/value cache")
+    assert few["total"] == sum(v for k, v in few.items() if ":" not in k and k != "total")
+    assert many["total"] == sum(many[kind] for kind in (*kept, *rollouts))
+    preferences = plan(f"{line} 2048 --algo dpo")
+    assert preferences["memory"] == {k: v for k, v in few.items() if ":" not in k}
+    assert preferences["total_batch_size"] == 16 * 2 * 2048, "two answers to each prompt"
+
+
+def test_reinforcement_learning_needs_steps() -> None:
     with pytest.raises(UserError, match="--stage rl needs --num-steps"):
         plan("--stage rl")
 

@@ -141,7 +141,7 @@ def test_a_non_finite_loss_stops_before_the_update(bad: float) -> None:
     data = batch(4)
     data.weights[2, 3] = bad
     data.targets[2, 3] = 5
-    with pytest.raises(NonFiniteLoss, match=r"step 1: the loss of rank 0 is (nan|inf)"):
+    with pytest.raises(NonFiniteLoss, match=r"step 2: the loss of rank 0 is (nan|inf)"):
         train_step(model, optimizer, [batch(2), data], Hypers(), RUNTIME)
     assert torch.equal(parameters(model), before)
     assert optimizer.steps == 1
@@ -162,7 +162,7 @@ def test_a_non_finite_gradient_stops_before_the_update(bad: float) -> None:
         return gradient
 
     handle = model.blocks[1].mlp.up.weight.register_hook(spoil)  # type: ignore[union-attr]
-    with pytest.raises(NonFiniteLoss, match=r"step 1: rank 0 has gradients that are not finite"):
+    with pytest.raises(NonFiniteLoss, match=r"step 2: rank 0 has gradients that are not finite"):
         train_step(model, optimizer, [batch(4)], Hypers(), RUNTIME)
     handle.remove()
     assert torch.equal(parameters(model), before)

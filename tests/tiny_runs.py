@@ -139,8 +139,8 @@ def train(stage: str, folder: Path, config: Any, rank: Runtime | None = None) ->
         return MAINS[stage](config, rank or runtime.single())
 
 
-def losses(folder: Path, stage: str, tag: str = "default") -> dict[int, float]:
+def losses(folder: Path, stage: str, tag: str = "default") -> dict[int, Any]:
     """Step -> loss, from metrics.jsonl; where a step appears twice the later line counts."""
     path = folder / "runs" / f"{stage}-{tag}" / "metrics.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    return {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
+    return {r["step"]: r.get("loss") for r in records if r["kind"] == "train"}

@@ -5,6 +5,8 @@ from pathlib import Path
 
 # Before torch is imported, and inherited by every process that a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
+REAL_HUB = os.environ.get("NANOCHAT_HUB_DIR")
+"""Real data sets, for the tests that ask for them by the fixture."""
 for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "NANOCHAT_HUB_DIR"):
     os.environ.pop(_name, None)
 
@@ -23,6 +25,13 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nanochat")
     os.environ["NANOCHAT_BASE_DIR"] = str(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_hub() -> Path:
+    if not REAL_HUB:
+        pytest.skip("NANOCHAT_HUB_DIR is not set: no real data sets")
+    return Path(REAL_HUB)
 
 
 @pytest.fixture(scope="session")

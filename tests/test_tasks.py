@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat.errors import UserError
+from nanochat.execution import layer_report
 from tasks import registry
 from tasks.arc import ARC
 from tasks.common import (
@@ -453,6 +454,23 @@ def test_humaneval(home: Path):
     assert not task.evaluate(task[0], "```python\ndef double(x): ...\nexit(0)\n```")
     with pytest.raises(UserError, match="only the split test"):
         HumanEval("train")
+
+
+def test_the_canonical_solutions_pass(real_hub: Path, monkeypatch: pytest.MonkeyPatch):
+    """In the whole sandbox, where numpy works too."""
+    if not (real_hub / "openai/openai_humaneval").is_dir():
+        pytest.skip(f"{real_hub} has no openai/openai_humaneval")
+    if missing := [f"{k}: {v}" for k, v in layer_report().items() if v != "active"]:
+        pytest.skip(f"no strict sandbox here: {missing}")
+    monkeypatch.setenv("NANOCHAT_HUB_DIR", str(real_hub))
+    task = HumanEval(sandbox="strict", timeout=60.0)
+    numpy = "```python\nimport numpy\nassert numpy.arange(4).sum() == 6\n"
+
+    def passes(index: int) -> bool:
+        row = task[index]
+        return task.evaluate(row, row["messages"][1]["content"].replace("```python\n", numpy, 1))
+
+    assert [index for index in range(len(task)) if not passes(index)] == []
 
 
 @pytest.mark.parametrize(

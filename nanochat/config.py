@@ -127,6 +127,38 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Computing(help_page.Group):
+    """What it runs on."""
+
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Activation dtype; auto: the fastest that the device trains in."""
+
+
+@dataclass(frozen=True)
+class Decoding(help_page.Group):
+    """How tokens are computed one after the other."""
+
+    quantize: Literal["none", "int8"] = "none"
+    """int8: weights in 8 bits, for large models on a CPU in bfloat16."""
+    cuda_graphs: bool = False
+    """Compile the decoding step, once per start and length of the cache (not yet run on a GPU)."""
+
+
+@dataclass(frozen=True)
+class Tools(help_page.Group):
+    """What a model may call while it answers."""
+
+    tools: bool = True
+    """The calculator."""
+    python_tool: bool = False
+    """Python in the sandbox, instead of the calculator."""
+    sandbox: Literal["strict", "best-effort"] = "strict"
+    """strict refuses to run Python where a layer of the sandbox is missing."""
+
+
+@dataclass(frozen=True)
 class Batching:
     """How many tokens a step sees."""
 

@@ -17,11 +17,13 @@ import torch
 
 from nanochat import paths
 from nanochat.checkpoint_manager import find, load_model, read_meta
+from nanochat.config import Computing
 from nanochat.core_eval import describe_core, evaluate_core, load_hf
 from nanochat.dataloader import DataLoader, Source
 from nanochat.dataset import BUNDLE_URL, fetch_bundle
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
+from nanochat.help_page import Group
 from nanochat.launch import launch
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.runtime import Runtime
@@ -31,17 +33,9 @@ from scripts.base_train import open_store, sample_texts
 
 
 @dataclass(frozen=True)
-class Config:
-    source: str = "base"
-    """A stage (base, mid, sft, rl), stage/tag, or a checkpoint folder."""
-    step: int | None = None
-    """The checkpoint's step; default: the newest."""
-    corpus: str = "climbmix"
-    """Corpus for bits per byte."""
-    eval_tokens: int = 2**20
-    """Tokens of each split that are measured, at least one batch."""
-    batch_size: int = 16
-    """Rows computed at once."""
+class Core(Group):
+    """The CORE metric."""
+
     core: Literal["auto", "yes", "no"] = "auto"
     """Whether to measure CORE; auto: where its task files are."""
     bundle: Path | None = None
@@ -54,12 +48,22 @@ class Config:
     """Measure CORE of this Hugging Face model instead (a folder or a hub id)."""
     trust_remote_code: bool = False
     """Run the code that the model of --hf brings along; our own exports don't need it."""
+
+
+@dataclass(frozen=True)
+class Config(Core, Computing):
+    source: str = "base"
+    """A stage (base, mid, sft, rl), stage/tag, or a checkpoint folder."""
+    step: int | None = None
+    """The checkpoint's step; default: the newest."""
+    corpus: str = "climbmix"
+    """Corpus for bits per byte."""
+    eval_tokens: int = 2**20
+    """Tokens of each split that are measured, at least one batch."""
+    batch_size: int = 16
+    """Rows computed at once."""
     resume: bool = False
     """Keep what an earlier run of this command has measured on this checkpoint."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    dtype: str = "auto"
-    """Activation dtype: auto, float32, bfloat16 or float16."""
 
 
 def bits_per_byte(

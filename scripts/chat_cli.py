@@ -26,10 +26,12 @@ import tyro
 from rich.console import Console
 
 from nanochat.checkpoint_manager import load_model
+from nanochat.config import Computing, Decoding, Tools
 from nanochat.conversation import parts, validate
-from nanochat.decoder import Decoder, Quantize
+from nanochat.decoder import Decoder
 from nanochat.engine import Completion, Engine, SamplingParams, python_tool, truncate_chat
 from nanochat.errors import UserError
+from nanochat.help_page import Group
 from nanochat.launch import launch
 from nanochat.paths import atomic_write, base_dir
 from nanochat.runtime import Runtime
@@ -48,15 +50,9 @@ Ctrl-C stops an answer."""
 
 
 @dataclass(frozen=True)
-class Config:
-    source: str = "sft"
-    """A stage (base, mid, sft, rl), stage/tag, or a checkpoint folder."""
-    step: int | None = None
-    """The checkpoint's step; default: the newest."""
-    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
-    """Answer this one prompt and exit; - reads it from standard input."""
-    system: str | None = None
-    """System message."""
+class Sampling(Group):
+    """How an answer is drawn."""
+
     temperature: float = 0.6
     """0 always takes the most likely token."""
     top_k: int = 50
@@ -68,23 +64,21 @@ class Config:
     repetition_penalty: float = 1.0
     """Above 1, tokens that were already used get less likely."""
     max_tokens: int = 512
-    """Longest answer."""
+    """Longest answer, in tokens."""
     seed: int | None = None
     """The same seed gives the same answers; default: other ones each time."""
-    tools: bool = True
-    """Let the model use the calculator."""
-    python_tool: bool = False
-    """Let the model run Python in the sandbox instead."""
-    sandbox: Literal["strict", "best-effort"] = "strict"
-    """strict refuses to run Python where a layer of the sandbox is missing."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Activation dtype."""
-    quantize: Quantize = "none"
-    """int8: weights in 8 bits, for large models on a CPU in bfloat16."""
-    cuda_graphs: bool = False
-    """Compile the decoding step, once per start and length of the cache (not yet run on a GPU)."""
+
+
+@dataclass(frozen=True)
+class Config(Sampling, Tools, Decoding, Computing):
+    source: str = "sft"
+    """A stage (base, mid, sft, rl), stage/tag, or a checkpoint folder."""
+    step: int | None = None
+    """The checkpoint's step; default: the newest."""
+    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
+    """Answer this one prompt and exit; - reads it from standard input."""
+    system: str | None = None
+    """System message."""
 
 
 class Printer:

@@ -24,10 +24,12 @@ import tyro
 from rich.table import Table
 
 from nanochat.checkpoint_manager import find, load_model, read_meta
+from nanochat.config import Computing
 from nanochat.conversation import parts
 from nanochat.engine import Engine, Request, SamplingParams
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
+from nanochat.help_page import Group
 from nanochat.launch import launch
 from nanochat.progress import Bar, progress_bar
 from nanochat.runtime import Runtime
@@ -58,7 +60,25 @@ ALL_TASKS = (
 
 
 @dataclass(frozen=True)
-class Config:
+class Sampling(Group):
+    """How the answers of generative tasks are drawn."""
+
+    num_samples: int = 1
+    """Answers drawn to each problem of a generative task; the accuracy is their mean."""
+    temperature: float = 0.0
+    """Of sampling; 0 takes the most likely token."""
+    top_k: int = 0
+    """Sample among the k most likely tokens; 0 = all."""
+    max_tokens: int = 512
+    """Longest answer, in tokens."""
+    seed: int = 1337
+    """Of sampling."""
+    pass_at: tuple[int, ...] = (1, 10, 100)
+    """Also estimate the chance that one of k answers is right, for each k up to --num-samples."""
+
+
+@dataclass(frozen=True)
+class Config(Sampling, Computing):
     source: str = "sft"
     """A stage (base, mid, sft, rl), stage/tag, or a checkpoint folder."""
     step: int | None = None
@@ -69,28 +89,12 @@ class Config:
     """Split of the tasks."""
     max_problems: int | None = None
     """At most so many problems of each task, evenly spread over it; default: all."""
-    num_samples: int = 1
-    """Answers drawn to each problem of a generative task; the accuracy is their mean."""
-    temperature: float = 0.0
-    """Of sampling; 0 takes the most likely token."""
-    top_k: int = 0
-    """Sample among the k most likely tokens; 0 = all."""
-    max_tokens: int = 512
-    """Longest answer."""
-    pass_at: tuple[int, ...] = (1, 10, 100)
-    """Also estimate the chance that one of k answers is right, for each k up to --num-samples."""
     batch_size: int = 32
     """Problems (categorical) or samples (generative) computed at once."""
     show: int = 0
     """Print so many problems of each task with the answers and the verdicts."""
     resume: bool = False
     """Keep what an earlier run of this command has measured on this checkpoint."""
-    seed: int = 1337
-    """Of sampling."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    dtype: str = "auto"
-    """Activation dtype: auto, float32, bfloat16 or float16."""
 
 
 @dataclass

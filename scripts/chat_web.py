@@ -13,15 +13,16 @@ import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import uvicorn
 
 from nanochat.checkpoint_manager import load_model
-from nanochat.decoder import Decoder, Quantize
+from nanochat.config import Computing, Decoding, Tools
+from nanochat.decoder import Decoder
 from nanochat.engine import Engine, python_tool
 from nanochat.errors import UserError
+from nanochat.help_page import Group
 from nanochat.launch import launch
 from nanochat.runtime import Runtime
 from nanochat.server import create_app
@@ -29,9 +30,9 @@ from nanochat.service import Limits, Served, Service
 
 
 @dataclass(frozen=True)
-class Config:
-    source: tuple[str, ...] = ("sft",)
-    """Models to offer, the first by default: stages, stage/tag, or checkpoint folders."""
+class Access(Group):
+    """Where it listens, and who may ask."""
+
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all of this machine's."""
     port: int = 8000
@@ -42,30 +43,34 @@ class Config:
     """Origins whose pages may call this server, such as https://example.org; * for any."""
     allow_host: tuple[str, ...] = ()
     """Further names this server is reached by (through a proxy), when it listens on 127.0.0.1."""
+
+
+@dataclass(frozen=True)
+class Answer(Group):
+    """What requests get that don't say otherwise."""
+
     temperature: float = 0.6
-    """For requests that don't say."""
+    """Of sampling; 0 always takes the most likely token."""
     top_k: int = 50
-    """For requests that don't say; 0 = all."""
+    """Sample among the k most likely tokens; 0 = all."""
     max_tokens: int = 512
-    """Longest answer for requests that don't say."""
+    """Longest answer, in tokens."""
+
+
+@dataclass(frozen=True)
+class Load(Group):
+    """How much it does at once."""
+
     max_slots: int = 32
     """Samples decoded at once."""
     max_queue: int = 128
     """Samples that may wait; beyond that clients are told to come back later (429)."""
-    tools: bool = True
-    """Let the models use the calculator."""
-    python_tool: bool = False
-    """Let the models run Python in the sandbox instead."""
-    sandbox: Literal["strict", "best-effort"] = "strict"
-    """strict refuses to run Python where a layer of the sandbox is missing."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Activation dtype."""
-    quantize: Quantize = "none"
-    """int8: weights in 8 bits, for large models on a CPU in bfloat16."""
-    cuda_graphs: bool = False
-    """Compile the decoding step, once per start and length of the cache (not yet run on a GPU)."""
+
+
+@dataclass(frozen=True)
+class Config(Access, Answer, Load, Tools, Decoding, Computing):
+    source: tuple[str, ...] = ("sft",)
+    """Models to offer, the first by default: stages, stage/tag, or checkpoint folders."""
 
 
 def load(cfg: Config, runtime: Runtime) -> list[Served]:

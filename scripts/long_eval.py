@@ -25,10 +25,12 @@ from rich.table import Table
 
 from nanochat import paths
 from nanochat.checkpoint_manager import load_model
+from nanochat.config import Computing
 from nanochat.dataloader import DataLoader, Source
 from nanochat.engine import Engine, SamplingParams
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, extend_context
+from nanochat.help_page import Group
 from nanochat.launch import launch
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.runtime import Runtime
@@ -41,7 +43,26 @@ from tasks.passkey import FILLER, Haystack, Passkey, corpus_sentences
 
 
 @dataclass(frozen=True)
-class Config:
+class Passkeys(Group):
+    """Words hidden in long texts."""
+
+    lengths: tuple[int, ...] = ()
+    """Lengths of the grid in tokens; default: an eighth, a quarter, half and all of the context,
+    as far as question and answer fit."""
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Where the word is hidden, from 0 (the beginning) to 1 (right before the question)."""
+    samples: int = 20
+    """Hidden words per cell of the grid; 0 leaves it out."""
+    distractors: int = 2
+    """Other people's words in the text."""
+    haystack: Literal["corpus", "filler"] = "corpus"
+    """What surrounds the words: the corpus, or the built-in sentences."""
+    seed: int = 0
+    """Of the hidden words."""
+
+
+@dataclass(frozen=True)
+class Config(Passkeys, Computing):
     source: str = "mid"
     """A stage (base, mid, sft, rl), stage/tag, or a checkpoint folder."""
     step: int | None = None
@@ -54,25 +75,8 @@ class Config:
     """Measure up to so many tokens, beyond the model's context with the rotary base it has."""
     eval_tokens: int = 2**18
     """Tokens per measured loss, at most, but at least one row."""
-    lengths: tuple[int, ...] = ()
-    """Lengths of the grid in tokens; default: an eighth, a quarter, half and all of the context,
-    as far as question and answer fit."""
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """Where the word is hidden, from 0 (the beginning) to 1 (right before the question)."""
-    samples: int = 20
-    """Hidden words per cell of the grid; 0 leaves it out."""
-    distractors: int = 2
-    """Other people's words in the text."""
-    haystack: Literal["corpus", "filler"] = "corpus"
-    """What surrounds the words: the corpus, or the built-in sentences."""
     batch_size: int = 4
     """Rows computed at once."""
-    seed: int = 0
-    """Of the hidden words."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    dtype: str = "auto"
-    """Activation dtype: auto, float32, bfloat16 or float16."""
 
 
 def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from nanochat.config import BaseConfig, MidConfig, SftConfig, from_dict
 from nanochat.conversation_store import conversations_store
 from nanochat.dataloader import DataLoader, Source
 from nanochat.errors import UserError
+from nanochat.help_page import Group
 from nanochat.launch import launch
 from nanochat.runtime import Runtime
 from nanochat.token_store import TokenStore
@@ -33,7 +34,25 @@ _CONFIGS = {"base": BaseConfig, "mid": MidConfig, "sft": SftConfig}
 
 
 @dataclass(frozen=True)
-class Config:
+class Settings(Group):
+    """Instead of those of the stage's run."""
+
+    corpus: tuple[str, ...] = ()
+    """Pretraining corpus, instead of the stage's; several by share for mid and sft."""
+    mix: tuple[str, ...] = ()
+    """Mixture, instead of the stage's."""
+    replay: float | None = None
+    """Share of replayed text, instead of the stage's."""
+    prompt_weight: float | None = None
+    """Loss weight of what the assistant does not say, instead of the stage's."""
+    sequence_length: int | None = None
+    """Tokens per row, instead of the model's context length."""
+    seed: int | None = None
+    """Data order, instead of the stage's."""
+
+
+@dataclass(frozen=True)
+class Config(Settings):
     stage: StageName = "sft"
     """base, mid or sft."""
     task: str | None = None
@@ -50,18 +69,6 @@ class Config:
     """Write a self-contained page instead of printing."""
     tag: str = "default"
     """Take the settings of this run of the stage, where it has a checkpoint."""
-    corpus: tuple[str, ...] = ()
-    """Pretraining corpus, instead of the stage's; several by share for mid and sft."""
-    mix: tuple[str, ...] = ()
-    """Mixture, instead of the stage's."""
-    replay: float | None = None
-    """Share of replayed text, instead of the stage's."""
-    prompt_weight: float | None = None
-    """Loss weight of what the assistant does not say, instead of the stage's."""
-    sequence_length: int | None = None
-    """Tokens per row, instead of the model's context length."""
-    seed: int | None = None
-    """Data order, instead of the stage's."""
 
 
 def stage_settings(cfg: Config) -> tuple[BaseConfig | MidConfig, int | None, str]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nanochat.config import parse
-from nanochat.help_page import field_texts, laid_out
+from nanochat.help_page import Group, field_texts, laid_out
 from nanochat.runtime import Runtime
 
 SCRIPTS = sorted(p.stem for p in (Path(__file__).parent.parent / "scripts").glob("[a-z]*.py"))
@@ -34,6 +34,52 @@ class Outer:
     256 and a half sentence."""
     fast: bool = False
     """Whether it hurries."""
+
+
+@dataclass(frozen=True)
+class Drawing(Group):
+    """How it is drawn."""
+
+    temperature: float = 1.0
+    """Of the softmax."""
+    seeds: tuple[int, ...] = ()
+    """One or more."""
+
+
+@dataclass(frozen=True)
+class Grouped(Drawing):
+    source: str = "sft"
+    """Where from."""
+    temperature: float = 0.6
+
+
+def test_a_base_is_a_heading_and_its_fields_are_the_configurations_own(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = help_of(Grouped, capsys)
+    own, heading, drawing = page.partition("drawing options")
+    assert heading
+    assert "--source" in own
+    assert "--temperature FLOAT  " not in own
+    for part in ("How it is drawn.", "--temperature FLOAT", "Of the softmax. (default: 0.6)"):
+        assert part in drawing
+    line = ["--seeds", "1", "2", "--source", "mid", "--seeds", "3"]
+    assert parse(Grouped, line) == Grouped(seeds=(1, 2, 3), source="mid")
+    assert parse(Grouped, ["--temperature", "0"]).temperature == 0
+
+
+def test_no_page_is_a_long_list() -> None:
+    """What belongs together stands together."""
+    for name in SCRIPTS:
+        cfg = config_of(importlib.import_module(f"scripts.{name}"))
+        for cls in typing.get_args(cfg) or [cfg]:
+            bases = [b for b in cls.__bases__ if issubclass(b, Group) and b is not Group]
+            grouped = {field.name for base in bases for field in dataclasses.fields(base)}
+            hints = typing.get_type_hints(cls)
+            own = [
+                n for n, h in hints.items() if n not in grouped and not dataclasses.is_dataclass(h)
+            ]
+            assert len(own) <= 12, (name, own)
 
 
 def help_of(cls: type[Any], capsys: pytest.CaptureFixture[str], text: str | None = None) -> str:
@@ -84,13 +130,18 @@ def test_the_introduction_fits_the_terminal_and_examples_stay_as_they_are(
     assert help_of(Outer, capsys, text).startswith(laid_out(text))
 
 
+def config_of(module: Any) -> Any:
+    """The class, or the union of classes, that a script is configured with."""
+    # Scripts that start without torch do not import what they only annotate with.
+    return typing.get_type_hints(module.main, localns={"Runtime": Runtime})["cfg"]
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_has_an_example_and_a_text_for_every_flag(name: str) -> None:
     module = importlib.import_module(f"scripts.{name}")
     examples = [line for line in module.__doc__.splitlines() if line.startswith("    ")]
     assert any(f"-m scripts.{name}" in line for line in examples)
-    # Scripts that start without torch do not import what they only annotate with.
-    cfg = typing.get_type_hints(module.main, localns={"Runtime": Runtime})["cfg"]
+    cfg = config_of(module)
     missing, classes = [], list(typing.get_args(cfg)) or [cfg]
     for cls in classes:
         texts = field_texts(cls)

@@ -49,8 +49,9 @@ from nanochat.runtime import Runtime, seed_everything
 from nanochat.stage import Stage
 from nanochat.tokenizer import SystemStyle
 from nanochat.train import StepStats, due
-from tasks.common import Conversation, Task, TaskSlice, pass_at_k
+from tasks.common import Conversation, Task, pass_at_k
 from tasks.registry import build_halves, split_weight
+from tasks.views import TaskSlice
 
 EVALUATION_SEED = 2**32
 """Added to the run's seed: what is drawn to evaluate is drawn from streams of its own."""

@@ -1,11 +1,10 @@
-"""What every task shares: the `Task` interface, mixtures, loading from the hub, judging answers.
+"""What every task shares: the `Task` interface, loading from the hub, judging answers.
 
 A task is a sequence of conversations (the schema of `nanochat.conversation`) that can judge an
 answer. Next to `messages` a conversation may carry what its task needs for that: `answer`,
 `letters`, `words`.
 """
 
-import bisect
 import hashlib
 import json
 import math
@@ -24,14 +23,12 @@ from rich.text import Text
 
 from nanochat.conversation import parts, validate
 from nanochat.errors import UserError
-from nanochat.packing import MixtureOrder
 from nanochat.paths import base_dir, hub_source
 
 Conversation: TypeAlias = dict[str, Any]
 EvalType = Literal["categorical", "generative"]
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-HELD_OUT_ROWS, HELD_OUT_ONE_IN = 64, 50
 
 
 class Task(ABC):
@@ -105,203 +102,6 @@ class Task(ABC):
 
 def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-class TaskSlice(Task):
-    """Rows start, start + step, ... of a task: a quick look, or a part of train held out.
-
-    >>> # every twentieth row for validation during reinforcement learning
-    >>> # TaskSlice(task, 0, None, 20)
-    """
-
-    def __init__(self, task: Task, start: int = 0, stop: int | None = None, step: int = 1):
-        super().__init__(task.name, task.split)
-        self.eval_type = task.eval_type
-        self.task = task
-        self.indices = range(len(task))[start:stop:step]
-        if not self.indices:
-            raise UserError(
-                f"rows {start}:{stop}:{step} of {task.name}/{task.split} are none: "
-                f"it has {len(task)}"
-            )
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def row(self, index: int) -> Conversation:
-        return self.task[self.indices[index]]
-
-    def where(self, index: int) -> str:
-        return self.task.where(self.indices[index])
-
-    def settings(self) -> dict[str, Any]:
-        rows = self.indices
-        return {"task": self.task.fingerprint(), "rows": [rows.start, rows.stop, rows.step]}
-
-    def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        return self.task.evaluate(conversation, completion)
-
-    def reward(self, conversation: Conversation, completion: str) -> float:
-        return self.task.reward(conversation, completion)
-
-    def well_formed(self, conversation: Conversation, completion: str) -> bool:
-        return self.task.well_formed(conversation, completion)
-
-
-class TaskRest(Task):
-    """The rows of a task that a slice of it leaves out, in order."""
-
-    def __init__(self, part: TaskSlice):
-        super().__init__(part.name, part.split)
-        self.eval_type = part.eval_type
-        self.task = part.task
-        self.removed = part.indices
-        if len(self) == 0:
-            raise UserError(f"nothing is left of {part.name}/{part.split}; take fewer rows out")
-
-    def __len__(self) -> int:
-        return len(self.task) - len(self.removed)
-
-    def locate(self, index: int) -> int:
-        """The row of the task. Each stretch of step - 1 rows is followed by one that is removed."""
-        start, step, count = self.removed.start, self.removed.step, len(self.removed)
-        if index < start:
-            return index
-        passed = (index - start) // (step - 1) + 1 if step > 1 else count
-        return index + min(passed, count)
-
-    def row(self, index: int) -> Conversation:
-        return self.task[self.locate(index)]
-
-    def where(self, index: int) -> str:
-        return self.task.where(self.locate(index))
-
-    def settings(self) -> dict[str, Any]:
-        rows = self.removed
-        return {"task": self.task.fingerprint(), "without": [rows.start, rows.stop, rows.step]}
-
-    def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        return self.task.evaluate(conversation, completion)
-
-    def reward(self, conversation: Conversation, completion: str) -> float:
-        return self.task.reward(conversation, completion)
-
-    def well_formed(self, conversation: Conversation, completion: str) -> bool:
-        return self.task.well_formed(conversation, completion)
-
-
-def hold_out(task: Task) -> tuple[Task, Task | None]:
-    """(what to train on, what is held out to watch training by): every n-th row, up to 64 in all.
-
-    At most one row in fifty; of a task with fewer than fifty nothing is held out.
-    """
-    count = min(HELD_OUT_ROWS, len(task) // HELD_OUT_ONE_IN)
-    if count == 0:
-        return task, None
-    step = len(task) // count
-    part = TaskSlice(task, step - 1, step * count, step)
-    return TaskRest(part), part
-
-
-class _Joined(Task):
-    """Several tasks seen as one. A row remembers its task, which judges its answers."""
-
-    def __init__(self, name: str, tasks: Sequence[Task]):
-        if not tasks:
-            raise UserError(f"a {name} needs at least one task")
-        splits = {task.split for task in tasks}
-        super().__init__(name, splits.pop() if len(splits) == 1 else "+".join(sorted(splits)))
-        self.tasks = list(tasks)
-        # One categorical task suffices: asking for free answers to it would be wrong.
-        if any(task.eval_type == "categorical" for task in tasks):
-            self.eval_type = "categorical"
-
-    @abstractmethod
-    def locate(self, index: int) -> tuple[int, int]:
-        """(number of the task, row in that task)."""
-
-    def row(self, index: int) -> Conversation:
-        number, inner = self.locate(index)
-        conversation = self.tasks[number][inner]
-        return {**conversation, "source": (number, conversation.get("source"))}
-
-    def where(self, index: int) -> str:
-        number, inner = self.locate(index)
-        return self.tasks[number].where(inner)
-
-    def _unwrap(self, conversation: Conversation) -> tuple[Task, Conversation]:
-        number, inner = conversation["source"]
-        return self.tasks[number], {**conversation, "source": inner}
-
-    def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        task, conversation = self._unwrap(conversation)
-        return task.evaluate(conversation, completion)
-
-    def reward(self, conversation: Conversation, completion: str) -> float:
-        task, conversation = self._unwrap(conversation)
-        return task.reward(conversation, completion)
-
-    def well_formed(self, conversation: Conversation, completion: str) -> bool:
-        task, conversation = self._unwrap(conversation)
-        return task.well_formed(conversation, completion)
-
-
-class TaskMixture(_Joined):
-    """Tasks shuffled into each other, `weight` passes over each per epoch.
-
-    The order of epoch e is a keyed permutation computed row by row (`MixtureOrder`), so ten million
-    rows cost no memory, and any row can be asked for directly. Epochs differ in order, and where a
-    weight is a fraction also in rows: over epochs 0..k-1 a task of n rows gives floor(k*w*n).
-
-    A view of a mixture, for people and tests: training mixes the encoded stores of the tasks
-    (`nanochat.dataloader.Source`) by the same `MixtureOrder`.
-    """
-
-    def __init__(self, tasks: Sequence[tuple[Task, float]], seed: int = 0, epoch: int = 0):
-        super().__init__("mixture", [task for task, _ in tasks])
-        self.weights = [float(weight) for _, weight in tasks]
-        for task, weight in tasks:
-            if not (math.isfinite(weight) and weight > 0):
-                raise UserError(
-                    f"weight {weight} of {task.name} must be above 0; leave the task out instead"
-                )
-        self.seed = seed
-        self.epoch = epoch
-        self.order = MixtureOrder([len(task) for task in self.tasks], self.weights, seed)
-
-    def __len__(self) -> int:
-        return self.order.epoch_length(self.epoch)
-
-    def locate(self, index: int) -> tuple[int, int]:
-        return self.order.locate(self.epoch, index)
-
-    def settings(self) -> dict[str, Any]:
-        return {
-            "tasks": [task.fingerprint() for task in self.tasks],
-            "weights": self.weights,
-            "seed": self.seed,
-            "epoch": self.epoch,
-        }
-
-
-class TaskSequence(_Joined):
-    """Tasks one after the other, unshuffled: a curriculum."""
-
-    def __init__(self, tasks: Sequence[Task]):
-        super().__init__("sequence", tasks)
-        self.ends: list[int] = []
-        for task in self.tasks:
-            self.ends.append((self.ends[-1] if self.ends else 0) + len(task))
-
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    def locate(self, index: int) -> tuple[int, int]:
-        number = bisect.bisect_right(self.ends, index)
-        return number, index - (self.ends[number - 1] if number else 0)
-
-    def settings(self) -> dict[str, Any]:
-        return {"tasks": [task.fingerprint() for task in self.tasks]}
 
 
 # Data sets from the hub

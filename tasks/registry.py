@@ -16,7 +16,7 @@ from typing import Any
 from nanochat.errors import UserError
 from tasks.arc import ARC
 from tasks.arithmetic import Arithmetic
-from tasks.common import HELD_OUT_ROWS, Task, TaskMixture, TaskSlice, hold_out, show
+from tasks.common import Task, show
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
@@ -24,6 +24,7 @@ from tasks.mmlu import MMLU
 from tasks.passkey import Passkey
 from tasks.smoltalk import SmolTalk
 from tasks.spellingbee import SimpleSpelling, SpellingBee
+from tasks.views import HELD_OUT_ROWS, TaskMixture, TaskSlice, hold_out
 
 # name: (constructor, the option that a bare value means)
 TASKS: dict[str, tuple[Callable[..., Task], str | None]] = {

@@ -24,9 +24,10 @@ from nanochat.token_store import TokenStore
 from nanochat.tokenizer import ROLE_NAMES, Tokenizer
 from scripts import base_train, chat_eval, decontaminate, mid_train, tok_encode
 from scripts.base_train import parse_shares, text_sources
-from tasks.common import Conversation, Task, TaskRest, TaskSlice, hold_out
+from tasks.common import Conversation, Task
 from tasks.customjson import CustomJSON
 from tasks.registry import build, build_halves
+from tasks.views import TaskRest, TaskSlice, hold_out
 
 
 def targets(store: TokenStore) -> int:

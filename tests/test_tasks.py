@@ -19,9 +19,6 @@ from tasks.arc import ARC
 from tasks.common import (
     Conversation,
     Task,
-    TaskMixture,
-    TaskSequence,
-    TaskSlice,
     choice_conversation,
     final_answer,
     parse_number,
@@ -35,6 +32,7 @@ from tasks.gsm8k import GSM8K, solution_parts
 from tasks.humaneval import HumanEval, build_program
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
+from tasks.views import TaskMixture, TaskSequence, TaskSlice
 
 
 @pytest.fixture(autouse=True)

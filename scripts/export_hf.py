@@ -42,9 +42,10 @@ class Config:
 def main(cfg: Config, runtime: Runtime) -> Path:
     """Returns the folder written."""
     try:
-        import transformers  # noqa: F401
+        import transformers
     except ImportError as error:
         raise UserError("export needs transformers; pip install 'nanochat[hf]'") from error
+    transformers.utils.logging.disable_progress_bar()  # the check loads what was just written
     model, tokenizer, meta = load_model(
         cfg.source, device=torch.device("cpu"), dtype=torch.float32, step=cfg.step
     )

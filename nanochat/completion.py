@@ -28,6 +28,14 @@ class Completion:
         """What the assistant says, without tool calls, their output and special tokens."""
         return "".join(part["text"] for part in self.parts if part["type"] == "text")
 
+    @property
+    def written(self) -> str:
+        """What the assistant says, with its tool calls and their output in brackets."""
+        return "".join(
+            part["text"] if part["type"] == "text" else f"[{part['type']}: {part['text']}]"
+            for part in self.parts
+        )
+
 
 @dataclass(eq=False)
 class Request:

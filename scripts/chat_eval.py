@@ -378,12 +378,8 @@ def _answer_generative(
     for k in list(mine)[: cfg.show]:
         texts = []
         for sample, completion in enumerate(by_problem[k].completions):
-            said = "".join(
-                part["text"] if part["type"] == "text" else f"[{part['type']}: {part['text']}]"
-                for part in completion.parts
-            )
             verdict = "right" if verdicts[k][sample].result() else "wrong"
-            texts.append(f"{said} ({verdict}, {completion.finish_reason})")
+            texts.append(f"{completion.written} ({verdict}, {completion.finish_reason})")
         answers.shown.append(_shown(task, chosen[k], conversations[k], texts))
     return answers
 

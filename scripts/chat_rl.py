@@ -299,7 +299,7 @@ class Sampler:
             question = "".join(part["text"] for part in parts(last_question(group.prompt)))
             answers = [
                 f"[reward {verdict.reward:g}, {bonus(verdict)}advantage {advantage:+.2f}, "
-                f"{completion.finish_reason}] {written(completion)}"
+                f"{completion.finish_reason}] {completion.written}"
                 for completion, verdict, advantage in zip(
                     group.completions, group.verdicts, group.advantages, strict=True
                 )
@@ -372,14 +372,6 @@ def last_question(prompt: Prompt) -> dict[str, Any]:
     """The message that is to be answered."""
     messages = [m for m in prompt.conversation["messages"] if m["role"] == "user"]
     return dict(messages[-1] if messages else prompt.conversation["messages"][0])
-
-
-def written(completion: Completion) -> str:
-    """The answer with its calls and what they gave."""
-    return "".join(
-        part["text"] if part["type"] == "text" else f"[{part['type']}: {part['text']}]"
-        for part in completion.parts
-    )
 
 
 def learn(

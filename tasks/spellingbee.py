@@ -36,7 +36,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 from nanochat.corpus import Corpus
 from nanochat.dataset import open_corpus
@@ -134,28 +134,27 @@ class _WordTask(Task):
     through its words in a keyed order, pass after pass, each pass in another one.
     """
 
+    NAME: ClassVar[str]
     VERSION = 2
-
     VAL_BY_CONTENT = True
 
     def __init__(
         self,
-        name: str,
         split: str,
-        size: int | None,
-        words: str | Path | Sequence[str] | None,
-        seed: int,
+        size: int | None = None,
+        words: str | Path | Sequence[str] | None = None,
+        seed: int = 0,
     ):
-        super().__init__(name, split)
+        super().__init__(self.NAME, split)
         self.seed = seed
         all_words = load_words(words)
         self.words = [word for word in all_words if split_of(word) == split]
         if not self.words:
             raise UserError(
-                f"{name}: none of {len(all_words)} words belongs to the split {split}; "
+                f"{self.NAME}: none of {len(all_words)} words belongs to the split {split}; "
                 "give a list of a few hundred words at least"
             )
-        self.size = check_generated(name, split, size)
+        self.size = check_generated(self.NAME, split, size)
         if size is None and split != "train":
             self.size = min(self.size, len(self.words))  # each word once
 
@@ -179,14 +178,7 @@ class _WordTask(Task):
 class SimpleSpelling(_WordTask):
     """`Spell the word "banished".` -> `b a n i s h e d`, several words on a line each."""
 
-    def __init__(
-        self,
-        split: str,
-        size: int | None = None,
-        words: str | Path | Sequence[str] | None = None,
-        seed: int = 0,
-    ):
-        super().__init__("simplespelling", split, size, words, seed)
+    NAME = "simplespelling"
 
     def row(self, index: int) -> Conversation:
         random = self.random(index)
@@ -217,14 +209,7 @@ class SimpleSpelling(_WordTask):
 class SpellingBee(_WordTask):
     """`How many "r" are in "strawberry"?` -> spelled, counted, checked by Python, `#### 3`."""
 
-    def __init__(
-        self,
-        split: str,
-        size: int | None = None,
-        words: str | Path | Sequence[str] | None = None,
-        seed: int = 0,
-    ):
-        super().__init__("spellingbee", split, size, words, seed)
+    NAME = "spellingbee"
 
     def row(self, index: int) -> Conversation:
         random = self.random(index)

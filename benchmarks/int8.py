@@ -43,7 +43,7 @@ def bits_per_byte(decoder: Decoder, store: TokenStore, tokenizer: Tokenizer, tok
         if len(ids) < 2:
             continue
         cache = decoder.new_cache(1, len(ids) - 1)
-        logits = decoder.logits(decoder._hidden(ids[None, :-1], cache, None))[0]
+        logits = decoder.logits(decoder.hidden(ids[None, :-1], cache, None))[0]
         targets = ids[1:]
         nats += F.cross_entropy(logits, targets, reduction="sum").item()
         size += int(sizes[targets].sum())

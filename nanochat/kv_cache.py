@@ -7,7 +7,7 @@ slower to decode under torch.compile.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,6 +22,8 @@ class Reading:
     """(B * T * K,): where their keys and values go, in a layer's vectors numbered (B, K, S)."""
     biases: dict[int, torch.Tensor]
     """Per window size (0 = none): (B, 1, T, S), 0 where attended and -inf elsewhere."""
+    column: int | None = None
+    """The position of all rows, if they go on with one token at the same one."""
 
 
 class KVCache:
@@ -78,7 +80,10 @@ class KVCache:
         if self.shortest + (T if counts is None else 0) > self.capacity:
             raise ValueError(f"{T} more tokens do not fit into a cache of {self.capacity}")
         _, K, S, _ = self.keys[0].shape
-        return plan_reading(self.lengths, T, (K, S), self.capacity, windows, dtype)
+        reading = plan_reading(self.lengths, T, (K, S), self.capacity, windows, dtype)
+        if T == 1 and counts is None and self.shortest == self.longest:
+            return replace(reading, column=self.longest)
+        return reading
 
     def append(
         self, layer: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor

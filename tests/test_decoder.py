@@ -1,6 +1,6 @@
 """The model's form for decoding, against the model (law 8 is in test_laws_decoding.py)."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from nanochat import decoder as decoding
 from nanochat.decoder import Decoder, Product
 from nanochat.engine import Engine, SamplingParams
 from nanochat.errors import UserError
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, Block
 
 
 def logits_of(model: GPT | Decoder, rows: int = 3, T: int = 20) -> torch.Tensor:
@@ -45,6 +45,23 @@ def test_reduced_precision_stays_close_to_the_model() -> None:
     difference = (logits_of(Decoder(model)) - logits_of(model)).abs()
     rounding = (logits_of(model) - exact).abs()
     assert difference.mean() <= rounding.mean()  # as close as bfloat16 is to float32
+
+
+def test_zero_vectors_stay_zero() -> None:
+    """A head, or a token, that was set to zero is normed to zero and not to NaN."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.embedding.weight[7] = 0
+        cast(Block, model.blocks[0]).attention.key.weight.zero_()
+    torch.testing.assert_close(logits_of(Decoder(model)), logits_of(model), atol=2e-4, rtol=0)
+
+
+def test_gradients_are_not_asked_for() -> None:
+    model = tiny_model()
+    decoder = Decoder(model)
+    logits = decoder.next_logits(torch.tensor([[1, 2]]), decoder.new_cache(1, 4))
+    assert torch.is_grad_enabled()
+    assert not logits.requires_grad
 
 
 def test_int8_products() -> None:

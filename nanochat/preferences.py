@@ -31,7 +31,7 @@ from nanochat.runtime import Runtime
 from nanochat.stage import Stage
 from nanochat.token_store import StoreWriter, TokenStore
 from nanochat.tokenizer import SystemStyle, Tokenizer
-from nanochat.train import StepStats
+from nanochat.train import StepStats, train_step
 
 VERSION = 1
 
@@ -297,7 +297,16 @@ def learn_preferences(
     indices = [next(stage.loader)[2] for _ in range(cfg.rollouts.prompts_per_step)]
     mine = indices[runtime.rank :: runtime.world_size]
     scores, ours, rows = compare(cfg, stage, pairs, mine)
-    stats = stage.train_step([r.weighted(scores.weights) for r in rows], divisor=len(indices))
+    stats = train_step(
+        stage.model,
+        stage.optimizer,
+        [r.weighted(scores.weights) for r in rows],
+        stage.plan.hypers(stage.state.step),
+        runtime,
+        stage.loss_scale,
+        divisor=len(indices),
+        step=stage.state.step + 1,
+    )
     sums = {**tally_pairs(scores, ours), "tokens": float(sum(r.tokens for r in rows))}
     sums = sum_over_ranks(sums, runtime)
     tokens = int(sums.pop("tokens"))

@@ -25,7 +25,7 @@ from nanochat.optim import Optimizer, parameter_rules
 from nanochat.plan import Plan, context_schedule, make_plan
 from nanochat.runtime import Runtime, best_dtype
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import LossScale, StepStats, TrainState, check_replicas, train_step
+from nanochat.train import LossScale, StepStats, TrainState, check_replicas
 
 CONVERSATION_TOKENS = 2**14
 """Held-out tokens of conversations per evaluation, at most (but at least one batch)."""
@@ -78,22 +78,6 @@ class Stage(Generic[L]):
     @property
     def finished(self) -> bool:
         return self.state.step >= self.plan.num_steps
-
-    def train_step(
-        self, batches: list[Batch], *, temperature: float = 1.0, divisor: int | None = None
-    ) -> StepStats:
-        """nanochat.train's, with the parts of this run, at the step that comes next."""
-        return train_step(
-            self.model,
-            self.optimizer,
-            batches,
-            self.plan.hypers(self.state.step),
-            self.runtime,
-            self.loss_scale,
-            temperature=temperature,
-            divisor=divisor,
-            step=self.state.step + 1,
-        )
 
     def record(self, stats: StepStats, more: Mapping[str, float] | None = None) -> None:
         """Count a finished step, log it, and check what is to be checked after it.

@@ -24,7 +24,7 @@ from nanochat.runtime import Runtime, seed_everything
 from nanochat.stage import HeldOut, Stage, set_up
 from nanochat.token_store import TokenStore
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import due, take
+from nanochat.train import due, take, train_step
 
 PROMPTS = ("In the beginning", "The king said to his men,", "And it came about that", "")
 
@@ -144,7 +144,11 @@ def main(cfg: BaseConfig, runtime: Runtime) -> Stage[DataLoader]:
             break
         phase = plan.phase(step)
         stage.loader.set_rows(phase.sequence_length, phase.device_batch_size)
-        stage.record(stage.train_step(take(stage.loader, plan.micro_batches)))
+        batches, hypers = take(stage.loader, plan.micro_batches), plan.hypers(step)
+        stats = train_step(
+            stage.model, stage.optimizer, batches, hypers, runtime, stage.loss_scale, step=step + 1
+        )
+        stage.record(stats)
     stage.close()
     return stage
 

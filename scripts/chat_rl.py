@@ -48,7 +48,7 @@ from nanochat.rl_stage import Start, check_config, is_compiled, load_start, mode
 from nanochat.runtime import Runtime, seed_everything
 from nanochat.stage import Stage
 from nanochat.tokenizer import SystemStyle
-from nanochat.train import StepStats, due
+from nanochat.train import StepStats, due, train_step
 from tasks.common import Conversation, Task, pass_at_k
 from tasks.registry import build_halves, split_weight
 from tasks.views import TaskSlice
@@ -396,7 +396,17 @@ def learn(
         temperature=cfg.rollouts.temperature,
         max_importance=cfg.rollouts.max_importance if update else None,
     )
-    stats = stage.train_step(batches, temperature=cfg.rollouts.temperature, divisor=rollout.divisor)
+    stats = train_step(
+        stage.model,
+        stage.optimizer,
+        batches,
+        stage.plan.hypers(stage.state.step),
+        runtime,
+        stage.loss_scale,
+        temperature=cfg.rollouts.temperature,
+        divisor=rollout.divisor,
+        step=stage.state.step + 1,
+    )
     if update:
         clipped = sum_over_ranks({"clipped": clipped}, runtime)["clipped"]
         more = {"clipped": clipped / rollout.targets}

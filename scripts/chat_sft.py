@@ -13,7 +13,7 @@ from nanochat.dataloader import DataLoader
 from nanochat.launch import launch
 from nanochat.runtime import Runtime
 from nanochat.stage import Stage
-from nanochat.train import due, take
+from nanochat.train import due, take, train_step
 from scripts.mid_train import prepare, sample_answers
 
 
@@ -32,7 +32,11 @@ def main(cfg: SftConfig, runtime: Runtime) -> Stage[DataLoader]:
             stage.save()
         if last or runtime.stop_requested:
             break
-        stage.record(stage.train_step(take(stage.loader, plan.micro_batches)))
+        batches, hypers = take(stage.loader, plan.micro_batches), plan.hypers(step)
+        stats = train_step(
+            stage.model, stage.optimizer, batches, hypers, runtime, stage.loss_scale, step=step + 1
+        )
+        stage.record(stats)
     stage.close()
     return stage
 

@@ -31,7 +31,7 @@ from nanochat.runtime import Runtime, seed_everything
 from nanochat.stage import HeldOut, Stage, checkpoint_to_resume, set_up
 from nanochat.token_store import LongDocuments
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import due, take
+from nanochat.train import due, take, train_step
 from scripts.base_train import parse_shares, text_sources
 from tasks.passkey import corpus_sentences
 from tasks.registry import build_halves, split_weight
@@ -239,7 +239,11 @@ def main(cfg: MidConfig, runtime: Runtime) -> Stage[DataLoader]:
             stage.save()
         if last or runtime.stop_requested:
             break
-        stage.record(stage.train_step(take(stage.loader, plan.micro_batches)))
+        batches, hypers = take(stage.loader, plan.micro_batches), plan.hypers(step)
+        stats = train_step(
+            stage.model, stage.optimizer, batches, hypers, runtime, stage.loss_scale, step=step + 1
+        )
+        stage.record(stats)
     stage.close()
     return stage
 

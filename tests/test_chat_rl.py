@@ -12,6 +12,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -22,6 +23,7 @@ import test_laws_resume as law4
 import tiny_runs
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from nanochat import runtime
 from nanochat.checkpoint_manager import latest, list_steps, load_model, read_meta
@@ -238,7 +240,7 @@ def test_the_denominator_is_every_sampled_token(
     """Of all finished answers, those of groups with nothing to tell included."""
     latest_groups: list[Group] = []
     divisors, expected, targets = [], [], []
-    roll_out, train_step = chat_rl.roll_out, Stage.train_step
+    roll_out, train_step = chat_rl.roll_out, chat_rl.train_step
 
     def spied_roll_out(*arguments: Any) -> list[Group]:
         latest_groups[:] = roll_out(*arguments)
@@ -257,7 +259,7 @@ def test_the_denominator_is_every_sampled_token(
         return train_step(*arguments, **keywords)
 
     monkeypatch.setattr(chat_rl, "roll_out", spied_roll_out)
-    monkeypatch.setattr(Stage, "train_step", spied_train_step)
+    monkeypatch.setattr(chat_rl, "train_step", spied_train_step)
     run(folder, config(num_steps=4, rollouts={"group_size": 3, "max_tokens": 2}))
     assert divisors == expected
     assert any(fewer < all_ for fewer, all_ in zip(targets, expected, strict=True))
@@ -285,6 +287,20 @@ def test_a_mixture_is_judged_by_each_of_its_tasks(folder: Path) -> None:
     documents = {name: value["documents"] for name, value in end["consumed"].items()}
     assert sum(documents.values()) == 16
     assert documents["letters"] > documents["others"] > 0
+
+
+def test_compiled_without_a_break(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are captured and run as they are; the answers' lengths differ in every step."""
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    changes = {"run": {"compile": "on"}, "evaluating": {"eval_every": 2}}
+    cfg = config(num_steps=4, rollouts={"updates_per_rollout": 2}, **changes)
+    assert run(folder, cfg).finished
+    assert not counters["graph_break"], dict(counters["graph_break"])
+    # What was drawn is scored, and trained on.
+    assert 1 <= counters["stats"]["unique_graphs"] <= 4
+    torch._dynamo.reset()
 
 
 def test_the_report_shows_it(folder: Path) -> None:

@@ -30,13 +30,11 @@ class RowStream:
     number of ranks; a position is a few integers.
     """
 
-    def __init__(
-        self, sizes: Sequence[int], weights: Sequence[float], seed: int, names: Sequence[str]
-    ):
-        self.order = MixtureOrder(sizes, weights, seed)
+    def __init__(self, order: MixtureOrder, names: Sequence[str]):
+        self.order = order
         self.names = list(names)
         self.number = self._epoch = self._index = 0
-        self._consumed = [[0, 0] for _ in sizes]
+        self._consumed = [[0, 0] for _ in names]
 
     def __next__(self) -> tuple[int, int, int]:
         """(how many rows came before, source, row)."""

@@ -27,6 +27,7 @@ from nanochat.conversation import parts
 from nanochat.engine import Completion, Engine, SamplingParams
 from nanochat.errors import UserError
 from nanochat.launch import launch
+from nanochat.packing import MixtureOrder
 from nanochat.preferences import evaluate_pairs, learn_preferences, open_pairs, with_reference
 from nanochat.rl import (
     Group,
@@ -50,8 +51,8 @@ from nanochat.stage import Stage
 from nanochat.tokenizer import SystemStyle
 from nanochat.train import StepStats, due, train_step
 from tasks.common import Conversation, Task, pass_at_k
-from tasks.registry import build_halves, split_weight
-from tasks.views import TaskSlice
+from tasks.registry import build_mixture
+from tasks.views import TaskMixture, TaskSlice
 
 EVALUATION_SEED = 2**32
 """Added to the run's seed: what is drawn to evaluate is drawn from streams of its own."""
@@ -74,9 +75,8 @@ def every_rounds(steps: int, updates: int) -> int:
 
 
 def reinforce(cfg: RlConfig, runtime: Runtime, start: Start) -> Stage[RowStream]:
-    tasks, weights, held_out = open_tasks(cfg)
-    names = [task.name for task in tasks]
-    stream = RowStream([len(task) for task in tasks], weights, cfg.run.seed, names)
+    mixture, held_out = open_tasks(cfg)
+    stream = RowStream(mixture.order, [task.name for task in mixture.tasks])
     updates, prompts = cfg.rollouts.updates_per_rollout, cfg.rollouts.prompts_per_step
     available = sum(stream.order.epoch_length(epoch) for epoch in range(cfg.epochs))
     num_steps = cfg.num_steps or max(1, available // prompts) * updates
@@ -85,7 +85,7 @@ def reinforce(cfg: RlConfig, runtime: Runtime, start: Start) -> Stage[RowStream]
     stage = open_stage(cfg, runtime, start, stream, num_steps, prompts * size, what)
     if stage.finished:
         return stage
-    sampler = Sampler(cfg, stage, tasks, held_out, start)
+    sampler = Sampler(cfg, stage, mixture.tasks, held_out, start)
     first, rounds = stage.state.step // updates, num_steps // updates
     for number in range(first, rounds + 1):
         last = number == rounds
@@ -106,28 +106,23 @@ def reinforce(cfg: RlConfig, runtime: Runtime, start: Start) -> Stage[RowStream]
     return stage
 
 
-def open_tasks(cfg: RlConfig) -> tuple[list[Task], list[float], list[Task]]:
-    """What to train on, with which weights, and what is held out; all of it has rewards."""
-    tasks: list[Task] = []
-    weights: list[float] = []
+def open_tasks(cfg: RlConfig) -> tuple[TaskMixture, list[Task]]:
+    """What to train on, and what is held out of each task; all of it has rewards."""
+    if not cfg.mix:
+        raise UserError("--mix names no task")
+    mixture, halves = build_mixture(cfg.mix, cfg.run.seed)
     held_out: list[Task] = []
-    for spec in cfg.mix:
-        name, weight = split_weight(spec)
-        train, held = build_halves(name)
+    for train, held in zip(mixture.tasks, halves, strict=True):
         check_rewards(train)
         if held is None:
-            raise UserError(f"{name} has only {len(train)} rows, too few to hold any out")
+            raise UserError(f"{train.name} has only {len(train)} rows, too few to hold any out")
         count = max(1, cfg.evaluating.eval_problems // len(cfg.mix))
         if train.VAL_BY_CONTENT and isinstance(held, TaskSlice) and held.split == "val":
             held = held.task  # it can be had in any size
         count = min(count, len(held))
-        tasks.append(train)
-        weights.append(weight)
         step = len(held) // count
         held_out.append(TaskSlice(held, 0, step * count, step))
-    if not tasks:
-        raise UserError("--mix names no task")
-    return tasks, weights, held_out
+    return mixture, held_out
 
 
 def check_rewards(task: Task) -> None:
@@ -426,7 +421,8 @@ def learn_pairs(cfg: RlConfig, runtime: Runtime, start: Start) -> Stage[RowStrea
     held_out = range(size - max(1, min(cfg.evaluating.eval_problems, size // 10)), size)
     if len(held_out) == size:
         raise UserError(f"--pairs {cfg.preferences.pairs} holds one pair; give at least two")
-    stream = RowStream([held_out.start], [1.0], cfg.run.seed, [Path(cfg.preferences.pairs).stem])
+    order = MixtureOrder([held_out.start], [1.0], cfg.run.seed)
+    stream = RowStream(order, [Path(cfg.preferences.pairs).stem])
     num_steps = cfg.num_steps or max(1, cfg.epochs * held_out.start // count)
     name = f"{start.meta['digest'][:16]}-{str(runtime.dtype).removeprefix('torch.')}"
     model.eval()

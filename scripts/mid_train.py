@@ -34,7 +34,7 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.train import due, take, train_step
 from scripts.base_train import parse_shares, text_sources
 from tasks.passkey import corpus_sentences
-from tasks.registry import build_halves, split_weight
+from tasks.registry import build_mixture
 from tasks.spellingbee import words_path, write_words
 
 QUESTIONS = ("Who are you?", "What is 17 + 25?", "Spell the word stone.")
@@ -49,11 +49,12 @@ def task_sources(cfg: MidConfig, tokenizer: Tokenizer, split: str = "train") -> 
         options = {"tokenizer": tokenizer, "sentences": sentences}
         if cfg.context_length is not None:
             options["length"] = cfg.context_length
+    if not cfg.mix:
+        return []
+    mixture, held_out = build_mixture(cfg.mix, cfg.run.seed, **options)
+    tasks = mixture.tasks if split == "train" else held_out
     sources = []
-    for spec in cfg.mix:
-        name, weight = split_weight(spec)
-        train, held_out = build_halves(name, **options)
-        task = train if split == "train" else held_out
+    for task, weight in zip(tasks, mixture.weights, strict=True):
         if task is None:
             continue
         try:

@@ -98,11 +98,6 @@ def split_weight(spec: str) -> tuple[str, float]:
     return head, weight
 
 
-def build_mixture(specs: Sequence[str], split: str, seed: int = 0, **options: Any) -> TaskMixture:
-    weighted = [split_weight(spec) for spec in specs]
-    return TaskMixture([(build(spec, split, **options), w) for spec, w in weighted], seed)
-
-
 def build_halves(spec: str, **options: Any) -> tuple[Task, Task | None]:
     """A task's rows to train on, and rows to watch training by, none of them among the former.
 
@@ -117,6 +112,16 @@ def build_halves(spec: str, **options: Any) -> tuple[Task, Task | None]:
     except UserError:  # a list with a few words may have none for val
         return hold_out(train)
     return train, TaskSlice(val, 0, HELD_OUT_ROWS)
+
+
+def build_mixture(
+    specs: Sequence[str], seed: int = 0, **options: Any
+) -> tuple[TaskMixture, list[Task | None]]:
+    """What a stage's --mix names: the tasks to train on, and what is held out of each of them."""
+    weighted = [split_weight(spec) for spec in specs]
+    halves = [build_halves(name, **options) for name, _ in weighted]
+    tasks = [(train, weight) for (train, _), (_, weight) in zip(halves, weighted, strict=True)]
+    return TaskMixture(tasks, seed), [held_out for _, held_out in halves]
 
 
 def main(*names: str) -> None:

@@ -158,8 +158,8 @@ class TaskMixture(_Joined):
     rows cost no memory, and any row can be asked for directly. Epochs differ in order, and where a
     weight is a fraction also in rows: over epochs 0..k-1 a task of n rows gives floor(k*w*n).
 
-    A view of a mixture, for people and tests: training mixes the encoded stores of the tasks
-    (`nanochat.dataloader.Source`) by the same `MixtureOrder`.
+    RL takes its prompts in this order. Mid-training and SFT mix the encoded stores of the tasks
+    (`nanochat.dataloader.Source`) with the same weights and the same `MixtureOrder`.
     """
 
     def __init__(self, tasks: Sequence[tuple[Task, float]], seed: int = 0, epoch: int = 0):

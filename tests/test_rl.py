@@ -19,6 +19,7 @@ from nanochat.engine import Completion, Engine, SamplingParams
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.optim import Hypers
+from nanochat.packing import MixtureOrder
 from nanochat.rl import (
     Group,
     Prompt,
@@ -122,7 +123,7 @@ def test_sampling_that_the_loss_cannot_score_is_refused(setting: dict[str, Any])
 
 
 def test_an_epoch_reads_every_row_once() -> None:
-    stream = RowStream([5, 3], [1.0, 2.0], 7, ["a", "b"])
+    stream = RowStream(MixtureOrder([5, 3], [1.0, 2.0], 7), ["a", "b"])
     for _ in range(3):
         rows = [next(stream)[1:] for _ in range(11)]
         assert sorted(rows) == sorted([(0, i) for i in range(5)] + 2 * [(1, i) for i in range(3)])
@@ -130,11 +131,11 @@ def test_an_epoch_reads_every_row_once() -> None:
 
 
 def test_a_stream_goes_on_where_it_was() -> None:
-    stream = RowStream([5, 3], [1.0, 0.5], 7, ["a", "b"])
+    stream = RowStream(MixtureOrder([5, 3], [1.0, 0.5], 7), ["a", "b"])
     for _ in range(9):
         next(stream)
     stream.count(1, 2, 30)
-    other = RowStream([5, 3], [1.0, 0.5], 7, ["a", "b"])
+    other = RowStream(MixtureOrder([5, 3], [1.0, 0.5], 7), ["a", "b"])
     other.load_state_dict(stream.state_dict())
     assert [next(stream) for _ in range(20)] == [next(other) for _ in range(20)]
     assert other.consumed["b"] == {"documents": 2, "tokens": 30}
@@ -143,14 +144,14 @@ def test_a_stream_goes_on_where_it_was() -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        RowStream([5, 4], [1.0, 1.0], 7, ["a", "b"]),
-        RowStream([5, 3], [1.0, 2.0], 7, ["a", "b"]),
-        RowStream([5, 3], [1.0, 1.0], 8, ["a", "b"]),
-        RowStream([5, 3], [1.0, 1.0], 7, ["a", "c"]),
+        RowStream(MixtureOrder([5, 4], [1.0, 1.0], 7), ["a", "b"]),
+        RowStream(MixtureOrder([5, 3], [1.0, 2.0], 7), ["a", "b"]),
+        RowStream(MixtureOrder([5, 3], [1.0, 1.0], 8), ["a", "b"]),
+        RowStream(MixtureOrder([5, 3], [1.0, 1.0], 7), ["a", "c"]),
     ],
 )
 def test_a_position_in_another_stream_is_refused(other: RowStream) -> None:
-    stream = RowStream([5, 3], [1.0, 1.0], 7, ["a", "b"])
+    stream = RowStream(MixtureOrder([5, 3], [1.0, 1.0], 7), ["a", "b"])
     with pytest.raises(UserError, match="start a new --tag"):
         stream.load_state_dict(other.state_dict())
 

@@ -641,9 +641,12 @@ def test_mixture_specs():
     for weight in ("0", "-1", "nan", "inf"):
         with pytest.raises(UserError, match="must be above 0"):
             split_weight(f"gsm8k:{weight}")
-    mixture = registry.build_mixture(["arithmetic:10:2", "arithmetic:8:level=3:0.5"], "train")
+    mixture, held_out = registry.build_mixture(["arithmetic:10:2", "arithmetic:8:level=3:0.5"])
     assert len(mixture) == len(texts(mixture)) == 10 * 2 + 8 // 2
     assert mixture.weights == [2.0, 0.5]
+    rest = {text for half in held_out if half for text in texts(half)}
+    assert rest
+    assert not rest & set(texts(mixture))
 
 
 def test_show_prints_rows_and_tool_calls():

@@ -39,6 +39,10 @@ FLOAT_ELEMENTS = 2**18
 """Up to so many key elements are converted to float32, whose small batched products are faster."""
 
 
+LEAST_RMS = 0.1
+"""Where weights may make vectors smaller than this, RMSNorm is computed with its epsilon."""
+
+
 class Product:
     """x (..., C) -> (..., M) with the weight (M, C) laid out for decoding."""
 
@@ -140,7 +144,7 @@ class Decoder:
         head = model.head.weight[: config.vocab_size].to(self.compute_dtype)
         self.head = Product(head, quantize, not compiled)
         self.floor = torch.tensor(-config.softcap, device=self.device)
-        self.norm = _fast_norm if self.device.type == "cpu" and _nowhere_zero(model) else norm
+        self.norm = _fast_norm if self.device.type == "cpu" and _norms_are_large(model) else norm
         self.windows = {layer.window for layer in self.layers}
         self.rotary = {window: self._rotary_table(window > 0) for window in self.windows}
         self.compiled_step: Any = None
@@ -287,22 +291,31 @@ class Decoder:
         return torch.cat((cos, cos, sin, -sin), dim=-1).to(self.compute_dtype)
 
 
-def _nowhere_zero(model: GPT) -> bool:
-    """Whether no vector that is normed is zero by its weights alone."""
-    D = model.config.head_dim
-    weights = [model.embedding.weight[: model.config.vocab_size]]
-    for block in model.blocks:
+def _norms_are_large(model: GPT) -> bool:
+    """Whether the vectors that are normed have a root mean square far above the epsilon's, 0.001.
+
+    By the weights: embedding rows, and each head's queries and keys of a normed input. Scalars must
+    not take the residual stream away.
+    """
+    D, C = model.config.head_dim, model.config.n_embd
+    smallest = [model.embedding.weight[: model.config.vocab_size].square().mean(dim=1).min()]
+    for i, block in enumerate(model.blocks):
         attention = cast(Block, block).attention
-        weights += [attention.query.weight.view(-1, D * model.config.n_embd)]
-        weights += [attention.key.weight.view(-1, D * model.config.n_embd)]
-    return all(bool(weight.any(dim=1).all()) for weight in weights)
+        for linear in (attention.query, attention.key):
+            # Rows of independent inputs of variance 1: their products have the variance |row|^2.
+            heads = linear.weight.view(-1, D * C)
+            smallest.append(heads.square().sum(dim=1).min() / D)
+        if model.config.residual_scalars:
+            smallest.append(model.residual_scale[i].square() + model.first_scale[i].square())
+    return bool(torch.stack(smallest).min() > LEAST_RMS**2)
 
 
 def _fast_norm(x: torch.Tensor) -> torch.Tensor:
     """RMSNorm in one kernel of CPUs, the one that normalises weights; without its epsilon.
 
     The epsilon changes a vector of root mean square r by 5e-7 / r^2 of its length: less than the
-    rounding to float32 for the vectors of a trained model (r = 0.7 to 48 at depth 4).
+    rounding to float32 for the vectors of a trained model (r = 0.7 to 48 at depth 4). Zeros would
+    become NaN, hence `_norms_are_large`.
     """
     C = x.shape[-1]
     root = C**0.5

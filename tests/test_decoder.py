@@ -47,13 +47,30 @@ def test_reduced_precision_stays_close_to_the_model() -> None:
     assert difference.mean() <= rounding.mean()  # as close as bfloat16 is to float32
 
 
-def test_zero_vectors_stay_zero() -> None:
-    """A head, or a token, that was set to zero is normed to zero and not to NaN."""
+@pytest.mark.parametrize("what", ["embedding", "key", "tiny key", "scalars"])
+def test_vectors_without_length_are_normed_as_by_the_model(what: str) -> None:
+    """A head, a token or a residual stream near zero: no NaN, and the epsilon counts."""
     model = tiny_model()
     with torch.no_grad():
-        model.embedding.weight[7] = 0
-        cast(Block, model.blocks[0]).attention.key.weight.zero_()
-    torch.testing.assert_close(logits_of(Decoder(model)), logits_of(model), atol=2e-4, rtol=0)
+        if what == "embedding":
+            model.embedding.weight[7] = 0
+        elif what == "scalars":
+            model.residual_scale[1] = model.first_scale[1] = 0
+        else:
+            weight = cast(Block, model.blocks[0]).attention.key.weight
+            weight.mul_(1e-4 if what == "tiny key" else 0)
+    expected = logits_of(model)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(logits_of(Decoder(model)), expected, atol=2e-4, rtol=0)
+
+
+def test_large_attention_in_reduced_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above FLOAT_ELEMENTS the products are taken in bfloat16, below in float32."""
+    model = tiny_model(torch.bfloat16)
+    small = logits_of(Decoder(model))
+    monkeypatch.setattr(decoding, "FLOAT_ELEMENTS", 0)
+    large = logits_of(Decoder(model))
+    assert 0 < (small - large).abs().max() < 0.2
 
 
 def test_gradients_are_not_asked_for() -> None:

@@ -46,6 +46,21 @@ def test_append_writes_each_row_at_its_own_place() -> None:
     assert cache.lengths.tolist() == [5, 7]
 
 
+def test_rows_of_one_length_are_written_as_a_column() -> None:
+    cache = filled(2, 10, [3, 3])
+    assert cache.read(1, None, set(), torch.float32).column is None  # known only by its bounds
+    cache.shortest = cache.longest = 3
+    reading = cache.read(1, None, set(), torch.float32)
+    assert reading.column == 3
+    k, v = torch.randn(2, 1, 3, 4), torch.randn(2, 1, 3, 4)
+    keys, values = cache.append(0, reading.slots, k, v)
+    assert torch.equal(keys[:, :, reading.column], k[:, 0])
+    assert torch.equal(values[:, :, reading.column], v[:, 0])
+    assert cache.read(2, None, set(), torch.float32).column is None
+    counts = torch.tensor([1, 0])
+    assert cache.read(1, counts, set(), torch.float32).column is None
+
+
 def test_bounds_hold() -> None:
     cache = cache_of(3, 10)
     for T, counts in ((4, [4, 1, 0]), (1, None), (3, [0, 3, 3]), (2, None)):

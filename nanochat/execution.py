@@ -66,10 +66,6 @@ class ExecutionResult:
         return self.returncode == 0 and self.limit is None
 
     @property
-    def timed_out(self) -> bool:
-        return self.limit == "time"
-
-    @property
     def truncated(self) -> bool:
         """Output was cut at `output_limit`, and the program killed there."""
         return self.limit == "output"

@@ -97,11 +97,6 @@ class KVCache:
         write(values, slots, v)
         return keys, values
 
-    @property
-    def slots(self) -> int:
-        """Slots per row in memory, those that only padding is written to included."""
-        return self.keys[0].shape[2]
-
     def advance(self, T: int, counts: torch.Tensor | None) -> None:
         """Count T appended tokens in every row, or counts (B,) of them, each at most T."""
         self.lengths += T if counts is None else counts

@@ -16,7 +16,7 @@ slice is itself a store, and `merge_stores` puts slices end to end.
 import json
 import shutil
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +26,7 @@ import numpy as np
 
 from nanochat import paths
 from nanochat.errors import UserError
-from nanochat.tokenizer import Tokenizer, unpack_mask
+from nanochat.tokenizer import unpack_mask
 
 VERSION = 1
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -357,27 +357,3 @@ def merge_stores(
         for store in stores:
             writer.add_store(store)
     return TokenStore.open(folder, tokenizer_hash)
-
-
-def build_store(
-    folder: Path,
-    documents: Iterable[tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray | None]],
-    *,
-    tokenizer: Tokenizer,
-    fingerprint: str,
-    with_mask: bool = False,
-) -> TokenStore:
-    """A store of `(ids, mask)` documents in one process; reused if it is there and current."""
-    store = TokenStore.open_if_current(folder, tokenizer.hash, fingerprint)
-    if store is not None:
-        return store
-    with StoreWriter(
-        folder,
-        vocab_size=tokenizer.vocab_size,
-        tokenizer_hash=tokenizer.hash,
-        fingerprint=fingerprint,
-        with_mask=with_mask,
-    ) as writer:
-        for ids, mask in documents:
-            writer.add(ids, mask)
-    return TokenStore.open(folder, tokenizer.hash)

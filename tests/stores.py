@@ -1,6 +1,6 @@
 """Small token stores and conversation tasks for the tests of the data path."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,15 @@ from nanochat.token_store import StoreWriter, TokenStore
 
 def make_store(
     folder: Path,
-    documents: Sequence[Sequence[int]],
+    documents: Iterable[Sequence[int]],
     masks: Sequence[Sequence[int]] | None = None,
     vocab_size: int = 2**16,
+    tokenizer_hash: str = "hash",
 ) -> TokenStore:
     with StoreWriter(
         folder,
         vocab_size=vocab_size,
-        tokenizer_hash="hash",
+        tokenizer_hash=tokenizer_hash,
         fingerprint="print",
         with_mask=masks is not None,
     ) as writer:

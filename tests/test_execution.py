@@ -557,7 +557,7 @@ ENDLESS = {
 def test_endless_program_is_ended(name: str) -> None:
     began = time.monotonic()
     result = run("import os; print(os.getpid())\n" + textwrap.dedent(ENDLESS[name]), timeout=0.3)
-    assert result.timed_out
+    assert result.limit == "time"
     assert not result.ok
     assert 0.3 <= result.seconds <= time.monotonic() - began
     assert result.signal == "SIGKILL"
@@ -568,7 +568,7 @@ def test_endless_program_is_ended(name: str) -> None:
 
 def test_output_before_the_end_is_kept() -> None:
     result = run("import time; print('first'); time.sleep(60)", timeout=2)
-    assert result.timed_out
+    assert result.limit == "time"
     assert result.stdout.split() == ["first"]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from stores import Echo
+from stores import Echo, make_store
 
 from nanochat import runtime
 from nanochat.batch_view import View, build_view, print_view, render_html, token_text
@@ -15,7 +15,6 @@ from nanochat.config import Run, SftConfig, to_dict
 from nanochat.conversation_store import conversations_store
 from nanochat.dataloader import DataLoader, Source
 from nanochat.errors import UserError
-from nanochat.token_store import build_store
 from nanochat.tokenizer import Tokenizer
 from scripts import show_batch
 from scripts.show_batch import Config
@@ -143,8 +142,13 @@ def test_invisible_characters_are_spelled_out() -> None:
 
 def test_the_script(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """A store, a task, a page; and a --skip that lands on the row asked for."""
-    documents = [([tokenizer.bos, *tokenizer.encode(f"document {i}")], None) for i in range(40)]
-    store = build_store(tmp_path / "s", documents, tokenizer=tokenizer, fingerprint="")
+    documents = [[tokenizer.bos, *tokenizer.encode(f"document {i}")] for i in range(40)]
+    store = make_store(
+        tmp_path / "s",
+        documents,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_hash=tokenizer.hash,
+    )
     single = runtime.single()
     cfg = Config(stage="base", store=store.folder, sequence_length=T, rows=6)
     view = show_batch.main(cfg, single)

@@ -12,7 +12,7 @@ from stores import Echo, make_store
 from nanochat import conversation_store
 from nanochat.conversation_store import conversations_store
 from nanochat.errors import UserError
-from nanochat.token_store import TokenStore, build_store, merge_stores
+from nanochat.token_store import TokenStore, merge_stores
 from nanochat.tokenizer import Tokenizer
 
 DOCUMENTS = [[1, 2, 3], [9], [4, 5, 6, 7, 8]]
@@ -95,15 +95,15 @@ def test_wrong_use_of_the_writer_is_refused(tmp_path: Path) -> None:
         make_store(tmp_path / "s", [[1, 2]], [None])  # type: ignore[list-item]
 
 
-def test_a_failed_write_leaves_the_old_store(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_failed_write_leaves_the_old_store(tmp_path: Path) -> None:
     make_store(tmp_path / "s", DOCUMENTS)
 
-    def documents() -> Iterator[tuple[list[int], None]]:
-        yield [1], None
+    def documents() -> Iterator[list[int]]:
+        yield [1]
         raise RuntimeError("the disk is full")
 
     with pytest.raises(RuntimeError, match="full"):
-        build_store(tmp_path / "s", documents(), tokenizer=tokenizer, fingerprint="new")
+        make_store(tmp_path / "s", documents())
     assert folders(tmp_path) == ["s"]
     assert read(TokenStore.open(tmp_path / "s")) == DOCUMENTS
 
@@ -174,17 +174,6 @@ def test_merging_puts_slices_end_to_end(tmp_path: Path) -> None:
         merge_stores(tmp_path / "merged", [*parts, tmp_path / "plain"], **settings)
     with pytest.raises(UserError, match="no slices"):
         merge_stores(tmp_path / "merged", [], **settings)
-
-
-def test_build_store_reuses_what_is_current(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    def build(documents: list[list[int]], fingerprint: str) -> list[list[int]]:
-        pairs = ((ids, None) for ids in documents)
-        folder = tmp_path / "s"
-        return read(build_store(folder, pairs, tokenizer=tokenizer, fingerprint=fingerprint))
-
-    assert build(DOCUMENTS, "a") == DOCUMENTS
-    assert build([[7]], "a") == DOCUMENTS
-    assert build([[7]], "b") == [[7]]
 
 
 # Conversations

@@ -190,7 +190,12 @@ class TaskMixture(_Joined):
 
 
 class TaskSequence(_Joined):
-    """Tasks one after the other, unshuffled: a curriculum."""
+    """Tasks one after the other, unshuffled: a curriculum.
+
+    For loops of your own: `for row in TaskSequence([build("arithmetic:500", "train"),
+    build("arithmetic:500:level=2", "train")])` gives the easy rows, then the harder ones (`build`
+    of `tasks.registry`). The training stages shuffle what they are given.
+    """
 
     def __init__(self, tasks: Sequence[Task]):
         super().__init__("sequence", tasks)

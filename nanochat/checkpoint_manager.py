@@ -20,6 +20,7 @@ import re
 import shutil
 import threading
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import Optimizer
 from nanochat.runtime import Runtime
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import SystemStyle, Tokenizer
 
 FORMAT = 1
 STAGES = ("base", "mid", "sft", "rl")
@@ -413,6 +414,12 @@ def load_model(
     load_weights(folder, model)
     model.eval()
     return model, tokenizer, meta
+
+
+def system_style(meta: Mapping[str, Any]) -> SystemStyle:
+    """How a checkpoint's training rendered system messages."""
+    config = meta.get("run_config") or {}
+    return "merge" if config.get("system") == "merge" else "tokens"
 
 
 def check_tokenizer(meta: dict[str, Any], tokenizer: Tokenizer, folder: Path) -> None:

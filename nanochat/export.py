@@ -22,12 +22,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nanochat import paths
+from nanochat.checkpoint_manager import system_style
 from nanochat.errors import UserError
 from nanochat.functional import NORM_EPS
 from nanochat.gpt import GPT
 from nanochat.hf_tokenizer import hf_tokenizer
 from nanochat.model_card import model_card
-from nanochat.tokenizer import SystemStyle, Tokenizer
+from nanochat.tokenizer import Tokenizer
 
 MODELING_FILE = "modeling_nanochat_full.py"
 FILES = (
@@ -91,13 +92,13 @@ def export(
     _compare_names(tensors, config)
     bos, end = tokenizer.bos, tokenizer.special("<|assistant_end|>")
     generation = GenerationConfig(bos_token_id=bos, eos_token_id=[end, bos], pad_token_id=bos)
-    system: SystemStyle = meta.get("run_config", {}).get("system", "tokens")
     with paths.atomic_folder(folder) as temporary:
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         # Written for the owner alone otherwise; a server may run as someone else.
         (temporary / "model.safetensors").chmod(0o644)
         config.save_pretrained(temporary)
         generation.save_pretrained(temporary)
+        system = system_style(meta)
         hf_tokenizer(tokenizer, model.config.context_length, system).save_pretrained(temporary)
         if not model.config.is_portable:
             shutil.copy(Path(__file__).with_name(MODELING_FILE), temporary / MODELING_FILE)

@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 
-from nanochat.checkpoint_manager import check_tokenizer, find, load_weights, read_meta
+from nanochat.checkpoint_manager import (
+    check_tokenizer,
+    find,
+    load_weights,
+    read_meta,
+    system_style,
+)
 from nanochat.config import Batching, Duration, RlConfig, from_dict
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
@@ -106,14 +112,13 @@ def load_start(cfg: RlConfig, runtime: Runtime) -> Start:
         check_resumed(cfg, f"rl/{cfg.run.tag}", resumed, origin(meta))
     tokenizer = Tokenizer.load()
     check_tokenizer(meta, tokenizer, folder)
-    trained = meta.get("run_config", {}).get("system", "tokens")
     runtime.print(f"starting from {folder}")
     return Start(
         folder,
         meta,
         model_of(folder, meta, runtime),
         tokenizer,
-        trained if cfg.system == "auto" else cfg.system,
+        system_style(meta) if cfg.system == "auto" else cfg.system,
     )
 
 

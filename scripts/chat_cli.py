@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
-from nanochat.checkpoint_manager import load_model
+from nanochat.checkpoint_manager import load_model, system_style
 from nanochat.config import Computing, Decoding, Tools
 from nanochat.conversation import parts, validate
 from nanochat.decoder import Decoder
@@ -153,26 +153,30 @@ class Chat:
         )
         self.answers = 0
         self.messages: list[dict[str, Any]] = []
-        self.set_system(cfg.system)
         self.load_model(cfg.source, cfg.step)
+        self.set_system(cfg.system)
 
     def load_model(self, source: str, step: int | None = None) -> None:
-        model, self.tokenizer, self.meta = load_model(
+        """Talk to this model; where that raises, the one before stays."""
+        model, tokenizer, meta = load_model(
             source, step=step, device=self.runtime.device, dtype=self.runtime.dtype
         )
         tool = python_tool(self.cfg.sandbox) if self.cfg.python_tool else self.cfg.tools
         decoder = Decoder(model, self.cfg.quantize, self.cfg.cuda_graphs)
-        self.engine = Engine(decoder, self.tokenizer, max_slots=1, tools=tool)
-        self.source = source
-        self.base = self.meta.get("stage") == "base"
-        run_config = self.meta.get("run_config") or {}
-        self.system_style: Literal["tokens", "merge"] = (
-            "merge" if run_config.get("system") == "merge" else "tokens"
-        )
+        self.engine = Engine(decoder, tokenizer, max_slots=1, tools=tool)
+        self.tokenizer, self.meta, self.source = tokenizer, meta, source
+        self.base = meta.get("stage") == "base"
+        self.system_style = system_style(meta)
         self.size = sum(model.num_parameters().values())
+        self.note_unread_system()
 
     def set_system(self, text: str | None) -> None:
         self.messages = [{"role": "system", "content": text}] if text else []
+        self.note_unread_system()
+
+    def note_unread_system(self) -> None:
+        if self.base and any(message["role"] == "system" for message in self.messages):
+            self.say("(a base model takes no system message; it only continues text)")
 
     def answer(self, text: str, show_tools: bool) -> Completion:
         """Answer `text`, printing on the way; what was said so far stays if Ctrl-C stops it."""
@@ -183,6 +187,8 @@ class Chat:
         started = time.monotonic()
         with stoppable() as stop:
             request = self.engine.submit(prompt, self.params, index=self.answers, streaming=True)
+            if not self.base:
+                self.messages.append({"role": "user", "content": text})
             while not request.finished and not stop.is_set():
                 for event in self.engine.step():
                     printer.show(event.type, event.text)
@@ -215,8 +221,7 @@ class Chat:
             if len(ids) > limit:
                 self.say(f"(only the end of the text fits into the context; {longer})")
             return ids[-limit:]
-        self.messages.append({"role": "user", "content": text})
-        conversation = {"messages": self.messages}
+        conversation = {"messages": [*self.messages, {"role": "user", "content": text}]}
         conversation, notice = truncate_chat(conversation, self.tokenizer, limit, self.system_style)
         if notice:
             self.say(f"({notice}; {longer})")

@@ -23,7 +23,7 @@ import torch
 import tyro
 from rich.table import Table
 
-from nanochat.checkpoint_manager import find, load_model, read_meta
+from nanochat.checkpoint_manager import find, load_model, read_meta, system_style
 from nanochat.config import Computing
 from nanochat.conversation import parts
 from nanochat.engine import Engine, Request, SamplingParams
@@ -142,7 +142,7 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
     stage, tag, step = meta["stage"], meta["tag"], int(meta["step"])
     weights = weights_digest(meta)
     runtime.print(f"{stage}/{tag} step {step}: {', '.join(todo) or 'all tasks are measured'}")
-    system: SystemStyle = meta.get("run_config", {}).get("system", "tokens")
+    system = system_style(meta)
     for spec, task in todo.items():
         result = evaluate_task(model, tokenizer, task, cfg, runtime, label=spec, system=system)
         results[spec] = {**result, **settings[spec]}

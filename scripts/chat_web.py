@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 import uvicorn
 
-from nanochat.checkpoint_manager import load_model
+from nanochat.checkpoint_manager import load_model, system_style
 from nanochat.config import Computing, Decoding, Tools
 from nanochat.decoder import Decoder
 from nanochat.engine import Engine, python_tool
@@ -81,14 +81,13 @@ def load(cfg: Config, runtime: Runtime) -> list[Served]:
     models = []
     for source in cfg.source:
         model, tokenizer, meta = load_model(source, device=runtime.device, dtype=runtime.dtype)
-        run_config = meta.get("run_config") or {}
         decoder = Decoder(model, cfg.quantize, cfg.cuda_graphs)
         models.append(
             Served(
                 name=source,
                 engine=Engine(decoder, tokenizer, max_slots=cfg.max_slots, tools=tool),
                 chat=meta.get("stage") != "base",
-                system="merge" if run_config.get("system") == "merge" else "tokens",
+                system=system_style(meta),
                 parameters=sum(model.num_parameters().values()),
             )
         )

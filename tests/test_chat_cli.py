@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from tiny_models import scripted, tiny_model, tiny_tokenizer
 
 from nanochat.config import parse
@@ -205,6 +206,42 @@ def test_mistakes_do_not_end_the_session(
     assert "said [12 + 34 -> 46] is a word\n" in captured.out
 
 
+def test_a_refused_message_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(monkeypatch, scripted(ANSWER, context_length=4))
+    converse(monkeypatch, runtime, ["hi", "/save x"])
+    captured = capsys.readouterr()
+    assert "no message fits into 2 tokens" in captured.err
+    assert "nothing to save" in captured.err
+
+    def submit(*arguments: Any, **options: Any) -> Any:
+        raise UserError("not this one")
+
+    use(monkeypatch, scripted(ANSWER))
+    monkeypatch.setattr(Engine, "submit", submit)
+    converse(monkeypatch, runtime, ["hi", "/save x"])
+    captured = capsys.readouterr()
+    assert "not this one" in captured.err
+    assert "nothing to save" in captured.err
+
+
+def test_a_model_that_cannot_be_taken_leaves_the_one_before(
+    monkeypatch: pytest.MonkeyPatch, runtime: Runtime
+) -> None:
+    use(monkeypatch, tiny_model())
+    chat = chat_cli.Chat(Config(), runtime, Console(), Console(stderr=True))
+    before = dict(vars(chat))
+
+    def decoder(*arguments: Any) -> Any:
+        raise UserError("not this one")
+
+    monkeypatch.setattr(chat_cli, "Decoder", decoder)
+    with pytest.raises(UserError, match="not this one"):
+        chat.load_model("rl")
+    assert [name for name, value in vars(chat).items() if value is not before[name]] == []
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_program(
     monkeypatch: pytest.MonkeyPatch, runtime: Runtime, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -267,6 +304,22 @@ def test_a_base_model_continues_text(
     assert "mid_train --context-length" in captured.err
     ids = tiny_tokenizer().encode("the king and the sea " * 50)
     assert model.prompt == ids[-(96 - 30) :]
+
+
+def test_a_base_model_takes_no_system_message(
+    monkeypatch: pytest.MonkeyPatch, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = "a base model takes no system message"
+    use(monkeypatch, scripted([" sea", "<|bos|>"]), {"stage": "base"})
+    chat_cli.main(Config(prompt="the king"), runtime)
+    assert note not in capsys.readouterr().err
+    chat_cli.main(Config(prompt="the king", system="a word"), runtime)
+    assert note in capsys.readouterr().err
+    converse(monkeypatch, runtime, ["/system a word", "/model base"])
+    assert capsys.readouterr().err.count(note) == 2
+    use(monkeypatch, scripted(ANSWER))
+    converse(monkeypatch, runtime, ["/system a word"])
+    assert note not in capsys.readouterr().err
 
 
 def test_system_messages_are_rendered_as_in_training(

@@ -24,6 +24,7 @@ from nanochat.checkpoint_manager import (
     meta_digest,
     read_meta,
     restore,
+    system_style,
 )
 from nanochat.config import Learning
 from nanochat.errors import UserError
@@ -471,3 +472,16 @@ def test_a_really_full_disk(tiny_disk: Path) -> None:
             break
     assert failures >= 5
     assert list_steps(tiny_disk) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("meta", "style"),
+    [
+        ({}, "tokens"),
+        ({"run_config": None}, "tokens"),
+        ({"run_config": {"depth": 4}}, "tokens"),
+        ({"run_config": {"system": "merge"}}, "merge"),
+    ],
+)
+def test_the_style_of_system_messages(meta: dict[str, Any], style: str) -> None:
+    assert system_style(meta) == style

@@ -340,6 +340,12 @@ def test_only_an_earlier_export_is_replaced(tmp_path: Path) -> None:
         export.export(tiny_model(vocab_size=400), tiny_tokenizer(), tmp_path / "other")
 
 
+def test_a_checkpoint_without_a_run_configuration(tmp_path: Path) -> None:
+    export.export(
+        tiny_model(**PORTABLE), tiny_tokenizer(), tmp_path / "model", meta={"run_config": None}
+    )
+
+
 def test_the_folder_holds_nothing_else(exported: tuple[GPT, Path]) -> None:
     model, folder = exported
     files = {path.name for path in folder.iterdir()}

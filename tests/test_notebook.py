@@ -14,6 +14,7 @@ from tasks.common import Task
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
+SMALL = {"vocab_size": 400, "total_batch_size": 256, "eval_tokens": 256, "num_steps": 2}
 
 
 def corpus(folder: Path) -> Path:
@@ -37,8 +38,9 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if cell.cell_type == "code":
             assert not cell.outputs, "outputs are not kept in the file"
             text = cell.source.replace('corpus = "bbe"', f"corpus = {str(corpus(tmp_path))!r}")
-            text = text.replace("vocab_size=1024", "vocab_size=400")
-            cell.source = re.sub(r"num_steps=\d+", "num_steps=2", text)
+            for name, value in SMALL.items():
+                text = re.sub(rf"{name}=[\d_]+", f"{name}={value}", text)
+            cell.source = text
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))

@@ -266,6 +266,53 @@ def test_a_reload_in_the_middle_of_an_answer(page: Page, service: Service) -> No
     assert "the sea" in page.answer()
     assert page.one("#send").is_displayed()
     settle(service, 3)
+    page.browser.execute_script(  # as a browser leaves it that was killed
+        """for (const [key, text] of Object.entries(localStorage)) {
+            const chat = JSON.parse(text);
+            if (!chat.messages) continue;
+            chat.messages[1].coming = true;
+            localStorage.setItem(key, JSON.stringify(chat));
+        }"""
+    )
+    page.open()
+    page.one("#new-chat").click()
+    page.one("#chats .open").click()
+    assert "the sea" in page.answer()
+    assert page.button("Regenerate")
+    assert "stopped" in page.one(".facts").text
+
+
+def test_the_current_conversation_is_chosen_while_it_answers(page: Page, service: Service) -> None:
+    page.choose("slow")
+    page.send("hi")
+    page.until(lambda: len(page.answer()) > 250)
+    before = page.answer()
+    page.one("#chats .open").click()  # it is shown already: nothing is lost or stopped
+    assert page.answer().startswith(before)
+    page.until(lambda: len(page.answer()) > len(before) + 20)
+    page.one("#stop").click()
+    page.answered()
+    assert page.button("Regenerate")
+    settle(service, 3)
+
+
+@pytest.mark.parametrize("everything", [False, True], ids=["one", "all"])
+def test_a_conversation_deleted_while_it_answers_stays_deleted(
+    page: Page, service: Service, everything: bool
+) -> None:
+    page.choose("slow")
+    page.send("hi")
+    page.until(lambda: len(page.answer()) > 20)
+    if everything:
+        page.one("#open-settings").click()
+    page.one("#clear-all" if everything else "#chats .delete").click()
+    page.browser.switch_to.alert.accept()
+    if everything:
+        page.one("#close-settings").click()
+    settle(service, 3)
+    page.open()
+    assert page.all("#chats .open") == []
+    assert page.users() == []
 
 
 def test_settings_are_kept_and_sent(page: Page, service: Service) -> None:

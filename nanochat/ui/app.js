@@ -59,10 +59,17 @@ function newChat() {
 }
 
 function openChat(id) {
+  if (answering && chat.id === id) return;
   stop();
   const found = store.read(PREFIX + id, null);
   if (!found) return newChat();
   chat = found;
+  for (const message of chat.messages) {
+    // The page was closed while an answer came.
+    if (!message.coming) continue;
+    delete message.coming;
+    message.stopped = true;
+  }
   store.write("nanochat.current", id);
   render();
   listConversations();
@@ -335,7 +342,9 @@ async function answer() {
     const at = log.scrollTop;
     render();
     if (!atEnd) log.scrollTop = at;
-  } else store.write(PREFIX + mine.id, { ...mine, changed: Date.now() });
+  } else if (store.read(PREFIX + mine.id, null)) { // not where it was deleted
+    store.write(PREFIX + mine.id, { ...mine, changed: Date.now() });
+  }
   say(message.error || (message.stopped ? "Stopped" : `Answer: ${textOf(message)}`));
 }
 
@@ -534,12 +543,5 @@ applyTheme();
 const current = store.read("nanochat.current", null);
 if (current) openChat(current);
 else newChat();
-for (const message of chat.messages) {
-  // A page that was closed while an answer came.
-  if (!message.coming) continue;
-  delete message.coming;
-  message.stopped = true;
-}
-render();
 loadModels();
 $("input").focus();

@@ -12,7 +12,7 @@ from nanochat.service import ApiError, Service
 
 
 class Guard:
-    """Looks at every request first: its host, its key, its size; and at every response's headers.
+    """Looks at every request first: its host, key, size and type; and at every response's headers.
 
     The host is checked because a page of another site can make a browser call a local server by
     pointing its own name at 127.0.0.1 (DNS rebinding).
@@ -56,13 +56,13 @@ class Guard:
 
         headers = dict(scope["headers"])
         try:
-            self._check(path, headers)
+            self._check(scope["method"], path, headers)
         except ApiError as error:
             await error.response()(scope, receive, answer)
             return
         await self.app(scope, self._bounded(receive), answer)
 
-    def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
+    def _check(self, method: str, path: str, headers: dict[bytes, bytes]) -> None:
         if self.hosts is not None:
             host = headers.get(b"host", b"").decode("latin-1")
             name = host[: host.rfind("]") + 1] or host.partition(":")[0]
@@ -82,6 +82,12 @@ class Guard:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.service.limits.max_body_bytes:
             raise self._too_large()
+        # A page of another site may send any other type without asking its browser first (CORS).
+        kind = headers.get(b"content-type", b"").decode("latin-1")
+        if method == "POST" and kind.partition(";")[0].strip().lower() != "application/json":
+            raise ApiError(
+                415, f"the content type is {kind!r}; send JSON as Content-Type: application/json"
+            )
 
     def _too_large(self) -> ApiError:
         limit = self.service.limits.max_body_bytes

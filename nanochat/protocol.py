@@ -180,10 +180,10 @@ def token_entries(served: Served, completion: Completion, start: int, end: int) 
     return entries
 
 
-def flat_logprobs(entries: list[Any], top: int) -> dict[str, Any]:
-    """The same in the shape of /v1/completions."""
+def flat_logprobs(entries: list[Any], top: int, start: int = 0) -> dict[str, Any]:
+    """The same in the shape of /v1/completions. start: characters in the tokens before these."""
     tokens = [entry["token"] for entry in entries]
-    offsets = [0, *accumulate(map(len, tokens))][: len(tokens)]
+    offsets = list(accumulate(map(len, tokens), initial=start))[:-1]
     return {
         "tokens": tokens,
         "token_logprobs": [entry["logprob"] for entry in entries],
@@ -221,6 +221,7 @@ class _Progress:
             self.first[request] = first
             first += len(request.completions)
         self.reported: Counter[int] = Counter()
+        self.characters: Counter[int] = Counter()
 
     def index(self, event: Event) -> int:
         return self.first[event.request] + event.sample
@@ -229,6 +230,12 @@ class _Progress:
         index = self.index(event)
         start, self.reported[index] = self.reported[index], event.tokens
         return token_entries(self.served, event.completion, start, event.tokens)
+
+    def flat_logprobs(self, event: Event, top: int) -> dict[str, Any]:
+        index = self.index(event)
+        found = flat_logprobs(self.entries(event), top, self.characters[index])
+        self.characters[index] += sum(map(len, found["tokens"]))
+        return found
 
 
 async def chat_chunks(
@@ -280,7 +287,7 @@ async def completion_chunks(
             for event in merged(events):
                 entries = None
                 if logprobs is not None:
-                    entries = flat_logprobs(progress.entries(event), logprobs)
+                    entries = progress.flat_logprobs(event, logprobs)
                 reason = event.completion.finish_reason if event.finished else None
                 text = event.text if event.type == "text" else ""
                 choice = {

@@ -109,7 +109,7 @@ def create_app(
     limits = service.limits
     errors: dict[int | str, dict[str, Any]] = {
         status: {"description": "An error in OpenAI's shape"}
-        for status in (400, 401, 404, 408, 413, 429, 500)
+        for status in (400, 401, 404, 408, 413, 415, 429, 500)
     }
     app = FastAPI(
         title="nanochat", docs_url=None, redoc_url=None, lifespan=lifespan, responses=errors

@@ -20,7 +20,7 @@ import uvicorn
 from nanochat.checkpoint_manager import load_model, system_style
 from nanochat.config import Computing, Decoding, Tools
 from nanochat.decoder import Decoder
-from nanochat.engine import Engine, python_tool
+from nanochat.engine import Engine, SamplingParams, python_tool
 from nanochat.errors import UserError
 from nanochat.help_page import Group
 from nanochat.launch import launch
@@ -71,6 +71,15 @@ class Load(Group):
 class Config(Access, Answer, Load, Tools, Decoding, Computing):
     source: tuple[str, ...] = ("sft",)
     """Models to offer, the first by default: stages, stage/tag, or checkpoint folders."""
+
+
+def check(cfg: Config) -> None:
+    """UserError for values that make no sense: no client is to blame for them later."""
+    SamplingParams(temperature=cfg.temperature, top_k=cfg.top_k, max_tokens=cfg.max_tokens)
+    if cfg.max_queue < 0:
+        raise UserError(f"--max-queue {cfg.max_queue} must be at least 0 (0 lets nobody wait)")
+    if cfg.api_key is not None and not cfg.api_key.strip():
+        raise UserError("the --api-key is empty; give one, or leave the flag out to ask for none")
 
 
 def load(cfg: Config, runtime: Runtime) -> list[Served]:
@@ -148,6 +157,7 @@ def serve(cfg: Config, runtime: Runtime, models: Sequence[Served], listener: soc
 
 
 def main(cfg: Config, runtime: Runtime) -> None:
+    check(cfg)
     # First the port: to hear that it is taken should not take as long as loading a model.
     listener = listen(cfg.host, cfg.port)
     serve(cfg, runtime, load(cfg, runtime), listener)

@@ -2,12 +2,14 @@
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import re
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -178,10 +180,15 @@ def test_text_completions(client: httpx.Client) -> None:
     assert len(first["tokens"]) == len(first["token_logprobs"]) == len(first["top_logprobs"]) == 9
     assert first["text_offset"][1] == len(first["tokens"][0])
     chunks = stream(client, "completions", prompt=texts, **fields)
+    with_logprobs = stream(client, "completions", prompt=texts, logprobs=2, **fields)
     for index in range(4):
         mine = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == index]
         assert "".join(piece["text"] for piece in mine) == answers[0][index]
         assert mine[-1]["finish_reason"] == "length"
+        mine = [c["choices"][0] for c in with_logprobs if c["choices"][0]["index"] == index]
+        whole = answer.json()["choices"][index]["logprobs"]
+        for key in ("tokens", "text_offset"):  # offsets count from the beginning of the text
+            assert [one for piece in mine for one in piece["logprobs"][key]] == whole[key]
     single_prompt = client.post("/v1/completions", json={"prompt": "the king", **fields}).json()
     assert [c["text"] for c in single_prompt["choices"]] == answers[0][:2]
     assert single_prompt["usage"]["prompt_tokens"] == len(ids[0])
@@ -296,9 +303,8 @@ def test_requests_that_make_no_sense(
 )
 def test_malformed_bodies(client: httpx.Client, body: bytes) -> None:
     for path in ("/v1/chat/completions", "/v1/completions"):
-        for kind in ("application/json", "text/plain"):
-            response = client.post(path, content=body, headers={"content-type": kind})
-            is_error(response, 400)
+        response = client.post(path, content=body, headers={"content-type": "application/json"})
+        is_error(response, 400)
 
 
 def test_lone_surrogates(client: httpx.Client) -> None:
@@ -378,6 +384,19 @@ def test_the_api_key() -> None:
         assert httpx.get(f"{url}/v1/models", headers=right).is_success
         assert httpx.get(f"{url}/health").is_success
         assert httpx.get(url).is_success  # the page asks for the key itself
+
+
+def test_only_json_is_read(client: httpx.Client) -> None:
+    """A page of another site may send a form or plain text without asking its browser first."""
+    body = json.dumps({"messages": HI}).encode()
+    for path in ("chat/completions", "completions"):
+        is_error(client.post(f"/v1/{path}", content=body), 415, "application/json")
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
+            response = client.post(f"/v1/{path}", content=body, headers={"content-type": kind})
+            is_error(response, 415, kind)
+    for kind in ("application/json; charset=utf-8", "Application/JSON"):
+        headers = {"content-type": kind}
+        assert client.post("/v1/chat/completions", content=body, headers=headers).is_success
 
 
 def test_foreign_hosts_are_refused(client: httpx.Client) -> None:
@@ -494,10 +513,23 @@ def test_a_reader_that_does_not_read_holds_nobody_up(
 
 
 def test_memory_does_not_grow_with_requests(client: httpx.Client, service: Service) -> None:
-    for _ in range(10):
-        chat(client, max_tokens=2)
-        stream(client, max_tokens=2)
-    settle(service)
+    def serve(count: int) -> int:
+        """Bytes held after so many requests."""
+        for _ in range(count // 2):
+            chat(client, max_tokens=2)
+            stream(client, max_tokens=2)
+        settle(service)
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    serve(20)
+    tracemalloc.start()
+    try:
+        before = serve(20)
+        after = serve(100)
+    finally:
+        tracemalloc.stop()
+    assert after - before < 100_000
     assert not service._jobs
     assert all(count == 0 for count in service.waiting_and_running.values())
 
@@ -526,6 +558,26 @@ def test_flags() -> None:
     assert config.source == ("sft", "base")
     assert config.host == "127.0.0.1"
     assert config.cors == ()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"api_key": ""}, "--api-key is empty"),
+        ({"api_key": " "}, "--api-key is empty"),
+        ({"temperature": -1.0}, "temperature -1.0"),
+        ({"top_k": -5}, "top_k -5"),
+        ({"max_tokens": 0}, "max_tokens 0"),
+        ({"max_queue": -1}, "--max-queue -1"),
+    ],
+)
+def test_flags_that_make_no_sense(
+    flags: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before a model is loaded."""
+    monkeypatch.setattr(chat_web, "load", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=re.escape(words)):
+        chat_web.main(chat_web.Config(port=0, **flags), single())
 
 
 def test_a_port_that_is_taken() -> None:

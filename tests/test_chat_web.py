@@ -529,7 +529,7 @@ def test_memory_does_not_grow_with_requests(client: httpx.Client, service: Servi
         after = serve(100)
     finally:
         tracemalloc.stop()
-    assert after - before < 100_000
+    assert after - before < 250_000  # about 50,000 here; a job kept of every request is 550,000
     assert not service._jobs
     assert all(count == 0 for count in service.waiting_and_running.values())
 

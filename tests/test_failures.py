@@ -180,7 +180,7 @@ def test_a_non_finite_loss_stops_with_one_line(tmp_path: Path) -> None:
     assert status == [1, 1]
     for text in said:
         assert len(text.splitlines()) == 1
-        assert "step 0: the loss of rank 1 is inf; nothing was updated" in text
+        assert "step 1: the loss of rank 1 is inf; nothing was updated" in text
 
 
 def sleep_elsewhere(runtime: Runtime) -> None:

@@ -252,8 +252,11 @@ class Decoder:
         rotary = {w: _turns(F.embedding(positions, table)) for w, table in self.rotary.items()}
         single = T == 1 and ids.device.type == "cpu"
         biases = reading.biases
-        if single:  # a bias for each row and key/value head
-            biases = {w: b.expand(B, K, 1, -1).reshape(B * K, 1, -1) for w, b in biases.items()}
+        if single:  # a bias for each row and key/value head, in the dtype to attend in
+            dtype = torch.float32 if keys[0].numel() <= FLOAT_ELEMENTS else keys[0].dtype
+            biases = {
+                w: b.to(dtype).expand(B, K, 1, -1).reshape(B * K, 1, -1) for w, b in biases.items()
+            }
         x = first = self.norm(F.embedding(tokens, self.embedding))  # (N, C)
         for i, layer in enumerate(self.layers):
             if layer.scales is not None:
@@ -341,11 +344,14 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 def _attend_single(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
-    """`attend_cached` for one token per row. q (B, H, D), bias (B * K, 1, S) -> (B * K, G, D)."""
+    """`attend_cached` for one token per row. q (B, H, D), bias (B * K, 1, S) -> (B * K, G, D).
+
+    The products are in the dtype of bias.
+    """
     D = q.shape[-1]
     S = keys.shape[2]
-    if keys.numel() <= FLOAT_ELEMENTS and keys.dtype != torch.float32:
-        return _attend_single(q.float(), keys.float(), values.float(), bias.float()).to(q.dtype)
+    dtype, result_dtype = bias.dtype, q.dtype
+    q, keys, values = q.to(dtype), keys.to(dtype), values.to(dtype)
     q = q.reshape(bias.shape[0], -1, D)
     scores = torch.baddbmm(bias, q, keys.view(-1, S, D).transpose(1, 2), alpha=D**-0.5)
-    return torch.bmm(scores.softmax(dim=-1), values.view(-1, S, D))
+    return torch.bmm(scores.softmax(dim=-1), values.view(-1, S, D)).to(result_dtype)

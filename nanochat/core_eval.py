@@ -416,7 +416,7 @@ def load_hf(
 
         from nanochat.modeling_nanochat_full import NanoChatFullConfig, NanoChatFullForCausalLM
     except ImportError as error:
-        raise UserError("--hf needs transformers; pip install 'nanochat[hf]'") from error
+        raise UserError("--hf needs transformers; pip install -e '.[hf]'") from error
     AutoConfig.register(NanoChatFullConfig.model_type, NanoChatFullConfig, exist_ok=True)
     AutoModelForCausalLM.register(NanoChatFullConfig, NanoChatFullForCausalLM, exist_ok=True)
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}

@@ -52,7 +52,8 @@ class Check(NamedTuple):
     """How far an exported folder is from the model it came from."""
 
     largest_difference: float
-    """Of any logit, in float32, on random rows as long as the context (at most CHECKED_TOKENS)."""
+    """Largest difference of any logit, in float32, on random rows as long as the context (at most
+    CHECKED_TOKENS): read at once, and decoded by `generate` as a padded batch with either cache."""
     texts: int
     """Random Unicode texts whose ids and whose decoding agree."""
 
@@ -235,6 +236,7 @@ def check(folder: Path, model: GPT, tokenizer: Tokenizer, *, texts: int = 1000) 
     RuntimeError where logits or ids differ, or transformers made up or left out a weight.
     """
     from transformers import PreTrainedTokenizerFast
+    from transformers import __version__ as transformers_version
 
     theirs, loading = model_class(model.config.is_portable).from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
@@ -249,12 +251,18 @@ def check(folder: Path, model: GPT, tokenizer: Tokenizer, *, texts: int = 1000) 
     generator = torch.Generator().manual_seed(0)
     length = min(model.config.context_length, CHECKED_TOKENS)
     ids = torch.randint(0, model.config.vocab_size, (2, length), generator=generator)
-    difference = (ours(ids) - theirs.eval()(ids).logits).abs().max().item()
-    if not difference <= TOLERANCE:
-        raise RuntimeError(
-            f"logits of the exported model differ by {difference:.1e}: this version of "
-            "transformers computes another function"
+    theirs.eval()
+    differences = {"": (ours(ids) - theirs(ids).logits).abs().max().item()}
+    for cache in ("dynamic", "static") if length > 2 else ():
+        differences[f" decoded with a {cache} cache"] = _decoding_difference(
+            ours, theirs, ids, cache
         )
+    for how, difference in differences.items():
+        if not difference <= TOLERANCE:
+            raise RuntimeError(
+                f"logits of the exported model{how} differ by {difference:.1e}: transformers "
+                f"{transformers_version} computes another function"
+            )
 
     other = PreTrainedTokenizerFast.from_pretrained(folder)
     for name in tokenizer.SPECIAL_TOKENS:
@@ -267,7 +275,40 @@ def check(folder: Path, model: GPT, tokenizer: Tokenizer, *, texts: int = 1000) 
             raise RuntimeError(f"the exported tokenizer encodes {text!r} differently")
         if other.decode(ids_of_text) != text:
             raise RuntimeError(f"the exported tokenizer decodes {text!r} differently")
-    return Check(difference, texts)
+    return Check(max(differences.values()), texts)
+
+
+def _decoding_difference(ours: GPT, theirs: Any, ids: torch.Tensor, cache: str) -> float:
+    """Largest difference between the logits that `generate` chose from and ours, recomputed.
+
+    ids (2, T), T > 2: the second row is half as long and padded on the left. What is chosen does
+    not matter: ours are computed for the tokens that were chosen, so a tie changes nothing.
+    """
+    new = min(16, ids.shape[1] // 2)
+    prompts = ids[:, new:]  # (2, T - new)
+    mask = torch.ones_like(prompts)
+    mask[1, : prompts.shape[1] // 2] = 0
+    ends = theirs.generation_config.eos_token_id
+    theirs.generation_config.eos_token_id = None  # all rows go on to the last step
+    try:
+        output = theirs.generate(
+            prompts,
+            attention_mask=mask,
+            max_new_tokens=new,
+            do_sample=False,
+            cache_implementation=cache,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    finally:
+        theirs.generation_config.eos_token_id = ends
+    logits = torch.stack(output.logits, dim=1)  # (2, new, V)
+    largest = 0.0
+    for b in range(2):
+        row = output.sequences[b, prompts.shape[1] - int(mask[b].sum()) :]
+        expected = ours(row[None])[0, -new - 1 : -1]
+        largest = max(largest, (expected - logits[b]).abs().max().item())
+    return largest
 
 
 def random_texts(count: int, seed: int = 0) -> Iterator[str]:

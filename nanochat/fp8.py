@@ -52,7 +52,7 @@ def convert_to_fp8(model: GPT, emulate: bool = False) -> int:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError:
         raise UserError(
-            "--fp8 needs torchao, which is not installed: pip install 'nanochat[fp8]'"
+            "--fp8 needs torchao, which is not installed: pip install -e '.[fp8]'"
         ) from None
     count = sum(is_convertible(module, name) for name, module in model.named_modules())
     if count == 0:

@@ -3,10 +3,9 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from importlib import metadata
 from typing import Any
 
-from nanochat import paths
+from nanochat import __version__, paths
 from nanochat.gpt import GPT
 from nanochat.scoring import read_evaluation
 
@@ -32,8 +31,7 @@ def model_card(model: GPT, meta: Mapping[str, Any], modeling_file: str) -> str:
         "",
         f"# nanochat, {counts / 1e6:,.1f} million parameters",
         "",
-        f"Trained with nanochat {metadata.version('nanochat')}{origin}. "
-        f"Architecture: {architecture}.",
+        f"Trained with nanochat {__version__}{origin}. Architecture: {architecture}.",
         "",
         "| | |",
         "|---|---|",

@@ -15,6 +15,7 @@ stream and on the first embedding, sliding windows, and a rotary base of their o
 layers.
 """
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -23,12 +24,19 @@ import torch.nn.functional as F
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+CACHE_FIELD = next(
+    field.name
+    for field in fields(CausalLMOutputWithPast)
+    if field.name in ("cache", "past_key_values")
+)
+"""The name under which this version of transformers expects the cache back (5.24 renamed it)."""
+
 
 class NanoChatFullConfig(PretrainedConfig):
     """The names that transformers has for these sizes, and the options' own."""
 
     model_type = "nanochat_full"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("cache", "past_key_values")
 
     def __init__(
         self,
@@ -255,25 +263,49 @@ class NanoChatFullForCausalLM(PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
+        cache: Any = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+        **unknown: Any,
     ) -> Any:
         """input_ids (B, T) -> softcapped float32 logits (B, T, V).
 
         attention_mask is 0 on padding, which may be on either side. logits_to_keep: only the last
-        so many positions (0: all), or the positions in a tensor.
+        so many positions (0: all), or the positions in a tensor. cache and past_key_values are two
+        names of one argument: transformers calls it `cache` from 5.24 on. num_items_in_batch and
+        shift_labels go to the loss. Raises TypeError for every other keyword that is set.
         """
+        for name, value in unknown.items():
+            # output_attentions=False and the like ask for nothing. Position within the cache is
+            # known from the cache itself.
+            if name != "cache_position" and value is not None and value is not False:
+                raise TypeError(
+                    f"NanoChatFullForCausalLM.forward does not know {name}={value!r}; "
+                    "leave it out (ignoring it could change what the model computes)"
+                )
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are the same argument: pass one of them")
+        cache = past_key_values if cache is None else cache
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        hidden = self.model(input_ids, attention_mask, position_ids, past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        hidden = self.model(input_ids, attention_mask, position_ids, cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         cap = self.config.final_logit_softcapping
         logits = cap * torch.tanh(self.lm_head(hidden[:, kept]).float() / cap)
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(
+                logits,
+                labels,
+                self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=shift_labels,
+            )
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_FIELD: cache})
+        return output if return_dict is not False else output.to_tuple()
 
 
 def norm(x: torch.Tensor, eps: float) -> torch.Tensor:

@@ -44,7 +44,7 @@ def main(cfg: Config, runtime: Runtime) -> Path:
     try:
         import transformers
     except ImportError as error:
-        raise UserError("export needs transformers; pip install 'nanochat[hf]'") from error
+        raise UserError("export needs transformers; pip install -e '.[hf]'") from error
     transformers.utils.logging.disable_progress_bar()  # the check loads what was just written
     model, tokenizer, meta = load_model(
         cfg.source, device=torch.device("cpu"), dtype=torch.float32, step=cfg.step

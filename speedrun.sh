@@ -56,12 +56,12 @@ if [ "$profile" = gpu ]; then
         fi
     fi
     if [ "$shards" != 0 ]; then
-        run python -m nanochat.dataset "$corpus" -n "$((shards < 8 ? shards : 8))"
-        python -m nanochat.dataset "$corpus" -n "$shards" \
+        run python -m nanochat.data.hub "$corpus" -n "$((shards < 8 ? shards : 8))"
+        python -m nanochat.data.hub "$corpus" -n "$shards" \
             > "$NANOCHAT_BASE_DIR/download.log" 2>&1 &
         download=$!
     fi
-    run python -m nanochat.dataset eval_bundle || echo "CORE will not be measured"
+    run python -m nanochat.data.hub eval_bundle || echo "CORE will not be measured"
     run python -m scripts.tok_train --corpus "$corpus" --vocab-size 65536 --max-chars 2000000000
     run python -m scripts.tok_eval --corpus "$corpus"
     if [ -n "$download" ]; then

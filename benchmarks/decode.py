@@ -31,11 +31,12 @@ from typing import Any
 import torch
 
 from benchmarks.common import publish
-from nanochat import export
-from nanochat.decoder import Decoder
-from nanochat.engine import Engine, SamplingParams
+from nanochat.export import hf
 from nanochat.gpt import GPT, config_from_depth
-from nanochat.runtime import DTYPES, tune_cpu
+from nanochat.hardware import tune_cpu
+from nanochat.infer.decoder import Decoder
+from nanochat.infer.engine import Engine, SamplingParams
+from nanochat.runtime import DTYPES
 from nanochat.tokenizer import Tokenizer
 
 MIXED = 32
@@ -111,8 +112,8 @@ def run_transformers(model: Any, requests: Requests, pad: int) -> list[list[int]
 
 def load_exported(model: GPT, tokenizer: Tokenizer, dtype: torch.dtype) -> Any:
     with tempfile.TemporaryDirectory() as folder:
-        export.export(model, tokenizer, Path(folder) / "model")
-        theirs = export.model_class(model.config.is_portable).from_pretrained(
+        hf.export(model, tokenizer, Path(folder) / "model")
+        theirs = hf.model_class(model.config.is_portable).from_pretrained(
             Path(folder) / "model", dtype=dtype
         )
     return theirs.eval()

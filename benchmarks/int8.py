@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from benchmarks.common import publish
 from benchmarks.decode import made_up_tokenizer, random_model
 from nanochat.checkpoint_manager import load_model
-from nanochat.decoder import Decoder
-from nanochat.engine import Engine, SamplingParams
+from nanochat.data.sources import open_store
+from nanochat.data.store import TokenStore
 from nanochat.gpt import GPT
-from nanochat.runtime import tune_cpu
-from nanochat.token_store import TokenStore
+from nanochat.hardware import tune_cpu
+from nanochat.infer.decoder import Decoder
+from nanochat.infer.engine import Engine, SamplingParams
 from nanochat.tokenizer import Tokenizer
-from scripts.base_train import open_store
 
 ANSWER = 128
 

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import publish
-from nanochat import config
-from nanochat.dataloader import DataLoader, Source
-from nanochat.token_store import StoreWriter, TokenStore
+from nanochat.cli import parse
+from nanochat.data.loader import DataLoader
+from nanochat.data.sources import Source
+from nanochat.data.store import StoreWriter, TokenStore
 
 
 @dataclass(frozen=True)
@@ -132,4 +133,4 @@ def main(cfg: Config) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    main(config.parse(Config, description=__doc__))
+    main(parse(Config, description=__doc__))

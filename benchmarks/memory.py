@@ -20,13 +20,13 @@ import numpy as np
 
 from benchmarks.common import publish
 from benchmarks.decode import made_up_tokenizer
-from nanochat import config
+from nanochat.cli import parse
 from nanochat.config import from_dict
-from nanochat.dataset import open_corpus
+from nanochat.data.hub import open_corpus
+from nanochat.data.store import StoreWriter
 from nanochat.gpt import GPTConfig
 from nanochat.memory import estimate_memory
 from nanochat.runtime import DTYPES
-from nanochat.token_store import StoreWriter
 
 STEPS = 4
 
@@ -143,4 +143,4 @@ def main(cfg: Config) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main(config.parse(Config, description=__doc__))
+    main(parse(Config, description=__doc__))

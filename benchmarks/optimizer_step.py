@@ -25,12 +25,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks.common import publish
-from nanochat import config, optim
+from nanochat import optim
+from nanochat.cli import parse
 from nanochat.config import Learning
-from nanochat.dataloader import Batch
+from nanochat.data.loader import Batch
 from nanochat.gpt import GPT, GPTConfig, config_from_depth
+from nanochat.hardware import tune_cpu
 from nanochat.optim import Hypers, Optimizer, parameter_rules
-from nanochat.runtime import DTYPES, best_dtype, single, tune_cpu
+from nanochat.runtime import DTYPES, best_dtype, single
 from nanochat.train import train_step
 
 
@@ -136,4 +138,4 @@ def main(cfg: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(config.parse(Config, description=__doc__))
+    main(parse(Config, description=__doc__))

@@ -23,10 +23,11 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.common import publish
-from nanochat import config, runtime
+from nanochat import runtime
+from nanochat.cli import parse
+from nanochat.eval.options import GPTScorer, Ids, Scored, crop, length_blocks
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.runtime import Runtime
-from nanochat.scoring import GPTScorer, Ids, Scored, crop, length_blocks
 from nanochat.tokenizer import Tokenizer
 from scripts import chat_eval
 from scripts.chat_eval import encode_options
@@ -225,4 +226,4 @@ def main(cfg: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(config.parse(Config, description=__doc__))
+    main(parse(Config, description=__doc__))

@@ -26,13 +26,14 @@ from benchmarks.common import publish
 from benchmarks.decode import made_up_tokenizer
 from nanochat.checkpoint_manager import load_model
 from nanochat.config import Learning
-from nanochat.dataloader import Batch
-from nanochat.engine import Completion, Engine, SamplingParams
+from nanochat.data.loader import Batch
 from nanochat.gpt import GPT, config_from_depth
+from nanochat.hardware import tune_cpu
+from nanochat.infer.engine import Completion, Engine, SamplingParams
 from nanochat.optim import Hypers, Optimizer, parameter_rules
-from nanochat.rl import Prompt, Verdict, as_sample, roll_out, tally
-from nanochat.rl_rows import pack_samples, policy_batches
-from nanochat.runtime import DTYPES, Runtime, single, tune_cpu
+from nanochat.rl.rollouts import Prompt, Verdict, as_sample, roll_out, tally
+from nanochat.rl.rows import pack_samples, policy_batches
+from nanochat.runtime import DTYPES, Runtime, single
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import train_step
 from tasks.arithmetic import Arithmetic

@@ -332,9 +332,9 @@ def serve(arguments: argparse.Namespace) -> None:
     """The server's process."""
     from benchmarks.decode import made_up_tokenizer, random_model
     from nanochat import runtime
-    from nanochat.decoder import Decoder
-    from nanochat.engine import Engine
-    from nanochat.service import Served
+    from nanochat.infer.decoder import Decoder
+    from nanochat.infer.engine import Engine
+    from nanochat.serve.service import Served
     from scripts import chat_web
 
     cfg = chat_web.Config(

@@ -22,14 +22,15 @@ import torch.nn.functional as F
 
 from benchmarks.common import publish
 from nanochat.config import Learning
-from nanochat.dataloader import DataLoader, Source
-from nanochat.dataset import open_corpus
+from nanochat.data.hub import open_corpus
+from nanochat.data.loader import DataLoader
+from nanochat.data.sources import Source
+from nanochat.data.store import TokenStore
 from nanochat.gpt import GPT, config_from_depth
+from nanochat.hardware import tune_cpu
 from nanochat.optim import Optimizer, parameter_rules
-from nanochat.plan import scaled_lr
-from nanochat.runtime import Runtime, best_dtype, single, tune_cpu
-from nanochat.schedule import lr_multiplier, muon_momentum
-from nanochat.token_store import TokenStore
+from nanochat.plan import lr_multiplier, muon_momentum, scaled_lr
+from nanochat.runtime import Runtime, best_dtype, single
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Hypers, train_step
 

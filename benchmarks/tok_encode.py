@@ -28,8 +28,9 @@ import pyarrow.parquet as pq
 import tiktoken
 
 from benchmarks.common import publish
-from nanochat import config, runtime
-from nanochat.dataset import open_corpus
+from nanochat import runtime
+from nanochat.cli import parse
+from nanochat.data.hub import open_corpus
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
 from scripts import tok_encode
@@ -144,4 +145,4 @@ def main(cfg: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(config.parse(Config, description=__doc__))
+    main(parse(Config, description=__doc__))

@@ -8,7 +8,7 @@ vocabulary, and an MLP with as many parameters.
 
 - `llama`: a process as any other; in bfloat16 with float32 weights under autocast, the way of
   transformers' `Trainer`, which corresponds to ours.
-- `llama_tuned`: the same with our settings of the memory allocator (`runtime.tune_cpu`).
+- `llama_tuned`: the same with our settings of the memory allocator (`hardware.tune_cpu`).
 - `llama_bf16_weights`: weights in bfloat16, which is faster and loses small updates.
 
 MFU is against this machine's own matmul peak in the same dtype, measured in the same run on
@@ -29,11 +29,11 @@ import torch
 
 from benchmarks.common import publish
 from nanochat.config import Learning
-from nanochat.dataloader import Batch
+from nanochat.data.loader import Batch
 from nanochat.gpt import GPT, config_from_depth
-from nanochat.log import peak_memory_bytes
+from nanochat.hardware import peak_memory_bytes, physical_cores, tune_cpu
 from nanochat.optim import Hypers, Optimizer, parameter_rules
-from nanochat.runtime import DTYPES, best_dtype, physical_cores, single, tune_cpu
+from nanochat.runtime import DTYPES, best_dtype, single
 from nanochat.train import train_step
 
 VOCAB, T, ROWS = 8192, 512, 8

@@ -5,62 +5,17 @@ the flags carry no prefix: `--matrix-lr`, not `--learning.matrix-lr`.
 """
 
 import dataclasses
-import sys
 import types
 import typing
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import tyro
 
-from nanochat import help_page
+from nanochat.cli import Group
 from nanochat.errors import UserError
 
 T = TypeVar("T")
-
-
-def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
-    """Read a configuration from the command line; unknown flags end the program with status 2."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    if description and not {"-h", "--help"}.isdisjoint(arguments):
-        print(help_page.laid_out(description), end="\n\n")
-    with help_page.registry:
-        return tyro.cli(
-            cls,
-            prog=help_page.program(),
-            args=_gathered(arguments, _list_flags(cls)),
-            description="",
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
-
-
-def _list_flags(cls: type[Any]) -> set[str]:
-    """The flags that take any number of values: `--mix`."""
-    flags = set()
-    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
-        if dataclasses.is_dataclass(hint):
-            flags |= _list_flags(hint)  # type: ignore[arg-type]
-        elif typing.get_origin(hint) is tuple and ... in typing.get_args(hint):
-            flags.add("--" + name.replace("_", "-"))
-    return flags
-
-
-def _gathered(arguments: list[str], flags: set[str]) -> list[str]:
-    """`--mix a --mix b` -> `--mix a b`: the last one would count, and the others be forgotten."""
-    kept: list[str] = []
-    values: dict[str, list[str]] = {}
-    flag = ""
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        name = name.replace("_", "-")
-        if argument.startswith("-"):
-            flag = name if name in flags else ""
-            if flag:
-                values.setdefault(flag, []).extend([value] if equals else [])
-                continue
-        (values[flag] if flag else kept).append(argument)
-    return kept + [part for flag, given in values.items() for part in (flag, *given)]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -127,7 +82,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Computing(help_page.Group):
+class Computing(Group):
     """What it runs on."""
 
     device: str = "auto"
@@ -137,7 +92,7 @@ class Computing(help_page.Group):
 
 
 @dataclass(frozen=True)
-class Decoding(help_page.Group):
+class Decoding(Group):
     """How tokens are computed one after the other."""
 
     quantize: Literal["none", "int8"] = "none"
@@ -147,7 +102,7 @@ class Decoding(help_page.Group):
 
 
 @dataclass(frozen=True)
-class Tools(help_page.Group):
+class Tools(Group):
     """What a model may call while it answers."""
 
     tools: bool = True

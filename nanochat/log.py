@@ -7,9 +7,7 @@ resumed run appends; where a step appears twice, the later line counts.
 import json
 import math
 import platform
-import re
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,62 +16,13 @@ from typing import Any
 import torch
 
 from nanochat import paths
+from nanochat.hardware import peak_flops, peak_memory_bytes, processor
 from nanochat.plan import Plan
 from nanochat.runtime import Runtime
 from nanochat.train import StepStats, TrainState
 
 CONSOLE_EVERY = 5.0
 """Seconds between progress lines."""
-
-PEAK_FLOPS = {
-    "H100": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H200": 989e12,
-    "H200 NVL": 835e12,
-    "GH200": 989e12,
-    "H800": 989e12,
-    "H800 PCIe": 756e12,
-    "B200": 2250e12,
-    "GB200": 2500e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "A10G": 70e12,
-    "4090": 165e12,
-    "3090": 71e12,
-}
-"""Dense bf16 matmul peaks by device name (vendors' data sheets)."""
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak, None where it is not known."""
-    if device.type != "cuda":
-        return None
-    return peak_of(torch.cuda.get_device_name(device))
-
-
-def peak_of(name: str) -> float | None:
-    """The peak of a device by its name: of the longest entry that is in it as whole words."""
-    if "Laptop" in name:
-        return None  # less than the card of the same name
-    found = [key for key in PEAK_FLOPS if re.search(rf"\b{re.escape(key)}\b", name)]
-    return PEAK_FLOPS[max(found, key=len)] if found else None
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory so far: of the allocator on CUDA, of the process (resident set) elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return 0  # not known: the resource module is Unix only
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def commit() -> str | None:
@@ -90,15 +39,6 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip() or None
-
-
-def processor() -> str:
-    """The CPU's model name, as far as the system tells."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def describe_runtime(runtime: Runtime) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig, config_from_depth
 from nanochat.memory import largest_batch, meta_model
 from nanochat.optim import Hypers
-from nanochat.schedule import lr_multiplier, muon_momentum
 
 REFERENCE_BATCH = 2**19
 REFERENCE_DECAY = 0.2
@@ -322,3 +321,46 @@ def _batch(
                 f"({rows} rows x {T} tokens x {world_size} ranks)"
             )
     return rows, rows_per_rank // rows, total
+
+
+def lr_multiplier(
+    step: int, num_steps: int, *, warmup: float, warmdown: float, final: float = 0.0
+) -> float:
+    """The factor on every learning rate at `step` in [0, num_steps): warm up, hold, cool down.
+
+    `warmup` and `warmdown` are fractions of num_steps; the cool-down is linear and ends at `final`
+    one step after the last. Never negative, and never 0 at the first step.
+
+    >>> [lr_multiplier(s, 4, warmup=0.25, warmdown=0.5) for s in range(4)]
+    [1.0, 1.0, 1.0, 0.5]
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps {num_steps} must be at least 1")
+    step = min(max(step, 0), num_steps - 1)
+    warmup_steps = round(warmup * num_steps)
+    warmdown_steps = round(warmdown * num_steps)
+    rise = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    remaining = num_steps - step
+    if warmdown_steps and remaining < warmdown_steps:
+        return min(rise, final + (1 - final) * remaining / warmdown_steps)
+    return rise
+
+
+def muon_momentum(
+    step: int,
+    num_steps: int,
+    *,
+    low: float,
+    high: float,
+    warmup: float = 0.1,
+    cooldown: float = 0.02,
+) -> float:
+    """Momentum rising linearly from low to high, and back to low over the last steps.
+
+    Early gradients are stale soon, so they are forgotten faster; at the end a shorter memory
+    averages over the small steps only.
+    """
+    progress = min(max(step, 0), num_steps) / num_steps
+    rise = min(1.0, progress / warmup) if warmup else 1.0
+    fall = min(1.0, (1 - progress) / cooldown) if cooldown else 1.0
+    return low + (high - low) * min(rise, fall)

@@ -5,11 +5,8 @@
 replicas drift apart without a word.
 """
 
-import contextlib
-import ctypes
 import json
 import os
-import platform
 import random
 import signal
 import sys
@@ -27,6 +24,7 @@ from rich.console import Console
 from torch.distributed.rendezvous import rendezvous
 
 from nanochat.errors import UserError
+from nanochat.hardware import machine_memory, tune_cpu
 
 T = TypeVar("T")
 
@@ -353,75 +351,6 @@ def best_dtype(device: torch.device) -> torch.dtype:
     ):
         return torch.bfloat16
     return torch.float32
-
-
-def physical_cores() -> int:
-    """Cores this process may run on, hyper-threads counted once where Linux tells."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    allowed = os.sched_getaffinity(0)
-    seen = set()
-    for cpu in allowed:
-        try:
-            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:
-                seen.add(file.read().strip())
-        except OSError:
-            return len(allowed)
-    return len(seen) or 1
-
-
-def machine_memory(root: Path = Path("/")) -> int | None:
-    """Bytes of memory this process may use: the machine's, or fewer where a container says so.
-
-    None where it is not known (Windows). Control groups of both versions are asked, the process's
-    own and those around it: each may hold a limit. `root` is that of the file system.
-    """
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (OSError, ValueError, AttributeError):
-        return None
-    try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return memory
-    for line in groups:  # 4:memory:/group in version 1, 0::/group in version 2
-        _, controllers, group = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-        name = "memory.limit_in_bytes" if controllers else "memory.max"
-        folder = top / group.lstrip("/")
-        for place in (folder, *folder.parents):
-            if not place.is_relative_to(top):
-                break
-            with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-                memory = min(memory, int((place / name).read_text()))
-    return memory
-
-
-ONEDNN_KERNELS = 128
-"""Kernels that oneDNN keeps, each for one shape of one operation and about 0.6 MiB large."""
-
-
-def tune_cpu(local_processes: int = 1) -> None:
-    """Use all physical cores, keep freed memory mapped between steps, and few kernels.
-
-    glibc hands large activations back to the kernel at once and faults them in anew at every step;
-    raising its thresholds was measured to gain 20-50 % of the training throughput.
-
-    oneDNN would keep 1,024 kernels, torch as many: prompts of ever new lengths then fill a GiB
-    with the smallest of models. Both read their limit when they are first used.
-    """
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, str(ONEDNN_KERNELS))
-    if "OMP_NUM_THREADS" not in os.environ or local_processes > 1:
-        torch.set_num_threads(max(1, physical_cores() // local_processes))
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4
-        libc.mallopt(m_mmap_threshold, 2**31 - 1)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-        libc.mallopt(m_mmap_max, 0)
 
 
 def seed_everything(seed: int) -> None:

@@ -14,12 +14,13 @@ import torch
 from nanochat import paths
 from nanochat.checkpoint_manager import CheckpointManager, latest, read_meta, restore
 from nanochat.config import BaseConfig, MidConfig, RlConfig, to_dict
-from nanochat.dataloader import Batch, DataLoader, Source
+from nanochat.data.loader import Batch, DataLoader
+from nanochat.data.sources import HeldOut, Source
 from nanochat.errors import UserError
+from nanochat.eval.losses import evaluate_bpb, evaluate_roles, mixture_bpb
 from nanochat.fp8 import check_fp8, convert_to_fp8
 from nanochat.gpt import GPT
 from nanochat.log import RunLog
-from nanochat.loss_eval import evaluate_bpb, evaluate_roles, mixture_bpb
 from nanochat.memory import memory_advice
 from nanochat.optim import Optimizer, parameter_rules
 from nanochat.plan import Plan, context_schedule, make_plan
@@ -29,16 +30,6 @@ from nanochat.train import LossScale, StepStats, TrainState, check_replicas
 
 CONVERSATION_TOKENS = 2**14
 """Held-out tokens of conversations per evaluation, at most (but at least one batch)."""
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What a stage is measured on, and never trained on."""
-
-    texts: Sequence[Source]
-    """Corpora: bits per byte of each, and of their mixture."""
-    conversations: Sequence[Source] = ()
-    """Mean loss of what the assistant must produce, and by role."""
 
 
 class Loader(Protocol):

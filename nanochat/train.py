@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nanochat.dataloader import Batch
+from nanochat.data.loader import Batch
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.optim import Hypers, Optimizer

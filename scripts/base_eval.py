@@ -17,19 +17,20 @@ import torch
 
 from nanochat import paths
 from nanochat.checkpoint_manager import find, load_model, read_meta
+from nanochat.cli import Group, launch
 from nanochat.config import Computing
-from nanochat.core_eval import describe_core, evaluate_core, load_hf
-from nanochat.dataloader import DataLoader, Source
-from nanochat.dataset import BUNDLE_URL, fetch_bundle
+from nanochat.data.hub import BUNDLE_URL, fetch_bundle
+from nanochat.data.loader import DataLoader
+from nanochat.data.sources import Source, open_store
 from nanochat.errors import UserError
+from nanochat.eval.core import describe_core, evaluate_core
+from nanochat.eval.losses import evaluate_bpb
+from nanochat.eval.results import read_evaluation, record_evaluation, weights_digest
+from nanochat.export.load import load_hf
 from nanochat.gpt import GPT
-from nanochat.help_page import Group
-from nanochat.launch import launch
-from nanochat.loss_eval import evaluate_bpb
 from nanochat.runtime import Runtime
-from nanochat.scoring import read_evaluation, record_evaluation, weights_digest
 from nanochat.tokenizer import Tokenizer
-from scripts.base_train import open_store, sample_texts
+from scripts.base_train import sample_texts
 
 
 @dataclass(frozen=True)

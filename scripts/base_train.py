@@ -8,87 +8,27 @@ Examples:
     torchrun --standalone --nproc_per_node 8 -m scripts.base_train --depth 20
 """
 
-from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from pathlib import Path
 
+from nanochat.cli import launch
 from nanochat.config import BaseConfig
-from nanochat.dataloader import DataLoader, Source
-from nanochat.dataset import open_corpus
-from nanochat.engine import Engine, SamplingParams
-from nanochat.errors import UserError
+from nanochat.data.loader import DataLoader
+from nanochat.data.sources import HeldOut, Source, parse_shares, text_sources
 from nanochat.gpt import GPT, config_from_depth
-from nanochat.launch import launch
+from nanochat.infer.engine import Engine, SamplingParams
 from nanochat.plan import context_schedule
 from nanochat.runtime import Runtime, seed_everything
-from nanochat.stage import HeldOut, Stage, set_up
-from nanochat.token_store import TokenStore
+from nanochat.stage import Stage, set_up
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import due, take, train_step
 
 PROMPTS = ("In the beginning", "The king said to his men,", "And it came about that", "")
 
 
-def open_store(corpus: str, split: str, tokenizer: Tokenizer) -> TokenStore:
-    """The encoded split of a corpus."""
-    folder = open_corpus(corpus).store_folder(split)  # type: ignore[arg-type]
-    if not folder.is_dir():
-        raise UserError(
-            f"{corpus} is not encoded: {folder} is missing; "
-            f"run python -m scripts.tok_encode --corpus {corpus}"
-        )
-    return TokenStore.open(folder, tokenizer.hash)
-
-
 def build_sources(cfg: BaseConfig, tokenizer: Tokenizer, split: str = "train") -> list[Source]:
     """The corpus, or the mixture of corpora."""
     shares = parse_shares(cfg.mix, "--mix") if cfg.mix else {cfg.corpus: Fraction(1)}
     return text_sources(shares, tokenizer, split)
-
-
-def parse_shares(parts: Sequence[str], flag: str) -> dict[str, Fraction]:
-    """`["climbmix:0.9", "org/name:column:0.1"]` -> each corpus and its share, exactly."""
-    shares: dict[str, Fraction] = {}
-    for part in parts:
-        name, _, number = part.rpartition(":")
-        try:
-            share = Fraction(number)
-        except (ValueError, ZeroDivisionError):
-            share = Fraction(0)
-        if not name or share <= 0:
-            raise UserError(
-                f"{flag} {part}: write a corpus and its share above 0, like climbmix:0.9"
-            )
-        if name in shares:
-            raise UserError(f"{flag} names {name} twice; give it once, with its whole share")
-        shares[name] = share
-    return shares
-
-
-def text_sources(
-    shares: Mapping[str, Fraction], tokenizer: Tokenizer, split: str = "train"
-) -> list[Source]:
-    """Corpora whose targets come in the proportion of their shares, exactly in the long run.
-
-    An epoch ends when the first corpus has been read once: nothing is repeated in it. The others
-    go on in the next epoch where they were.
-    """
-    stores = {name: open_store(name, split, tokenizer) for name in shares}
-    if len(stores) == 1:
-        return [Source(store, name=name) for name, store in stores.items()]
-    first: dict[Path, str] = {}
-    for name, store in stores.items():
-        other = first.setdefault(store.folder, name)
-        if other != name:
-            raise UserError(f"{other} and {name} are the same corpus; name it once")
-        if store.num_tokens == len(store):
-            raise UserError(f"{name} has no document of more than one token; leave it out")
-    targets = {name: store.num_tokens - len(store) for name, store in stores.items()}
-    epoch = min(targets[name] / share for name, share in shares.items())  # per unit of share
-    return [
-        Source(store, weight=epoch * shares[name] / targets[name], name=name)
-        for name, store in stores.items()
-    ]
 
 
 def sample_texts(

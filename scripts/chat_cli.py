@@ -26,13 +26,12 @@ import tyro
 from rich.console import Console
 
 from nanochat.checkpoint_manager import load_model, system_style
+from nanochat.cli import Group, launch
 from nanochat.config import Computing, Decoding, Tools
 from nanochat.conversation import parts, validate
-from nanochat.decoder import Decoder
-from nanochat.engine import Completion, Engine, SamplingParams, python_tool, truncate_chat
 from nanochat.errors import UserError
-from nanochat.help_page import Group
-from nanochat.launch import launch
+from nanochat.infer.decoder import Decoder
+from nanochat.infer.engine import Completion, Engine, SamplingParams, python_tool, truncate_chat
 from nanochat.paths import atomic_write, base_dir
 from nanochat.runtime import Runtime
 

@@ -24,25 +24,22 @@ import tyro
 from rich.table import Table
 
 from nanochat.checkpoint_manager import find, load_model, read_meta, system_style
+from nanochat.cli import Group, launch
 from nanochat.config import Computing
 from nanochat.conversation import parts
-from nanochat.engine import Engine, Request, SamplingParams
 from nanochat.errors import UserError
-from nanochat.gpt import GPT
-from nanochat.help_page import Group
-from nanochat.launch import launch
-from nanochat.progress import Bar, progress_bar
-from nanochat.runtime import Runtime
-from nanochat.scoring import (
-    GPTScorer,
-    crop,
+from nanochat.eval.options import GPTScorer, crop, length_blocks
+from nanochat.eval.results import (
     evaluation_path,
-    length_blocks,
     read_evaluation,
     record_evaluation,
     task_result,
     weights_digest,
 )
+from nanochat.gpt import GPT
+from nanochat.infer.engine import Engine, Request, SamplingParams
+from nanochat.progress import Bar, progress_bar
+from nanochat.runtime import Runtime
 from nanochat.tokenizer import SystemStyle, Tokenizer
 from tasks.common import Conversation, Task, pass_at_k
 from tasks.registry import build

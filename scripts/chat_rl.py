@@ -2,11 +2,11 @@
 
 Every step samples `--group-size` answers to each of `--prompts-per-step` prompts, calculator calls
 included, and makes those likelier that got more reward than the others to the same prompt
-(nanochat/rl.py has the algorithm). What is held out of the tasks' train split is answered on the
-way; the test split is for `scripts.chat_eval --source rl`.
+(nanochat/rl/rollouts.py has the algorithm). What is held out of the tasks' train split is answered
+on the way; the test split is for `scripts.chat_eval --source rl`.
 
 With `--algo dpo` it learns from pairs of a better and a worse answer instead
-(nanochat/preferences.py).
+(nanochat/rl/dpo.py).
 
 Examples:
     python -m scripts.chat_rl --mix arithmetic --num-steps 50
@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 
+from nanochat.cli import launch
 from nanochat.config import RlConfig
 from nanochat.conversation import parts
-from nanochat.engine import Completion, Engine, SamplingParams
+from nanochat.data.order import MixtureOrder
 from nanochat.errors import UserError
-from nanochat.launch import launch
-from nanochat.packing import MixtureOrder
-from nanochat.preferences import evaluate_pairs, learn_preferences, open_pairs, with_reference
-from nanochat.rl import (
+from nanochat.infer.engine import Completion, Engine, SamplingParams
+from nanochat.rl.dpo import evaluate_pairs, learn_preferences, open_pairs, with_reference
+from nanochat.rl.rollouts import (
     Group,
     Judge,
     Prompt,
@@ -44,8 +44,8 @@ from nanochat.rl import (
     sum_over_ranks,
     tally,
 )
-from nanochat.rl_rows import Rows, mean_kl, pack_samples, policy_batches
-from nanochat.rl_stage import Start, check_config, is_compiled, load_start, model_of, open_stage
+from nanochat.rl.rows import Rows, mean_kl, pack_samples, policy_batches
+from nanochat.rl.start import Start, check_config, is_compiled, load_start, model_of, open_stage
 from nanochat.runtime import Runtime, seed_everything
 from nanochat.stage import Stage
 from nanochat.tokenizer import SystemStyle

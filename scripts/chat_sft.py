@@ -8,9 +8,9 @@ Examples:
     torchrun --standalone --nproc_per_node 8 -m scripts.chat_sft
 """
 
+from nanochat.cli import launch
 from nanochat.config import SftConfig
-from nanochat.dataloader import DataLoader
-from nanochat.launch import launch
+from nanochat.data.loader import DataLoader
 from nanochat.runtime import Runtime
 from nanochat.stage import Stage
 from nanochat.train import due, take, train_step

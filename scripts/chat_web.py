@@ -18,15 +18,14 @@ import torch
 import uvicorn
 
 from nanochat.checkpoint_manager import load_model, system_style
+from nanochat.cli import Group, launch
 from nanochat.config import Computing, Decoding, Tools
-from nanochat.decoder import Decoder
-from nanochat.engine import Engine, SamplingParams, python_tool
 from nanochat.errors import UserError
-from nanochat.help_page import Group
-from nanochat.launch import launch
+from nanochat.infer.decoder import Decoder
+from nanochat.infer.engine import Engine, SamplingParams, python_tool
 from nanochat.runtime import Runtime
-from nanochat.server import create_app
-from nanochat.service import Limits, Served, Service
+from nanochat.serve.app import create_app
+from nanochat.serve.service import Limits, Served, Service
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from typing import Literal
 
 import torch
 
-from nanochat import export, paths
+from nanochat import paths
 from nanochat.checkpoint_manager import load_model
+from nanochat.cli import launch
 from nanochat.errors import UserError
-from nanochat.launch import launch
+from nanochat.export import hf
 from nanochat.runtime import DTYPES, Runtime
 
 
@@ -51,9 +52,7 @@ def main(cfg: Config, runtime: Runtime) -> Path:
     )
     folder = cfg.out or paths.base_dir() / "export" / f"{meta['stage']}-{meta['tag']}"
     texts = cfg.texts if cfg.check else None
-    result = export.export(
-        model, tokenizer, folder, dtype=DTYPES[cfg.weights], meta=meta, texts=texts
-    )
+    result = hf.export(model, tokenizer, folder, dtype=DTYPES[cfg.weights], meta=meta, texts=texts)
     kind = "nanochat" if model.config.is_portable else "nanochat_full, with its own code"
     runtime.print(f"written: {folder} (model type {kind})")
     if result is not None:

@@ -9,125 +9,26 @@ Examples:
     torchrun --standalone --nproc_per_node 8 -m scripts.mid_train --context-length 8192
 """
 
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nanochat.checkpoint_manager import check_tokenizer, find, load_weights, read_meta
+from nanochat.cli import launch
 from nanochat.config import MidConfig, from_dict
-from nanochat.conversation_store import conversations_store
-from nanochat.dataloader import DataLoader, Source
-from nanochat.dataset import open_corpus
-from nanochat.engine import Engine, SamplingParams
+from nanochat.data.loader import DataLoader
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, extend_context
-from nanochat.launch import launch
+from nanochat.infer.engine import Engine, SamplingParams
 from nanochat.runtime import Runtime, seed_everything
-from nanochat.stage import HeldOut, Stage, checkpoint_to_resume, set_up
-from nanochat.token_store import LongDocuments
+from nanochat.stage import Stage, checkpoint_to_resume, set_up
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import due, take, train_step
-from scripts.base_train import parse_shares, text_sources
-from tasks.passkey import corpus_sentences
-from tasks.registry import build_mixture
-from tasks.spellingbee import words_path, write_words
+from tasks.sources import build_held_out, build_sources, note_words
 
 QUESTIONS = ("Who are you?", "What is 17 + 25?", "Spell the word stone.")
 """What `--sample-every` lets the model answer."""
-
-
-def task_sources(cfg: MidConfig, tokenizer: Tokenizer, split: str = "train") -> list[Source]:
-    """The tasks of `--mix`, each with its weight; the split val is what is held out of them."""
-    options: dict[str, Any] = {}
-    if any(spec.split(":")[0] == "passkey" for spec in cfg.mix):
-        sentences = corpus_sentences(replayed(cfg, tokenizer)[0].store, tokenizer)
-        options = {"tokenizer": tokenizer, "sentences": sentences}
-        if cfg.context_length is not None:
-            options["length"] = cfg.context_length
-    if not cfg.mix:
-        return []
-    mixture, held_out = build_mixture(cfg.mix, cfg.run.seed, **options)
-    tasks = mixture.tasks if split == "train" else held_out
-    sources = []
-    for task, weight in zip(tasks, mixture.weights, strict=True):
-        if task is None:
-            continue
-        try:
-            store = conversations_store(task, tokenizer, system=cfg.system, bad_rows=cfg.bad_rows)
-        except UserError:
-            if split == "train" or cfg.bad_rows == "error":
-                raise
-            continue  # all of the few rows held out are bad
-        sources.append(Source(store, weight, cfg.prompt_weight, task.name))
-    return sources
-
-
-def replayed(cfg: MidConfig, tokenizer: Tokenizer, split: str = "train") -> list[Source]:
-    """The pretraining corpora of `--corpus`, in the proportion of their shares."""
-    single = len(cfg.corpus) == 1
-    shares = {cfg.corpus[0]: Fraction(1)} if single else parse_shares(cfg.corpus, "--corpus")
-    return text_sources(shares, tokenizer, split)
-
-
-def build_sources(cfg: MidConfig, tokenizer: Tokenizer, split: str = "train") -> list[Source]:
-    """The tasks of `--mix`, and pretraining text as `--replay` of all targets.
-
-    With `--context-length`, `--long-fraction` of all targets are of long documents alone.
-    """
-    sources = task_sources(cfg, tokenizer, split)
-    if not 0 <= cfg.replay < 1:
-        raise UserError(f"--replay {cfg.replay} must be at least 0 and below 1")
-    replay = Fraction(str(cfg.replay))
-    long = Fraction(str(cfg.long_fraction)) if cfg.context_length is not None else Fraction(0)
-    if not 0 <= long < 1 - replay:
-        raise UserError(
-            f"--long-fraction {cfg.long_fraction} must be at least 0, and below 1 together with "
-            f"--replay {cfg.replay}: the rest is for the tasks"
-        )
-    tasks = _targets(sources)
-    for share, minimum in ((replay, 0), (long, cfg.context_length or 0)):
-        if share and sources:
-            texts = replayed(cfg, tokenizer, split)
-            texts = long_documents(texts, minimum) if minimum else texts
-            scale = share / (1 - replay - long) * tasks / _targets(texts)
-            sources += [replace(text, weight=Fraction(text.weight) * scale) for text in texts]
-    return sources
-
-
-def long_documents(texts: Sequence[Source], minimum: int) -> list[Source]:
-    """The texts' documents of at least `minimum` tokens; UserError where there are none at all."""
-    views = [(text, LongDocuments(text.store, minimum)) for text in texts]
-    found = [
-        replace(text, store=view, name=f"{text.name} from {minimum} tokens")
-        for text, view in views
-        if len(view)
-    ]
-    if not found:
-        longest = max(view.longest for _, view in views)
-        raise UserError(
-            f"no document of {', '.join(text.name for text in texts)} has {minimum} tokens, the "
-            f"longest has {longest}; choose a --context-length up to that, a --corpus with longer "
-            "documents, or --long-fraction 0"
-        )
-    return found
-
-
-def _targets(sources: Sequence[Source]) -> Fraction:
-    """Of an epoch."""
-    return sum(
-        (Fraction(str(s.weight)) * (s.store.num_tokens - len(s.store)) for s in sources),
-        start=Fraction(0),
-    )
-
-
-def build_held_out(cfg: MidConfig, tokenizer: Tokenizer) -> HeldOut:
-    """Pretraining text, for what it may cost, and conversations, for what is learned."""
-    return HeldOut(replayed(cfg, tokenizer, "val"), task_sources(cfg, tokenizer, "val"))
 
 
 def load_source(
@@ -168,16 +69,6 @@ def resumed_model(
     with torch.device("meta"):
         model = GPT(config, runtime.dtype)
     return model.to_empty(device=runtime.device), meta
-
-
-def note_words(cfg: MidConfig) -> None:
-    """Let the spelling tasks ask for words of the corpus, unless a word list is there already."""
-    name = (
-        next(iter(parse_shares(cfg.corpus, "--corpus"))) if len(cfg.corpus) > 1 else cfg.corpus[0]
-    )
-    if not words_path().is_file() and any("spelling" in spec for spec in cfg.mix):
-        with suppress(UserError):  # too few words: those of the embedded corpus stand in
-            write_words(open_corpus(name))
 
 
 def prepare(name: str, cfg: MidConfig, runtime: Runtime) -> Stage[DataLoader]:

@@ -21,6 +21,7 @@ import torch
 from rich.table import Table
 
 from nanochat.checkpoint_manager import find, read_meta
+from nanochat.cli import launch
 from nanochat.config import (
     BaseConfig,
     Batching,
@@ -31,11 +32,11 @@ from nanochat.config import (
     SftConfig,
     from_dict,
 )
-from nanochat.dataset import NAMED
+from nanochat.data.hub import NAMED
 from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig, config_from_depth, extend_context
-from nanochat.launch import launch
-from nanochat.log import PEAK_FLOPS, duration_text
+from nanochat.hardware import PEAK_FLOPS
+from nanochat.log import duration_text
 from nanochat.memory import (
     LEARNING,
     cache_memory,

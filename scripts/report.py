@@ -12,8 +12,8 @@ from pathlib import Path
 
 import tyro
 
-from nanochat.launch import launch
-from nanochat.report import write_report
+from nanochat.cli import launch
+from nanochat.report.sections import write_report
 from nanochat.runtime import Runtime
 
 

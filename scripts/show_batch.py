@@ -15,19 +15,20 @@ from pathlib import Path
 from typing import Literal
 
 from nanochat import paths
-from nanochat.batch_view import View, build_view, print_view, render_html
 from nanochat.checkpoint_manager import latest, read_meta
+from nanochat.cli import Group, launch
 from nanochat.config import BaseConfig, MidConfig, SftConfig, from_dict
-from nanochat.conversation_store import conversations_store
-from nanochat.dataloader import DataLoader, Source
+from nanochat.data.conversations import conversations_store
+from nanochat.data.loader import DataLoader
+from nanochat.data.sources import Source
+from nanochat.data.store import TokenStore
 from nanochat.errors import UserError
-from nanochat.help_page import Group
-from nanochat.launch import launch
+from nanochat.report.batch import View, build_view, print_view, render_html
 from nanochat.runtime import Runtime
-from nanochat.token_store import TokenStore
 from nanochat.tokenizer import Tokenizer
-from scripts import base_train, mid_train
+from scripts import base_train
 from tasks import registry
+from tasks.sources import build_sources
 
 StageName = Literal["base", "mid", "sft"]
 _CONFIGS = {"base": BaseConfig, "mid": MidConfig, "sft": SftConfig}
@@ -125,7 +126,7 @@ def choose_sources(
         task = registry.build(cfg.task, cfg.split)
         store = conversations_store(task, tokenizer, system=stage.system, bad_rows=stage.bad_rows)
         return [Source(store, prompt_weight=prompt_weight, name=task.name)]
-    return mid_train.build_sources(stage, tokenizer, cfg.split)
+    return build_sources(stage, tokenizer, cfg.split)
 
 
 def main(cfg: Config, runtime: Runtime) -> View | None:

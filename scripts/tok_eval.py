@@ -22,7 +22,7 @@ import tiktoken.load
 from rich.table import Table
 
 from nanochat import paths
-from nanochat.dataset import open_corpus
+from nanochat.data.hub import open_corpus
 from nanochat.errors import UserError
 from nanochat.tokenizer import Tokenizer
 
@@ -204,6 +204,6 @@ def _downloads(allowed: bool) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    from nanochat.launch import launch
+    from nanochat.cli import launch
 
     launch(main, Config, __doc__)

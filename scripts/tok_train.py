@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from nanochat import paths
-from nanochat.corpus import Corpus, Shard
-from nanochat.dataset import open_corpus
+from nanochat.data.corpus import Corpus, Shard
+from nanochat.data.hub import open_corpus
 from nanochat.errors import UserError
 from nanochat.progress import Bar, progress_bar
 from nanochat.tokenizer import SPLIT_PATTERN, Tokenizer
@@ -177,6 +177,6 @@ def _merges_shown(bar: Bar) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    from nanochat.launch import launch
+    from nanochat.cli import launch
 
     launch(main, Config, __doc__)

@@ -33,6 +33,6 @@ class ARC(HubTask):
 
 
 if __name__ == "__main__":
-    from tasks.registry import main
+    from tasks.specs import main
 
-    main("arc")
+    main("subset", arc=ARC)

@@ -308,6 +308,6 @@ class Arithmetic(Task):
 
 
 if __name__ == "__main__":
-    from tasks.registry import main
+    from tasks.specs import main
 
-    main("arithmetic")
+    main("size", arithmetic=Arithmetic)

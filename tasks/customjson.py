@@ -91,6 +91,6 @@ class CustomJSON(Task):
 
 
 if __name__ == "__main__":
-    from tasks.registry import main
+    from tasks.specs import main
 
-    main("customjson")
+    main("path", customjson=CustomJSON)

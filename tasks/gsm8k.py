@@ -2,8 +2,8 @@
 
 import re
 
-from nanochat.calculator import CalculatorError, calculate
 from nanochat.errors import UserError
+from nanochat.tools.calculator import CalculatorError, calculate
 from tasks.common import Conversation, HubTask, field, final_answer, parse_number, same_number
 
 _ANNOTATION = re.compile(r"<<(.*?)>>", re.DOTALL)
@@ -69,6 +69,6 @@ def _as_calculated(expression: str, result: str) -> str:
 
 
 if __name__ == "__main__":
-    from tasks.registry import main
+    from tasks.specs import main
 
-    main("gsm8k")
+    main(None, gsm8k=GSM8K)

@@ -4,7 +4,7 @@ import re
 from typing import Literal
 
 from nanochat.errors import UserError
-from nanochat.execution import run_python
+from nanochat.tools.sandbox import run_python
 from tasks.common import Conversation, HubTask, field
 
 _FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
@@ -14,8 +14,9 @@ _IMPORT = re.compile(r"^(?:import|from) .*$", re.MULTILINE)
 class HumanEval(HubTask):
     """`openai/openai_humaneval`, 164 problems in the split test; no training data.
 
-    `evaluate` runs what the model wrote, in the sandbox (`nanochat.execution`); sandbox="strict"
-    refuses to where the system lacks a layer of it. Draw several samples for `pass_at_k`.
+    `evaluate` runs what the model wrote, in the sandbox (`nanochat.tools.sandbox`).
+    sandbox="strict" refuses to where the system lacks a layer of it. Draw several samples for
+    `pass_at_k`.
     """
 
     def __init__(
@@ -69,6 +70,6 @@ def build_program(conversation: Conversation, completion: str) -> str:
 
 
 if __name__ == "__main__":
-    from tasks.registry import main
+    from tasks.specs import main
 
-    main("humaneval")
+    main(None, humaneval=HumanEval)

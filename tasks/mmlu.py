@@ -36,6 +36,6 @@ class MMLU(HubTask):
 
 
 if __name__ == "__main__":
-    from tasks.registry import main
+    from tasks.specs import main
 
-    main("mmlu")
+    main(None, mmlu=MMLU)

@@ -32,8 +32,8 @@ from typing import Any
 
 import numpy as np
 
+from nanochat.data.store import TokenStore
 from nanochat.errors import UserError
-from nanochat.token_store import TokenStore
 from nanochat.tokenizer import Tokenizer
 from tasks.common import Conversation, Task, check_generated, digest, row_random, split_of
 
@@ -292,6 +292,6 @@ def _share(name: str, value: float | str) -> float:
 
 
 if __name__ == "__main__":
-    from tasks.registry import main
+    from tasks.specs import main
 
-    main("passkey")
+    main("size", passkey=Passkey)

@@ -7,22 +7,20 @@ that the table below names. In a mixture the last part, if it is a number, is th
     --mix gsm8k:2    --mix arithmetic:2000:level=2:0.5
 """
 
-import argparse
-import inspect
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from nanochat.errors import UserError
 from tasks.arc import ARC
 from tasks.arithmetic import Arithmetic
-from tasks.common import Task, show
+from tasks.common import Task
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
 from tasks.passkey import Passkey
 from tasks.smoltalk import SmolTalk
+from tasks.specs import construct
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 from tasks.views import HELD_OUT_ROWS, TaskMixture, TaskSlice, hold_out
 
@@ -48,37 +46,10 @@ def build(spec: str, split: str, **options: Any) -> Task:
     An option that the task does not take is an error in the spec and ignored in `options`, so that
     a script can hand its word list to all tasks alike.
     """
-    name, _, rest = spec.partition(":")
+    name = spec.partition(":")[0]
     if name not in TASKS:
         raise UserError(f"unknown task '{name}'; there are {', '.join(sorted(TASKS))}")
-    constructor, bare = TASKS[name]
-    known = list(inspect.signature(constructor).parameters)
-    known.remove("split")
-    arguments = {key: value for key, value in options.items() if key in known}
-    given: set[str] = set()
-    for part in _option_parts(rest):
-        key, equals, value = part.partition("=")
-        if not equals:
-            key, value = bare or "", part
-        if key not in known:
-            takes = f"options: {', '.join(known)}" if known else "no options"
-            raise UserError(f"task '{spec}': cannot read '{part}'; {name} takes {takes}")
-        if key in given:
-            raise UserError(f"task '{spec}': {key} is given twice; a weight belongs to --mix only")
-        given.add(key)
-        arguments[key] = int(value) if value.isdecimal() else value
-    return constructor(split, **arguments)
-
-
-def _option_parts(text: str) -> list[str]:
-    """Split at colons, but not at the one behind a Windows drive letter."""
-    parts: list[str] = []
-    for part in text.split(":") if text else []:
-        if parts and len(parts[-1].rpartition("=")[2]) == 1 and part[:1] in ("\\", "/"):
-            parts[-1] += ":" + part
-        else:
-            parts.append(part)
-    return parts
+    return construct(*TASKS[name], spec, split, **options)
 
 
 def split_weight(spec: str) -> tuple[str, float]:
@@ -122,20 +93,3 @@ def build_mixture(
     halves = [build_halves(name, **options) for name, _ in weighted]
     tasks = [(train, weight) for (train, _), (_, weight) in zip(halves, weighted, strict=True)]
     return TaskMixture(tasks, seed), [held_out for _, held_out in halves]
-
-
-def main(*names: str) -> None:
-    """`python -m tasks.<name> [OPTION ...]`: print a few rows of each named task."""
-    parser = argparse.ArgumentParser(description=f"Show rows of {', '.join(names)}.")
-    parser.add_argument("option", nargs="*", help="what follows the name in a spec: easy, level=2")
-    parser.add_argument("--split", help="default: train, where there is such a split")
-    parser.add_argument("-n", "--count", type=int, default=3, help="rows to show")
-    arguments = parser.parse_args()
-    try:
-        for name in names:
-            default = inspect.signature(TASKS[name][0]).parameters["split"].default
-            only = default if isinstance(default, str) else "train"
-            task = build(":".join([name, *arguments.option]), arguments.split or only)
-            show(task, arguments.count)
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")

@@ -14,6 +14,6 @@ class SmolTalk(HubTask):
 
 
 if __name__ == "__main__":
-    from tasks.registry import main
+    from tasks.specs import main
 
-    main("smoltalk")
+    main(None, smoltalk=SmolTalk)

@@ -38,10 +38,10 @@ from pathlib import Path
 from random import Random
 from typing import Any, ClassVar
 
-from nanochat.corpus import Corpus
-from nanochat.dataset import open_corpus
+from nanochat.data.corpus import Corpus
+from nanochat.data.hub import open_corpus
+from nanochat.data.order import Permutation, make_key
 from nanochat.errors import UserError
-from nanochat.packing import Permutation, make_key
 from nanochat.paths import atomic_write, base_dir
 from tasks.common import (
     Conversation,
@@ -377,6 +377,6 @@ def _chosen(words: Iterable[str], where: str) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    from tasks.registry import main
+    from tasks.specs import main
 
-    main("simplespelling", "spellingbee")
+    main("size", simplespelling=SimpleSpelling, spellingbee=SpellingBee)

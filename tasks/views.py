@@ -6,8 +6,8 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+from nanochat.data.order import MixtureOrder
 from nanochat.errors import UserError
-from nanochat.packing import MixtureOrder
 from tasks.common import Conversation, Task
 
 HELD_OUT_ROWS, HELD_OUT_ONE_IN = 64, 50
@@ -159,7 +159,7 @@ class TaskMixture(_Joined):
     weight is a fraction also in rows: over epochs 0..k-1 a task of n rows gives floor(k*w*n).
 
     RL takes its prompts in this order. Mid-training and SFT mix the encoded stores of the tasks
-    (`nanochat.dataloader.Source`) with the same weights and the same `MixtureOrder`.
+    (`nanochat.data.loader.Source`) with the same weights and the same `MixtureOrder`.
     """
 
     def __init__(self, tasks: Sequence[tuple[Task, float]], seed: int = 0, epoch: int = 0):

@@ -10,10 +10,10 @@ import torch
 import uvicorn
 from tiny_models import Scripted, scripted, tiny_model, tiny_tokenizer
 
-from nanochat.engine import Engine
+from nanochat.infer.engine import Engine
 from nanochat.kv_cache import KVCache
-from nanochat.server import create_app
-from nanochat.service import Limits, Served, Service
+from nanochat.serve.app import create_app
+from nanochat.serve.service import Limits, Served, Service
 from scripts.chat_web import listen
 
 CALL = ["said ", "<|python_start|>", "12 + 34", "<|python_end|>", "<|output_start|>"]

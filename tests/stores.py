@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nanochat.token_store import StoreWriter, TokenStore
+from nanochat.data.store import StoreWriter, TokenStore
 
 
 def make_store(

@@ -17,10 +17,10 @@ from torch._dynamo.utils import counters
 
 from nanochat import runtime
 from nanochat.config import Learning
-from nanochat.dataloader import Batch
+from nanochat.data.loader import Batch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import Hypers, Optimizer, parameter_rules
-from nanochat.rl_rows import Sample, pack_samples
+from nanochat.rl.rows import Sample, pack_samples
 from nanochat.train import LossScale, train_step
 
 CONFIG = GPTConfig(

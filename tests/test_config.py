@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from nanochat.config import BaseConfig, Duration, MidConfig, SftConfig, from_dict, parse, to_dict
+from nanochat.cli import parse
+from nanochat.config import BaseConfig, Duration, MidConfig, SftConfig, from_dict, to_dict
 from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig
 

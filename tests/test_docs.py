@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat import config
+from nanochat.cli import parse
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -117,7 +117,7 @@ def understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [module, *arguments])
     cls = eval(launched[1], vars(importlib.import_module(module)))
     try:
-        config.parse(cls, arguments)
+        parse(cls, arguments)
     except SystemExit as end:
         if end.code:
             pytest.fail(f"{module} does not understand: {command}")

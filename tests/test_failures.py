@@ -22,11 +22,11 @@ import torch
 
 from nanochat import checkpoint_manager
 from nanochat.checkpoint_manager import CheckpointManager, latest, read_meta
+from nanochat.cli import launch
 from nanochat.config import Learning
-from nanochat.dataloader import Batch
+from nanochat.data.loader import Batch
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.launch import launch
 from nanochat.optim import Hypers, Optimizer, parameter_rules
 from nanochat.runtime import Runtime
 from nanochat.train import check_replicas, train_step
@@ -262,7 +262,7 @@ def test_files_are_built_once_and_then_found(
 TORCHRUN_JOB = """
 import os
 from nanochat.errors import UserError
-from nanochat.launch import launch
+from nanochat.cli import launch
 from test_failures import Config
 
 def main(cfg, runtime):

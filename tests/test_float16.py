@@ -13,7 +13,7 @@ import torch
 from nanochat import runtime
 from nanochat.checkpoint_manager import latest, read_meta
 from nanochat.config import Learning
-from nanochat.dataloader import Batch
+from nanochat.data.loader import Batch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import Hypers, Optimizer, parameter_rules
 from nanochat.runtime import Runtime

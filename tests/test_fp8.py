@@ -10,7 +10,7 @@ import torch
 
 from nanochat import runtime
 from nanochat.config import Learning
-from nanochat.dataloader import Batch
+from nanochat.data.loader import Batch
 from nanochat.errors import UserError
 from nanochat.fp8 import check_fp8, convert_to_fp8, is_convertible
 from nanochat.gpt import GPT, config_from_depth

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from nanochat import runtime
 from nanochat.attention import Layout
 from nanochat.checkpoint_manager import CheckpointManager, restore
+from nanochat.cli import is_out_of_memory
 from nanochat.config import Learning
-from nanochat.dataloader import Batch
+from nanochat.data.loader import Batch
 from nanochat.gpt import GPT, GPTConfig, config_from_depth
-from nanochat.launch import is_out_of_memory
 from nanochat.memory import RUNTIME, estimate_memory
 from nanochat.optim import Hypers, Optimizer, parameter_rules
 from nanochat.runtime import Runtime, best_dtype

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import make_store, numbered_store
 
-from nanochat.dataloader import Batch, DataLoader, Source
+from nanochat.data.loader import Batch, DataLoader
+from nanochat.data.sources import Source
 
 random_case = st.fixed_dictionaries(
     {

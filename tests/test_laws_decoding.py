@@ -11,10 +11,10 @@ import pytest
 import torch
 from tiny_models import ToolCaller, likes_tools, tiny_model, tiny_tokenizer
 
-from nanochat.decoder import Decoder
-from nanochat.engine import Completion, Engine, SamplingParams, truncate_chat
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
+from nanochat.infer.decoder import Decoder
+from nanochat.infer.engine import Completion, Engine, SamplingParams, truncate_chat
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},

@@ -18,12 +18,13 @@ from stores import make_store
 from nanochat import checkpoint_manager
 from nanochat.checkpoint_manager import CheckpointManager, latest, list_steps, restore
 from nanochat.config import Learning
-from nanochat.dataloader import Batch, DataLoader, Source
+from nanochat.data.loader import Batch, DataLoader
+from nanochat.data.sources import Source
+from nanochat.data.store import TokenStore
+from nanochat.eval.losses import evaluate_bpb
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import Hypers, Optimizer, parameter_rules
 from nanochat.runtime import Runtime
-from nanochat.token_store import TokenStore
 from nanochat.train import ReplicaDivergence, check_replicas, take, train_step
 
 # Three layers: no stack of matrices divides by 2 or 4 ranks. 320 rows of 24: the tables are sharded

@@ -11,16 +11,16 @@ from stores import make_store
 from nanochat import runtime
 from nanochat.checkpoint_manager import load_model
 from nanochat.config import Batching, Duration, Learning
-from nanochat.conversation_store import conversations_store
-from nanochat.dataloader import DataLoader, Source
+from nanochat.data.conversations import conversations_store
+from nanochat.data.loader import DataLoader
+from nanochat.data.sources import Source, open_store
+from nanochat.data.store import TokenStore
+from nanochat.eval.losses import evaluate_bpb
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import Optimizer, parameter_rules
 from nanochat.plan import make_plan
-from nanochat.token_store import TokenStore
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import take, train_step
-from scripts.base_train import open_store
 from tasks.arithmetic import Arithmetic
 
 CPU = torch.device("cpu")

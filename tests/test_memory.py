@@ -17,13 +17,15 @@ import pytest
 import tiny_runs
 import torch
 
-from nanochat import decoder, memory, runtime
+from nanochat import memory, runtime
+from nanochat.cli import is_out_of_memory, launch
 from nanochat.config import BaseConfig
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, config_from_depth
-from nanochat.launch import is_out_of_memory, launch
+from nanochat.hardware import machine_memory
+from nanochat.infer import decoder
 from nanochat.memory import estimate_memory, largest_batch, memory_advice, saved_for_backward
-from nanochat.runtime import Runtime, machine_memory
+from nanochat.runtime import Runtime
 
 CONFIG = config_from_depth(3, 300, aspect_ratio=16, head_dim=16, context_length=64)
 SHAPE: dict[str, Any] = {

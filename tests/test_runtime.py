@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from nanochat import runtime
+from nanochat import hardware, runtime
+from nanochat.cli import launch
 from nanochat.errors import UserError
-from nanochat.launch import launch
-from nanochat.log import peak_of
-from nanochat.runtime import Runtime, best_dtype, choose_device, physical_cores, single, start
+from nanochat.hardware import peak_of, physical_cores
+from nanochat.runtime import Runtime, best_dtype, choose_device, single, start
 
 
 def test_one_process_needs_no_group() -> None:
@@ -77,12 +77,12 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """All cores for one process, a share for each of several; OMP_NUM_THREADS is respected."""
     asked: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    monkeypatch.setattr(runtime, "physical_cores", lambda: 8)
-    runtime.tune_cpu(1)
+    monkeypatch.setattr(hardware, "physical_cores", lambda: 8)
+    hardware.tune_cpu(1)
     assert asked == [], "conftest sets OMP_NUM_THREADS"
     monkeypatch.delenv("OMP_NUM_THREADS")
     for processes in (1, 2, 3, 20):
-        runtime.tune_cpu(processes)
+        hardware.tune_cpu(processes)
     assert asked == [8, 4, 2, 1]
     assert 1 <= physical_cores() <= (os.cpu_count() or 1)
 

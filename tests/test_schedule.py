@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from nanochat.schedule import lr_multiplier, muon_momentum
+from nanochat.plan import lr_multiplier, muon_momentum
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 7, 50, 1000])

@@ -10,10 +10,10 @@ import torch
 
 from nanochat import runtime
 from nanochat.config import Learning
-from nanochat.dataloader import Batch
+from nanochat.data.loader import Batch
 from nanochat.errors import UserError
+from nanochat.eval.losses import evaluate_bpb
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import Hypers, Optimizer, parameter_rules
 from nanochat.train import LossScale, NonFiniteLoss, TrainState, due, take, train_step
 

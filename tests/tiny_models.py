@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from nanochat.decoder import Decoder
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.infer.decoder import Decoder
 from nanochat.kv_cache import KVCache
 from nanochat.tokenizer import Tokenizer
 

@@ -1,0 +1,198 @@
+"""Token stores of conversations: rendered once, with their loss masks and roles."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import pickle
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+from rich.console import Console
+
+from nanochat import conversation, paths
+from nanochat.data.store import VERSION, StoreWriter, TokenStore, merge_stores
+from nanochat.errors import UserError
+from nanochat.progress import progress_bar
+from nanochat.tokenizer import SystemStyle, Tokenizer, pack_mask
+
+# Below this many rows the processes would take longer to start than they save.
+_PARALLEL_FROM = 20_000
+_SLICE_ROWS = 4_000
+
+
+class ConversationTask(Protocol):
+    """What `conversations_store` needs of a task (every `tasks.common.Task` has it)."""
+
+    name: str
+    split: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+    def fingerprint(self) -> str: ...
+
+
+BadRows = Literal["error", "skip"]
+
+
+class _Settings(NamedTuple):
+    """How conversations are rendered, in a form that travels to worker processes."""
+
+    max_tokens: int | None
+    system: SystemStyle
+    bad_rows: BadRows
+
+
+def conversations_store(
+    task: ConversationTask,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int | None = None,
+    system: SystemStyle = "tokens",
+    bad_rows: BadRows = "error",
+    num_workers: int | None = None,
+    folder: Path | None = None,
+) -> TokenStore:
+    """The rendered conversations of a task with their loss masks and roles.
+
+    Each conversation is validated here, once. A bad one raises `UserError` naming task, split, row
+    and what is wrong; with `bad_rows="skip"` it is left out, counted in `meta["skipped"]` and
+    reported on the console. `max_tokens` keeps the beginning of longer conversations; without it
+    the packer cuts them like any long document.
+
+    The folder is `stores_dir()/<task>-<split>-<digest>` unless given, the digest covering tokenizer
+    and content: runs with other settings don't overwrite each other's stores. It is reused when
+    current. Tasks of 20,000 rows and more are rendered by `num_workers` processes (default: one a
+    CPU); their number never changes the result. With several ranks, call it on one per machine
+    first, then behind a barrier on the others.
+    """
+    where = f"{task.name}/{task.split}"
+    if len(task) == 0:
+        raise UserError(f"{where} has no rows; check the split's name and the task's files")
+    content = json.dumps([task.fingerprint(), max_tokens, system, VERSION])
+    fingerprint = hashlib.sha256(content.encode()).hexdigest()
+    if folder is None:
+        digest = hashlib.sha256((tokenizer.hash + fingerprint).encode()).hexdigest()[:10]
+        safe = re.sub(r"[^A-Za-z0-9._-]+", "_", f"{task.name}-{task.split}")
+        folder = paths.stores_dir() / f"{safe}-{digest}"
+    store = TokenStore.open_if_current(folder, tokenizer.hash, fingerprint)
+    if store is not None and (bad_rows == "skip" or not store.meta.get("skipped")):
+        return store
+
+    settings = _Settings(max_tokens, system, bad_rows)
+    made_from: dict[str, Any] = {
+        "vocab_size": tokenizer.vocab_size,
+        "tokenizer_hash": tokenizer.hash,
+        "fingerprint": fingerprint,
+    }
+    workers = num_workers or os.cpu_count() or 1
+    if len(task) < _PARALLEL_FROM or workers == 1 or not _can_pickle(task):
+        with StoreWriter(folder, with_mask=True, **made_from) as writer:
+            skipped = _render_rows(writer, task, tokenizer, range(len(task)), settings, where)
+            _note_skipped(writer.extra, skipped, where, writer.num_documents)
+        return TokenStore.open(folder, tokenizer.hash)
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent
+    ) as parts:
+        starts = range(0, len(task), _SLICE_ROWS)
+        jobs = [
+            (Path(parts) / f"{start:012d}", start, min(start + _SLICE_ROWS, len(task)))
+            for start in starts
+        ]
+        skipped = []
+        # spawn: forking a process in which torch has started its threads can deadlock.
+        with (
+            multiprocessing.get_context("spawn").Pool(
+                min(workers, len(jobs)), _start_worker, (task, tokenizer, settings, made_from)
+            ) as pool,
+            progress_bar(where, len(jobs)) as bar,
+        ):
+            for reasons in pool.imap(_render_slice, jobs):
+                skipped += reasons
+                bar.advance(1)
+        extra: dict[str, Any] = {}
+        _note_skipped(extra, skipped, where, len(task) - len(skipped))
+        return merge_stores(folder, [job[0] for job in jobs], extra=extra, **made_from)
+
+
+def _render_rows(
+    writer: StoreWriter,
+    task: ConversationTask,
+    tokenizer: Tokenizer,
+    rows: range,
+    settings: _Settings,
+    label: str | None = None,
+) -> list[str]:
+    """Validate, render and write `rows`, with a progress bar if it has a label.
+
+    Returns the reasons of those skipped.
+    """
+    skipped = []
+    for i in _with_bar(rows, label) if label else rows:
+        where = f"{task.name}/{task.split} row {i}"
+        try:
+            row = task[i]
+            conversation.validate(row, where)
+            ids, mask, roles = tokenizer.render_roles(row, settings.max_tokens, settings.system)
+        except UserError as error:
+            reason = str(error) if where in str(error) else f"{where}: {error}"
+            if settings.bad_rows == "error":
+                raise UserError(f"{reason} (or skip such rows with --bad-rows skip)") from error
+            skipped.append(reason)
+            continue
+        writer.add(ids, pack_mask(mask, roles))
+    return skipped
+
+
+def _with_bar(rows: range, label: str) -> Iterator[int]:
+    with progress_bar(label, len(rows)) as bar:
+        for i in rows:
+            yield i
+            if i % 100 == 99:
+                bar.advance(100)
+
+
+def _note_skipped(extra: dict[str, Any], skipped: list[str], where: str, kept: int) -> None:
+    if not skipped:
+        return
+    if kept == 0:
+        raise UserError(f"{where}: all {len(skipped)} rows are bad; the first: {skipped[0]}")
+    extra["skipped"] = len(skipped)
+    extra["first_skipped"] = skipped[:5]
+    Console(stderr=True).print(
+        f"{where}: skipped {len(skipped)} of {kept + len(skipped)} rows; the first: {skipped[0]}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _can_pickle(task: object) -> bool:
+    try:
+        pickle.dumps(task)
+    except Exception:  # whatever a foreign object's pickling raises, one process will do
+        return False
+    return True
+
+
+_worker: tuple[ConversationTask, Tokenizer, _Settings, dict[str, Any]]
+
+
+def _start_worker(*everything: Any) -> None:
+    """Keep what every slice needs in the worker: pickled once a process, not once a slice."""
+    global _worker
+    _worker = everything
+
+
+def _render_slice(job: tuple[Path, int, int]) -> list[str]:
+    folder, start, stop = job
+    task, tokenizer, settings, made_from = _worker
+    with StoreWriter(folder, with_mask=True, **made_from) as writer:
+        return _render_rows(writer, task, tokenizer, range(start, stop), settings)

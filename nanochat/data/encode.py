@@ -1,0 +1,254 @@
+"""A corpus becomes a token store: read, encoded and written side by side."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import shutil
+import signal
+from array import array
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import (
+    FIRST_EXCEPTION,
+    BrokenExecutor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanochat.data.corpus import Corpus, Shard, Split, combined_fingerprint
+from nanochat.data.store import StoreWriter, TokenStore, merge_stores
+from nanochat.errors import UserError
+from nanochat.progress import progress_bar
+from nanochat.tokenizer import Tokenizer
+
+_BATCH_CHARS = 1 << 17  # texts that a thread encodes at a time
+
+
+_PROCESS_BYTES = (
+    32 << 20
+)  # of shards for each process: starting one takes as long as encoding 10 MB
+
+
+def encode_split(
+    corpus: Corpus,
+    split: Split,
+    tokenizer: Tokenizer,
+    workers: int,
+    tell: Callable[[str], None] = print,
+) -> TokenStore:
+    """The store of a split, with the shards in the corpus's order; what is current is not redone.
+
+    While it is built, a shard is a store of its own under `<store>.shards/`. The finished store
+    lists its shards; if these are the first of those that the corpus has now, the rest is appended.
+    """
+    folder = corpus.store_folder(split)
+    slices = folder.with_name(f"{folder.name}.shards")
+    shards = corpus.shards(split)
+    fingerprint = combined_fingerprint(shards)
+    # A store with rows left out is no answer to somebody who wants to hear of them.
+    may_skip = corpus.bad_rows == "skip"
+    done = TokenStore.open_if_current(folder, tokenizer.hash, fingerprint)
+    if done is not None and (may_skip or not done.meta.get("skipped")):
+        shutil.rmtree(slices, ignore_errors=True)
+        return done
+
+    parts, todo = [slices / shard.name for shard in shards], shards
+    looked_through: list[dict[str, Any]] = []
+    grown = _grown_from(folder, tokenizer, shards)
+    if grown is not None and (may_skip or not grown.meta.get("skipped")):
+        count = len(grown.meta["shards"])
+        parts, todo = [folder, *parts[count:]], shards[count:]
+        # scripts.decontaminate wrote these; how far they reach has to be said from now on.
+        notes = grown.meta.get("decontaminated", [])
+        looked_through = [{"shards": count, **note} for note in notes]
+    missing = []
+    for shard in todo:
+        part = TokenStore.open_if_current(slices / shard.name, tokenizer.hash, shard.fingerprint)
+        if part is None or (part.meta["skipped"] and not may_skip):
+            missing.append(shard)
+    _encode_shards(corpus, split, missing, slices, tokenizer, workers)
+
+    metas = [TokenStore.open(part, tokenizer.hash).meta for part in parts]
+    if sum(meta["num_documents"] for meta in metas) == 0:
+        raise UserError(f"the {split} split of {corpus.name} has no documents; add more text")
+    store = merge_stores(
+        folder,
+        parts,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_hash=tokenizer.hash,
+        fingerprint=fingerprint,
+        extra={
+            "skipped": sum(meta["skipped"] for meta in metas),
+            "shards": [[shard.name, shard.fingerprint] for shard in shards],
+            **({"decontaminated": looked_through} if looked_through else {}),
+        },
+    )
+    if looked_through:
+        reach = min(note["shards"] for note in looked_through)
+        tell(
+            f"{split}: the first {reach} shards were decontaminated, those behind them were not "
+            f"looked through: run scripts.decontaminate on {folder} again"
+        )
+    shutil.rmtree(slices, ignore_errors=True)
+    return store
+
+
+def _grown_from(folder: Path, tokenizer: Tokenizer, shards: list[Shard]) -> TokenStore | None:
+    """The store at `folder` if it holds the first of these shards."""
+    try:
+        store = TokenStore.open(folder, tokenizer.hash)
+    except UserError:
+        return None
+    names = store.meta.get("shards") or []
+    now = [[shard.name, shard.fingerprint] for shard in shards[: len(names)]]
+    return store if names and names == now else None
+
+
+def _encode_shards(
+    corpus: Corpus,
+    split: Split,
+    shards: list[Shard],
+    slices: Path,
+    tokenizer: Tokenizer,
+    workers: int,
+) -> None:
+    """Encode each shard into `slices/<shard>`: shards in parallel, and threads within them."""
+    if not shards:
+        return
+    label, total = f"encoding {corpus.name} {split}", sum(shard.size for shard in shards)
+    processes = max(1, min(workers, len(shards), total // _PROCESS_BYTES))
+    threads = max(1, workers // processes)
+    if processes == 1:
+        with progress_bar(label, total) as bar:
+            before = 0
+            for shard in shards:
+                _encode_shard(
+                    corpus,
+                    split,
+                    shard,
+                    slices,
+                    tokenizer,
+                    threads,
+                    lambda position, before=before: bar.set(before + position),  # type: ignore[misc]
+                )
+                before += shard.size
+        return
+    context = multiprocessing.get_context("spawn")  # forking a process with threads can deadlock
+    # How far each shard is, and a flag that stops all workers.
+    positions: Any = context.Array(ctypes.c_longlong, len(shards) + 1, lock=False)
+    job = (corpus, split, shards, slices, tokenizer, threads)
+    # Unlike multiprocessing.Pool, it notices a worker that dies (of memory, say).
+    with (
+        progress_bar(label, total) as bar,
+        ProcessPoolExecutor(processes, context, _start_worker, (positions, job)) as pool,
+    ):
+        pending = {pool.submit(_work, index) for index in range(len(shards))}
+        try:
+            while pending:
+                done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                bar.set(sum(positions[:-1]))
+        except BrokenExecutor as error:
+            raise UserError(
+                "a process died while encoding, most likely for want of memory; "
+                "run it again with fewer --workers, finished shards are kept"
+            ) from error
+        except BaseException:
+            positions[-1] = 1
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+class _Stopped(Exception):
+    """Another process failed."""
+
+
+_positions: Any
+_job: tuple[Corpus, Split, list[Shard], Path, Tokenizer, int]
+
+
+def _start_worker(positions: Any, job: Any) -> None:
+    global _positions, _job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
+    _positions, _job = positions, job
+
+
+def _work(index: int) -> None:
+    corpus, split, shards, slices, tokenizer, threads = _job
+
+    def report(position: int) -> None:
+        if _positions[-1]:
+            raise _Stopped
+        _positions[index] = position
+
+    _encode_shard(corpus, split, shards[index], slices, tokenizer, threads, report)
+    report(shards[index].size)
+
+
+def _encode_shard(
+    corpus: Corpus,
+    split: Split,
+    shard: Shard,
+    slices: Path,
+    tokenizer: Tokenizer,
+    threads: int,
+    report: Callable[[int], None],
+) -> None:
+    skipped_before = corpus.skipped
+    with (
+        StoreWriter(
+            slices / shard.name,
+            vocab_size=tokenizer.vocab_size,
+            tokenizer_hash=tokenizer.hash,
+            fingerprint=shard.fingerprint,
+        ) as writer,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        # This thread reads and writes while the others encode; what waits in between is bounded.
+        pending: deque[tuple[Future[list[np.ndarray]], int]] = deque()
+
+        def write_first() -> None:
+            future, position = pending.popleft()
+            for ids in future.result():
+                writer.add(ids)
+            report(position)
+
+        texts: list[str] = []
+        size = position = 0
+        for text, position in corpus.read(split, shard.name):
+            texts.append(text)
+            size += len(text)
+            if size >= _BATCH_CHARS:
+                pending.append((pool.submit(_encode, tokenizer, texts), position))
+                texts, size = [], 0
+                if len(pending) > 4 * threads:
+                    write_first()
+        pending.append((pool.submit(_encode, tokenizer, texts), position))
+        while pending:
+            write_first()
+        writer.extra["skipped"] = corpus.skipped - skipped_before
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    documents = []
+    for text in texts:
+        ids = tokenizer.encode(text)
+        ids.insert(0, tokenizer.bos)
+        # array reads a list about three times as fast as numpy does.
+        documents.append(np.frombuffer(array("I", ids), dtype=np.uintc))
+    return documents
+
+
+def _cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,277 @@
+"""Pretraining corpora: named ones on the Hugging Face hub, folders of one's own, an embedded one.
+
+    open_corpus("bbe")               the embedded corpus (a package, no download)
+    open_corpus("climbmix")          a named corpus, as far as it has been downloaded
+    open_corpus("./books")           a folder (or one file) of .txt, .jsonl, .parquet
+    open_corpus("./books:content")   the same, the text being in another column
+    open_corpus("org/name:content")  a data set on the hub, downloaded before
+
+    python -m nanochat.data.hub climbmix -n 8     download 8 training shards, 1 for validation
+    python -m nanochat.data.hub eval_bundle       download the task files of the CORE metric
+
+The split into train and val never depends on how much was downloaded or on files added later:
+`NamedCorpus`, `FolderCorpus` and `EmbeddedCorpus` say how each is split.
+"""
+
+import argparse
+import hashlib
+import re
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat import paths
+from nanochat.data.corpus import BadRows, Corpus, EmbeddedCorpus, Shard, Split, bbe_chapters
+from nanochat.data.download import fetch_files, fetch_url, list_files
+from nanochat.data.files import EXTENSIONS, FolderCorpus, Problem, read_parquet
+from nanochat.errors import UserError
+
+
+@dataclass(frozen=True)
+class NamedSource:
+    """A pretraining corpus on the hub: parquet shards with the text in `column`.
+
+    Its documents were shuffled before they were cut into shards, so any first n shards are a fair
+    sample. Training shards are numbered 0 to `train_shards` - 1; the last shard of the repository,
+    number `train_shards`, is the validation split however many of the others are there.
+    """
+
+    name: str
+    repository: str
+    train_shards: int
+    total_tokens: float
+    """Of all shards together, in a GPT-2-like tokenization; plans divide it by the shards."""
+    licence: str
+    pattern: str = "shard_{:05d}.parquet"
+    column: str = "text"
+
+    def file(self, index: int) -> str:
+        return self.pattern.format(index)
+
+
+# Repository names, shard counts and licences were written down from memory, without a look at the
+# hub. A wrong count shows as a missing file when downloading; mend it here.
+NAMED = {
+    source.name: source
+    for source in (
+        NamedSource("climbmix", "karpathy/climbmix-400b-shuffle", 6542, 400e9, "CC BY-NC 4.0"),
+        NamedSource("fineweb-edu", "karpathy/fineweb-edu-100b-shuffle", 1822, 100e9, "ODC-By 1.0"),
+    )
+}
+
+
+class NamedCorpus(Corpus):
+    """The downloaded part of a `NamedSource`: its first n training shards, without a gap.
+
+    Taking only the shards before the first gap makes n the whole description of the training data,
+    while downloads are going on too.
+    """
+
+    def __init__(self, source: NamedSource, bad_rows: BadRows = "error"):
+        self.name = source.name
+        self.source = source
+        self.bad_rows = bad_rows
+        self.folder = _hub_folder(source.repository) or paths.corpora_dir() / source.name
+
+    def shards(self, split: Split) -> list[Shard]:
+        shards = []
+        total = self.source.train_shards
+        for index in [total] if split == "val" else range(total):
+            file = self.source.file(index)
+            try:
+                size = (self.folder / file).stat().st_size
+            except FileNotFoundError:
+                break
+            content = f"{self.source.repository}/{file}:{self.source.column}:{size}"
+            fingerprint = hashlib.sha256(content.encode()).hexdigest()
+            shards.append(Shard(Path(file).stem, fingerprint, size))
+        if not shards:
+            raise UserError(
+                f"{self.folder / self.source.file(total if split == 'val' else 0)} is missing; "
+                f"download it with python -m nanochat.data.hub {self.name} -n 8"
+            )
+        return shards
+
+    def read(self, split: Split, shard: str) -> Iterator[tuple[str, int]]:
+        path = self.folder / f"{shard}.parquet"
+        for row in read_parquet(path, self.source.column):
+            if isinstance(row.value, Problem):
+                self._skip(f"{path} row {row.number}", row.value)
+            elif row.value.strip():
+                yield row.value, row.position
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def _hub_folder(repository: str) -> Path | None:
+    """The local copy of a hub repository under `NANOCHAT_HUB_DIR`, if there is one."""
+    source = Path(paths.hub_source(repository))
+    return source if source != Path(repository) and source.is_dir() else None
+
+
+def _hub_name(repository: str) -> str:
+    return repository.replace("/", "--")
+
+
+def open_corpus(spec: str, bad_rows: BadRows = "error") -> Corpus:
+    """The corpus that `spec` names (see the top of this module).
+
+    `bad_rows` says what to do with rows without usable text: raise `UserError` naming file and row,
+    or leave them out and count them in `Corpus.skipped`.
+    """
+    if spec == EmbeddedCorpus.name:
+        return EmbeddedCorpus()
+    if spec in NAMED:
+        return NamedCorpus(NAMED[spec], bad_rows)
+    place, column = _split_column(spec)
+    if Path(place).exists():
+        return FolderCorpus(Path(place), column, bad_rows)
+    if _HUB_ID.fullmatch(place):
+        folder = _hub_folder(place) or paths.corpora_dir() / _hub_name(place)
+        if folder.is_dir():
+            return FolderCorpus(folder, column, bad_rows, name=_hub_name(place))
+        raise UserError(
+            f"there is no folder {place}, and the data set of that name has not been downloaded; "
+            f"download it with python -m nanochat.data.hub {place} -n 8"
+        )
+    raise UserError(
+        f"there is no corpus '{spec}': expected bbe, {', '.join(NAMED)}, an existing file or "
+        "folder, or ORG/NAME on the hub (with :COLUMN if the text is not in 'text')"
+    )
+
+
+def _split_column(spec: str) -> tuple[str, str]:
+    """`path:column` -> (path, column); a path that exists as it is has no column in it."""
+    place, colon, column = spec.rpartition(":")
+    if not colon or not place or Path(spec).exists() or re.search(r"[/\\]", column):
+        return spec, "text"
+    if not column:
+        raise UserError(f"'{spec}' names no column after the colon; write {place}:COLUMN")
+    return place, column
+
+
+# Downloading
+
+
+def download(spec: str, num_shards: int, workers: int = 4) -> list[Path]:
+    """Fetch the first `num_shards` training shards of a named corpus and its validation shard, or
+    the first files of a data set on the hub. Returns where they are, downloaded now or before.
+
+    Files appear under their final name when they are complete and verified: the size, the SHA-256
+    where the server tells it, and the footer of parquet files. What an interrupted run has fetched
+    is kept and continued. `HF_ENDPOINT` names a mirror.
+    """
+    if num_shards < 1:
+        raise UserError(f"-n {num_shards}: at least 1 shard is needed")
+    if workers < 1:
+        raise UserError(f"--workers {workers}: at least 1 is needed")
+    place, _ = _split_column(spec)
+    if place in NAMED:
+        source = NAMED[place]
+        if num_shards > source.train_shards:
+            raise UserError(
+                f"-n {num_shards}: {place} has {source.train_shards} training shards; ask for fewer"
+            )
+        repository, folder = source.repository, paths.corpora_dir() / place
+        # The validation shard first: without it nothing can be trained.
+        files = [source.file(i) for i in (source.train_shards, *range(num_shards))]
+    elif _HUB_ID.fullmatch(place):
+        repository, folder = place, paths.corpora_dir() / _hub_name(place)
+        files = []
+    else:
+        raise UserError(f"'{spec}' cannot be downloaded; expected {', '.join(NAMED)} or ORG/NAME")
+    local = _hub_folder(repository)
+    if local is not None:
+        return sorted(path for path in local.rglob("*") if path.suffix in EXTENSIONS)
+    if not files:
+        files = list_files(repository, EXTENSIONS)[:num_shards]
+
+    missing = [file for file in files if not (folder / file).exists()]
+    if missing:
+        fetch_files(repository, missing, folder, workers)
+    return [folder / file for file in files]
+
+
+# Written down from memory too.
+BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+_BUNDLE = "eval_bundle"
+
+
+def fetch_bundle(url: str = BUNDLE_URL) -> Path:
+    """Where the CORE metric's task files are, downloaded and unpacked unless they were before.
+
+    The archive holds core.yaml, eval_meta_data.csv and eval_data/, on top or in a folder.
+    """
+    folder = paths.eval_bundle_dir()
+    if folder.is_dir():
+        return folder
+    archive = paths.corpora_dir() / f"{_BUNDLE}.zip"
+    if not archive.exists():
+        try:
+            fetch_url(url, archive)
+        except UserError as error:
+            raise UserError(
+                f"CORE's task files are not in {folder} and cannot be fetched: {error}; put a copy "
+                "of the bundle there, or name one with --bundle"
+            ) from error
+    with (
+        zipfile.ZipFile(archive) as opened,
+        tempfile.TemporaryDirectory(
+            prefix=f".{_BUNDLE}.", suffix=".tmp", dir=folder.parent
+        ) as aside,
+    ):
+        opened.extractall(aside)
+        found = sorted(Path(aside).rglob("core.yaml"))
+        if not found:
+            archive.unlink()
+            raise UserError(f"{url} is no bundle of CORE's task files: it has no core.yaml")
+        with paths.atomic_folder(folder) as unpacked:
+            for path in found[0].parent.iterdir():
+                path.rename(unpacked / path.name)
+    archive.unlink()
+    return folder
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m nanochat.data.hub",
+        description="Download shards of a pretraining corpus, or the CORE metric's task files.",
+    )
+    parser.add_argument(
+        "corpus",
+        nargs="?",
+        default="climbmix",
+        help=f"{', '.join(NAMED)}, ORG/NAME on the hub, or {_BUNDLE}",
+    )
+    parser.add_argument(
+        "-n", "--num-shards", type=int, default=8, help="training shards, from the first (8)"
+    )
+    parser.add_argument("--workers", type=int, default=4, help="files fetched at a time (4)")
+    parser.add_argument("--url", default=BUNDLE_URL, help=f"of the {_BUNDLE}")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.corpus == _BUNDLE:
+            print(f"CORE's task files are in {fetch_bundle(arguments.url)}")
+            return
+        if arguments.corpus == EmbeddedCorpus.name:
+            chapters = len(bbe_chapters())
+            print(f"bbe is embedded ({chapters} chapters): there is nothing to download")
+            return
+        files = download(arguments.corpus, arguments.num_shards, arguments.workers)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; what was fetched is kept", file=sys.stderr)
+        sys.exit(130)
+    size = sum(file.stat().st_size for file in files)
+    licence = NAMED[arguments.corpus].licence if arguments.corpus in NAMED else "see its page"
+    print(f"{len(files)} files, {size / 1e6:.1f} MB, in {files[0].parent} (licence: {licence})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""Documents that share runs of words with evaluation items."""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import unicodedata
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nanochat.data.store import StoreWriter, TokenStore
+from nanochat.errors import UserError
+from nanochat.progress import progress_bar
+from nanochat.tokenizer import Tokenizer
+
+_JOB_TOKENS = 2**20
+
+
+_WORD = re.compile(r"[^\W_]+")
+
+
+_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word of an n-gram is lost modulo 2^64
+
+
+_MAX_TASKS = 63  # bits of a set of tasks
+
+
+class Item(NamedTuple):
+    """A problem of a task: what it is called, and its texts."""
+
+    task: str
+    name: str
+    texts: list[str]
+
+
+def split_words(text: str) -> list[str]:
+    """Lower case, punctuation and the forms of letters forgotten.
+
+    >>> split_words("Don't panic: ﬁve_Apples!")
+    ['don', 't', 'panic', 'five', 'apples']
+    """
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+    return _WORD.findall(text.casefold())
+
+
+class Index:
+    """The n-grams of the evaluation tasks' words.
+
+    Words are numbered from 1; 0 is any word that no task has, and what lies between texts. About 20
+    bytes for each word of the tasks.
+    """
+
+    def __init__(self, items: Sequence[Item], n: int):
+        self.n = n
+        self.number: dict[str, int] = {}
+        self.items = [(item.task, item.name) for item in items]
+        self.tasks = list(dict.fromkeys(item.task for item in items))
+        if len(self.tasks) > _MAX_TASKS:
+            raise UserError(f"{len(self.tasks)} tasks at once; look for at most {_MAX_TASKS}")
+        words = array("i")
+        ends = []
+        for item in items:
+            for text in item.texts:
+                words.extend(
+                    self.number.setdefault(w, len(self.number) + 1) for w in split_words(text)
+                )
+                words.append(0)
+            ends.append(len(words))
+        self.vocabulary = list(self.number)
+        self.words = np.array(words, dtype=np.int32)
+        self.ends = np.array(ends, dtype=np.int64)  # of each item's words
+        starts, hashes = _ngrams(self.words, n)
+        order = np.argsort(hashes, kind="stable")
+        starts, hashes = starts[order], hashes[order]
+        # Equal n-grams lie together: gram g has the places starts[bounds[g] : bounds[g + 1]].
+        first = np.flatnonzero(np.diff(hashes, prepend=~hashes[:1])) if len(hashes) else starts
+        self.hashes, self.starts = hashes[first], starts
+        self.bounds = np.append(first, len(starts))
+
+        task_of = {task: number for number, task in enumerate(self.tasks)}
+        bits = np.array([1 << task_of[item.task] for item in items], dtype=np.int64)
+        owner = self.item_of(self.starts)
+        self.task_bits = np.bitwise_or.reduceat(bits[owner], first) if len(first) else bits[:0]
+        self.checked = np.zeros(len(items), dtype=bool)  # items with at least one n-gram
+        self.checked[owner] = True
+
+    def item_of(self, starts: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.ends, starts, side="right")
+
+    def lookup(self, text: str) -> list[int]:
+        number = self.number.get
+        return [number(word, 0) for word in split_words(text)]
+
+    def find(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(places, grams): where in `words` (int32) an n-gram of the tasks begins, and which."""
+        places, hashes = _ngrams(words, self.n)
+        if len(self.hashes) == 0:
+            return places[:0], places[:0]
+        grams = np.searchsorted(self.hashes, hashes).clip(max=len(self.hashes) - 1)
+        hit = self.hashes[grams] == hashes
+        places, grams = places[hit], grams[hit]
+        # Hashes may collide: compare the words.
+        offsets = np.arange(self.n)
+        theirs = self.words[self.starts[self.bounds[grams]][:, None] + offsets]
+        same = (words[places[:, None] + offsets] == theirs).all(axis=1)
+        return places[same], grams[same]
+
+    def text(self, gram: int) -> str:
+        """The words of an n-gram."""
+        start = self.starts[self.bounds[gram]]
+        numbers = self.words[start : start + self.n].tolist()
+        return " ".join(self.vocabulary[number - 1] for number in numbers)
+
+
+def _ngrams(words: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the n-grams without a 0 begin, int64, and their hashes, uint64."""
+    if len(words) < n:
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.uint64)
+    zeros = np.concatenate([[0], np.cumsum(words == 0)])
+    starts = np.flatnonzero(zeros[n:] == zeros[:-n])
+    hashes = np.zeros(len(starts), dtype=np.uint64)
+    for offset in range(n):
+        hashes = hashes * _BASE + words[starts + offset].astype(np.uint64)
+    return starts, hashes
+
+
+class Found(NamedTuple):
+    """What a range of documents has in common with the tasks."""
+
+    documents: list[int]
+    grams: list[int]
+    """An n-gram of each document."""
+    task_bits: list[int]
+    """The tasks that share any n-gram with it."""
+    all_grams: np.ndarray
+    """Every n-gram that occurs."""
+
+
+def look_through(
+    store: TokenStore, tokenizer: Tokenizer, index: Index, workers: int
+) -> dict[str, Any]:
+    """The report on a store."""
+    per_job = max(1, _JOB_TOKENS * len(store) // max(1, store.num_tokens))
+    jobs = [range(i, min(i + per_job, len(store))) for i in range(0, len(store), per_job)]
+    found: list[Found] = []
+    with progress_bar(f"reading {store.name}", len(store)) as bar:
+        for job, result in zip(jobs, _results(store, tokenizer, index, jobs, workers), strict=True):
+            found.append(result)
+            bar.advance(len(job))
+
+    grams = np.unique(np.concatenate([f.all_grams for f in found]))
+    owners = [index.item_of(index.starts[index.bounds[g] : index.bounds[g + 1]]) for g in grams]
+    items = np.unique(np.concatenate(owners)).tolist() if owners else []
+    matches = [
+        {
+            "document": document,
+            "item": index.items[int(index.item_of(index.starts[index.bounds[gram]]))][1],
+            "words": index.text(gram),
+        }
+        for f in found
+        for document, gram in zip(f.documents, f.grams, strict=True)
+    ]
+    tasks: dict[str, dict[str, int]] = {
+        task: {"items": 0, "too_short": 0, "found": 0, "documents": 0} for task in index.tasks
+    }
+    for (task, _), checked in zip(index.items, index.checked.tolist(), strict=True):
+        tasks[task]["items"] += 1
+        tasks[task]["too_short"] += not checked
+    for item in items:
+        tasks[index.items[item][0]]["found"] += 1
+    for bits in (b for f in found for b in f.task_bits):
+        for number, task in enumerate(index.tasks):
+            tasks[task]["documents"] += bits >> number & 1
+    return {
+        "store": str(store.folder),
+        "documents": len(store),
+        "contaminated": len(matches),
+        "ngram": index.n,
+        "tasks": tasks,
+        "matches": matches,
+    }
+
+
+def _results(
+    store: TokenStore, tokenizer: Tokenizer, index: Index, jobs: Sequence[range], workers: int
+) -> Iterator[Found]:
+    if workers == 1 or len(jobs) < 4:
+        yield from (scan(store, tokenizer, index, job) for job in jobs)
+        return
+    context = multiprocessing.get_context("spawn")  # forking a process with threads can deadlock
+    with ProcessPoolExecutor(
+        min(workers, len(jobs)), context, _start_worker, (store.folder, tokenizer, index)
+    ) as pool:
+        try:
+            yield from pool.map(_work, jobs)
+        except BrokenExecutor as error:
+            raise UserError(
+                "a process died while reading, most likely for want of memory; "
+                "run it again with fewer --workers"
+            ) from error
+
+
+_worker: tuple[TokenStore, Tokenizer, Index]
+
+
+def _start_worker(folder: Path, tokenizer: Tokenizer, index: Index) -> None:
+    global _worker
+    _worker = TokenStore.open(folder), tokenizer, index
+
+
+def _work(job: range) -> Found:
+    return scan(*_worker, job)
+
+
+def scan(store: TokenStore, tokenizer: Tokenizer, index: Index, documents: range) -> Found:
+    """Look for the index's n-grams in some documents."""
+    words = array("i")
+    ends = []
+    for document in documents:
+        for text in texts_of(store.ids(document), tokenizer):
+            words.extend(index.lookup(text))
+            words.append(0)
+        ends.append(len(words))
+    places, grams = index.find(
+        np.frombuffer(words, dtype=np.int32) if words else np.empty(0, np.int32)
+    )
+    owner = np.searchsorted(np.array(ends), places, side="right")
+    contaminated, first = np.unique(owner, return_index=True)
+    bits = np.bitwise_or.reduceat(index.task_bits[grams], first) if len(first) else grams
+    return Found(
+        [documents[i] for i in contaminated.tolist()],
+        grams[first].tolist(),
+        bits.tolist(),
+        np.unique(grams),
+    )
+
+
+def texts_of(ids: np.ndarray, tokenizer: Tokenizer) -> Iterable[str]:
+    """What stands between the special tokens of a document."""
+    special = np.flatnonzero(ids >= len(tokenizer.ranks))
+    for piece in np.split(ids, special):
+        piece = piece[piece < len(tokenizer.ranks)]
+        if len(piece):
+            yield tokenizer.decode(piece.tolist())
+
+
+def drop_documents(store: TokenStore, tokenizer: Tokenizer, report: dict[str, Any]) -> TokenStore:
+    """Write the store anew without the documents of a report.
+
+    It keeps its fingerprint: for scripts.tok_encode it is still the encoded corpus.
+    """
+    unwanted = {match["document"] for match in report["matches"]}
+    if len(unwanted) == len(store):
+        raise UserError(f"every document of {store.folder} would be dropped; nothing was changed")
+    before = store.meta.get("decontaminated", [])
+    note = {"ngram": report["ngram"], "tasks": list(report["tasks"]), "dropped": len(unwanted)}
+    with (
+        StoreWriter(
+            store.folder,
+            vocab_size=tokenizer.vocab_size,
+            tokenizer_hash=tokenizer.hash,
+            fingerprint=store.meta["fingerprint"],
+            with_mask=store.has_mask,
+            extra={**store.meta, "decontaminated": [*before, note]},
+        ) as writer,
+        progress_bar(f"writing {store.name}", len(store)) as bar,
+    ):
+        for document in range(len(store)):
+            if document not in unwanted:
+                writer.add(store.ids(document), store.mask_bytes(document))
+            if document % 1000 == 999:
+                bar.advance(1000)
+    return TokenStore.open(store.folder, tokenizer.hash)

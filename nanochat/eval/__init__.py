@@ -1,0 +1,1 @@
+"""Measurements of a model: losses, multiple choice, CORE, recorded results."""

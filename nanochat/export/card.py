@@ -1,0 +1,134 @@
+"""The model card of an exported model: what it is, how to use it, and what was measured."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+from nanochat import __version__, paths
+from nanochat.eval.results import read_evaluation
+from nanochat.gpt import GPT
+
+
+def model_card(model: GPT, meta: Mapping[str, Any], modeling_file: str) -> str:
+    """The text of README.md."""
+    config = model.config
+    portable = config.is_portable
+    stage, tag, step = (meta.get(key) for key in ("stage", "tag", "step"))
+    counts = sum(model.num_parameters().values())
+    origin = f", stage `{stage}`, run `{tag}`, step {step:,}" if stage else ""
+    remote = "" if portable else ", trust_remote_code=True"
+    architecture = (
+        "transformers' own `nanochat` model type"
+        if portable
+        else f"`nanochat_full`, defined by `{modeling_file}` in this folder"
+    )
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "---",
+        "",
+        f"# nanochat, {counts / 1e6:,.1f} million parameters",
+        "",
+        f"Trained with nanochat {__version__}{origin}. Architecture: {architecture}.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| layers × width | {config.n_layer} × {config.n_embd} |",
+        f"| heads, query / key-value | {config.n_head} / {config.n_kv_head} |",
+        f"| vocabulary | {config.vocab_size:,} |",
+        f"| context | {config.context_length:,} tokens |",
+        *_training_rows(meta),
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("PATH"{remote})',
+        f'model = AutoModelForCausalLM.from_pretrained("PATH"{remote})',
+        'messages = [{"role": "user", "content": "Who are you?"}]',
+        "inputs = tokenizer.apply_chat_template(",
+        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+        ")",
+        f"output = model.generate(**inputs, max_new_tokens={min(256, config.context_length // 2)})",
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))',
+        "```",
+        "",
+        "Batches are padded on the left, with `<|bos|>`. A text that is no conversation begins",
+        "with `<|bos|>`; the tokenizer adds it. To keep a text that spells a special token from",
+        "becoming that token, pass `split_special_tokens=True`; the chat template refuses such",
+        "messages.",
+        "",
+        "The model may write a tool call between `<|python_start|>` and `<|python_end|>`. Whoever",
+        "runs it is to append `<|output_start|>`, the result and `<|output_end|>`; `generate` runs",
+        "no tools, and the model then makes up the result.",
+        "",
+        *_measurements(meta),
+    ]
+    return "\n".join(lines)
+
+
+def _training_rows(meta: Mapping[str, Any]) -> list[str]:
+    rows = []
+    if tokens := meta.get("train_state", {}).get("tokens"):
+        rows.append(f"| tokens trained on in this stage | {tokens:,} |")
+    if source := meta.get("source"):
+        rows.append(f"| begun from | {source['stage']}/{source['tag']}, step {source['step']:,} |")
+    return rows
+
+
+def _measurements(meta: Mapping[str, Any]) -> list[str]:
+    """What was measured of this checkpoint, and of those that it was begun from."""
+    lines = ["## Measured", ""]
+    for stage, tag, step, known in _lineage(meta):
+        rows = []
+        for split, value in known.get("bpb", {}).items():
+            rows.append(f"| bits per byte, {split} | {value:.4f} |")
+        for key, name in (("core", "CORE"), ("core_partial", "CORE"), ("chat_core", "ChatCORE")):
+            if known.get(key) is not None:
+                note = " (of some of its tasks)" if key == "core_partial" else ""
+                rows.append(f"| {name}{note} | {known[key]:.4f} |")
+        for task, result in known.get("results", {}).items():
+            low, high = result["ci"]
+            rows.append(
+                f"| {task} | {result['accuracy']:.1%} of {result['total']:,} "
+                f"(95 % interval {low:.1%} to {high:.1%}) |"
+            )
+        if rows:
+            lines += [f"| {stage}/{tag}, step {step:,} | |", "|---|---|", *rows, ""]
+    rows = [f"| {name} | {value:.2f} |" for name, value in _bytes_per_token(meta).items()]
+    if rows:
+        lines += ["| tokenizer, bytes per token | |", "|---|---|", *rows, ""]
+    if len(lines) == 2:
+        lines += ["Nothing was measured of this checkpoint.", ""]
+    return lines
+
+
+def _bytes_per_token(meta: Mapping[str, Any]) -> dict[str, float]:
+    """Text -> compression, if this checkpoint's tokenizer was evaluated last."""
+    with suppress(OSError, ValueError):
+        text = (paths.report_dir() / "tok_eval.json").read_text(encoding="utf-8")
+        known = json.loads(text)
+        if known.get("tokenizer_hash") == meta.get("tokenizer_hash"):
+            return {row["text"]: row["bytes_per_token"]["nanochat"] for row in known["rows"]}
+    return {}
+
+
+def _lineage(meta: Mapping[str, Any]) -> Iterator[tuple[str, str, int, dict[str, Any]]]:
+    """(stage, tag, step, evaluation) of a checkpoint and its ancestors, as long as they exist."""
+    while {"stage", "tag", "step"} <= meta.keys():
+        stage, tag, step = meta["stage"], meta["tag"], meta["step"]
+        trained = meta.get("train_state", {}).get("metrics", {}).get("bpb")
+        measured = read_evaluation(stage, tag, step)
+        if "bpb" not in measured and isinstance(trained, float):
+            measured["bpb"] = {"validation": trained}
+        yield stage, tag, step, measured
+        source = meta.get("source") or {}
+        try:
+            folder = paths.checkpoints_dir(source["stage"], source["tag"])
+            path = folder / f"step_{source['step']:06d}" / "meta.json"
+            meta = json.loads(path.read_text(encoding="utf-8"))
+        except (KeyError, OSError, ValueError):
+            return

@@ -1,0 +1,331 @@
+"""A trained model as a folder that transformers, and whatever builds on it, can load.
+
+B batch, T time, C channels, V vocabulary
+
+A portable model becomes transformers' own `nanochat` model type. Every other one carries its
+modelling file along (`modeling_nanochat_full.py`) and is loaded with `trust_remote_code=True`.
+Either computes the same logits, and `check` proves it.
+
+Only the real vocabulary is exported: `config.vocab_size` is the tokenizer's. The rows that our
+embedding and head have beyond it, up to a multiple of 64, are read by nobody and never predicted.
+"""
+
+import random
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from nanochat import paths
+from nanochat.checkpoint_manager import system_style
+from nanochat.errors import UserError
+from nanochat.export.card import model_card
+from nanochat.export.tokenizer import hf_tokenizer
+from nanochat.functional import NORM_EPS
+from nanochat.gpt import GPT
+from nanochat.tokenizer import Tokenizer
+
+MODELING_FILE = "modeling_nanochat_full.py"
+FILES = (
+    "README.md",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    MODELING_FILE,
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+"""What an exported folder may hold."""
+CHECKED_TOKENS = 512
+TOLERANCE = 1e-3
+"""A logit that is farther from ours is computed otherwise. Rounding alone moves one of a small
+model by up to 1e-5, and more with every layer; a wrong window or rotary base moves it by 0.1."""
+
+
+class Check(NamedTuple):
+    """How far an exported folder is from the model it came from."""
+
+    largest_difference: float
+    """Largest difference of any logit, in float32, on random rows as long as the context (at most
+    CHECKED_TOKENS): read at once, and decoded by `generate` as a padded batch with either cache."""
+    texts: int
+    """Random Unicode texts whose ids and whose decoding agree."""
+
+
+def export(
+    model: GPT,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    meta: Mapping[str, Any] | None = None,
+    texts: int | None = None,
+) -> Check | None:
+    """Write the model to `folder`, which must be new, empty or an earlier export.
+
+    dtype: of the saved weights; float32 is exact. meta: the checkpoint's metadata, for the model
+    card and the style in which system messages are rendered. texts: compare the result with the
+    model first, the tokenizers on so many texts; a folder that fails is not written.
+    """
+    from transformers import GenerationConfig
+
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
+            f"{model.config.vocab_size}: load the tokenizer the model was trained with"
+        )
+    if folder.exists():
+        others = sorted(path.name for path in folder.iterdir() if path.name not in FILES)
+        if others:
+            raise UserError(
+                f"{folder} holds {others[0]!r}, which no export writes: choose another --out"
+            )
+    meta = meta or {}
+    config = hf_config(model, tokenizer)
+    config.dtype = dtype
+    tensors = {name: tensor.to(dtype) for name, tensor in hf_tensors(model).items()}
+    _compare_names(tensors, config)
+    bos, end = tokenizer.bos, tokenizer.special("<|assistant_end|>")
+    generation = GenerationConfig(bos_token_id=bos, eos_token_id=[end, bos], pad_token_id=bos)
+    with paths.atomic_folder(folder) as temporary:
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        # Written for the owner alone otherwise; a server may run as someone else.
+        (temporary / "model.safetensors").chmod(0o644)
+        config.save_pretrained(temporary)
+        generation.save_pretrained(temporary)
+        system = system_style(meta)
+        hf_tokenizer(tokenizer, model.config.context_length, system).save_pretrained(temporary)
+        if not model.config.is_portable:
+            shutil.copy(Path(__file__).with_name(MODELING_FILE), temporary / MODELING_FILE)
+        (temporary / "README.md").write_text(
+            model_card(model, meta, MODELING_FILE), encoding="utf-8"
+        )
+        return None if texts is None else check(temporary, model, tokenizer, texts=texts)
+
+
+def hf_config(model: GPT, tokenizer: Tokenizer) -> Any:
+    """The transformers configuration: NanoChatConfig if the model is portable.
+
+    Generation ends where our engine's does: after <|assistant_end|>, and before a new document.
+    <|bos|> is also the padding. No model is trained to predict it, so a loss that leaves padding
+    out misses nothing; and as one of the end tokens it makes `generate` see that padding cannot be
+    told from the ids alone.
+    """
+    from transformers import NanoChatConfig
+
+    from nanochat.export.modeling_nanochat_full import NanoChatFullConfig
+
+    ours = model.config
+    bos, end = tokenizer.bos, tokenizer.special("<|assistant_end|>")
+    common: dict[str, Any] = {
+        "vocab_size": ours.vocab_size,
+        "hidden_size": ours.n_embd,
+        "intermediate_size": 4 * ours.n_embd,
+        "num_hidden_layers": ours.n_layer,
+        "num_attention_heads": ours.n_head,
+        "num_key_value_heads": ours.n_kv_head,
+        "head_dim": ours.head_dim,
+        "max_position_embeddings": ours.context_length,
+        "rms_norm_eps": NORM_EPS,
+        "final_logit_softcapping": ours.softcap,
+        "bos_token_id": bos,
+        "eos_token_id": [end, bos],
+        "pad_token_id": bos,
+        "tie_word_embeddings": False,
+    }
+    if ours.is_portable:
+        rope = {"rope_type": "default", "rope_theta": ours.rope_base}
+        return NanoChatConfig(**common, rope_parameters=rope, architectures=["NanoChatForCausalLM"])
+    module = MODELING_FILE.removesuffix(".py")
+    return NanoChatFullConfig(
+        **common,
+        rope_base=ours.rope_base,
+        windowed_rope_base=ours.windowed_rope_base,
+        windows=[ours.window(i) for i in range(ours.n_layer)],
+        value_embedding_layers=[i for i in range(ours.n_layer) if ours.has_value_embedding(i)],
+        residual_scalars=ours.residual_scalars,
+        architectures=["NanoChatFullForCausalLM"],
+        auto_map={
+            "AutoConfig": f"{module}.NanoChatFullConfig",
+            "AutoModelForCausalLM": f"{module}.NanoChatFullForCausalLM",
+        },
+    )
+
+
+_TOP = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "head.weight": "lm_head.weight",
+    "residual_scale": "model.residual_scale",
+    "first_scale": "model.first_scale",
+}
+_IN_BLOCK = {
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.out": "self_attn.o_proj",
+    "attention.value_gate": "self_attn.value_gate",
+    "mlp.up": "mlp.fc1",
+    "mlp.down": "mlp.fc2",
+}
+
+
+def hf_name(name: str) -> str:
+    """The name of one of our tensors in transformers; UserError if it has none."""
+    if name in _TOP:
+        return _TOP[name]
+    block = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", name)
+    if block and block[2] in _IN_BLOCK:
+        return f"model.layers.{block[1]}.{_IN_BLOCK[block[2]]}.weight"
+    if re.fullmatch(r"value_embeddings\.\d+\.weight", name):
+        return f"model.{name}"
+    raise UserError(f"the tensor {name} has no counterpart in transformers; export cannot drop it")
+
+
+def hf_tensors(model: GPT) -> dict[str, torch.Tensor]:
+    """All parameters under their new names; of those with a row per token, the real vocabulary."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if "embedding" in name or name == "head.weight":
+            tensor = tensor[: model.config.vocab_size]
+        tensors[hf_name(name)] = tensor.detach().cpu().contiguous()
+    return tensors
+
+
+def _compare_names(tensors: Mapping[str, torch.Tensor], config: Any) -> None:
+    """UserError unless the model of this configuration has exactly these tensors."""
+    target = model_class(config.model_type == "nanochat")
+    with torch.device("meta"):
+        expected = {name: t.shape for name, t in target(config).state_dict().items()}
+    ours = {name: t.shape for name, t in tensors.items()}
+    wrong = sorted(n for n in expected.keys() | ours.keys() if expected.get(n) != ours.get(n))
+    if wrong:
+        name = wrong[0]
+        raise UserError(
+            f"{len(wrong)} tensors do not fit {config.model_type}: {name} is "
+            f"{_shape(ours.get(name))}, expected {_shape(expected.get(name))}"
+        )
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "missing" if shape is None else str(tuple(shape))
+
+
+def model_class(portable: bool) -> Any:
+    """The transformers class that an exported model loads as."""
+    from transformers import NanoChatForCausalLM
+
+    from nanochat.export.modeling_nanochat_full import NanoChatFullForCausalLM
+
+    return NanoChatForCausalLM if portable else NanoChatFullForCausalLM
+
+
+# Proof
+
+
+@torch.no_grad()
+def check(folder: Path, model: GPT, tokenizer: Tokenizer, *, texts: int = 1000) -> Check:
+    """Load an exported folder and compare it with its origin, both in float32 on the CPU.
+
+    Weights that were saved in another dtype are compared with ours, rounded likewise. Raises
+    RuntimeError where logits or ids differ, or transformers made up or left out a weight.
+    """
+    from transformers import PreTrainedTokenizerFast
+    from transformers import __version__ as transformers_version
+
+    theirs, loading = model_class(model.config.is_portable).from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    if any(loading.values()):
+        raise RuntimeError(f"transformers does not load all of {folder}: {loading}")
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        saved = file.get_tensor("lm_head.weight").dtype
+    ours = GPT(model.config)
+    for name, parameter in ours.named_parameters():
+        parameter.copy_(model.get_parameter(name).to(saved))
+    generator = torch.Generator().manual_seed(0)
+    length = min(model.config.context_length, CHECKED_TOKENS)
+    ids = torch.randint(0, model.config.vocab_size, (2, length), generator=generator)
+    theirs.eval()
+    differences = {"": (ours(ids) - theirs(ids).logits).abs().max().item()}
+    for cache in ("dynamic", "static") if length > 2 else ():
+        differences[f" decoded with a {cache} cache"] = _decoding_difference(
+            ours, theirs, ids, cache
+        )
+    for how, difference in differences.items():
+        if not difference <= TOLERANCE:
+            raise RuntimeError(
+                f"logits of the exported model{how} differ by {difference:.1e}: transformers "
+                f"{transformers_version} computes another function"
+            )
+
+    other = PreTrainedTokenizerFast.from_pretrained(folder)
+    for name in tokenizer.SPECIAL_TOKENS:
+        if other.encode(name, add_special_tokens=False) != [tokenizer.special(name)]:
+            raise RuntimeError(f"the exported tokenizer does not know {name}")
+    for text in random_texts(texts):
+        ids_of_text = tokenizer.encode(text)
+        split = {"add_special_tokens": False, "split_special_tokens": True}
+        if other.encode(text, **split) != ids_of_text:
+            raise RuntimeError(f"the exported tokenizer encodes {text!r} differently")
+        if other.decode(ids_of_text) != text:
+            raise RuntimeError(f"the exported tokenizer decodes {text!r} differently")
+    return Check(max(differences.values()), texts)
+
+
+def _decoding_difference(ours: GPT, theirs: Any, ids: torch.Tensor, cache: str) -> float:
+    """Largest difference between the logits that `generate` chose from and ours, recomputed.
+
+    ids (2, T), T > 2: the second row is half as long and padded on the left. What is chosen does
+    not matter: ours are computed for the tokens that were chosen, so a tie changes nothing.
+    """
+    new = min(16, ids.shape[1] // 2)
+    prompts = ids[:, new:]  # (2, T - new)
+    mask = torch.ones_like(prompts)
+    mask[1, : prompts.shape[1] // 2] = 0
+    ends = theirs.generation_config.eos_token_id
+    theirs.generation_config.eos_token_id = None  # all rows go on to the last step
+    try:
+        output = theirs.generate(
+            prompts,
+            attention_mask=mask,
+            max_new_tokens=new,
+            do_sample=False,
+            cache_implementation=cache,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    finally:
+        theirs.generation_config.eos_token_id = ends
+    logits = torch.stack(output.logits, dim=1)  # (2, new, V)
+    largest = 0.0
+    for b in range(2):
+        row = output.sequences[b, prompts.shape[1] - int(mask[b].sum()) :]
+        expected = ours(row[None])[0, -new - 1 : -1]
+        largest = max(largest, (expected - logits[b]).abs().max().item())
+    return largest
+
+
+def random_texts(count: int, seed: int = 0) -> Iterator[str]:
+    """Strings of up to 80 characters from all of Unicode, words and blanks prevailing."""
+    generator = random.Random(seed)
+    planes = [(0x20, 0x7E), (0xA0, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)]
+    pieces = [
+        *("the", "Word", "don't", "I'LL", "it'\u017f", "12345", "3.14", "naïve", "東京", "🙂"),
+        *(" ", " ", "  ", "\n", "\r\n", " \n ", "\t", "\u00a0", "\u2028", "\u0301", "...", "!?\n"),
+        *Tokenizer.SPECIAL_TOKENS,
+    ]
+    for _ in range(count):
+        text = ""
+        for _ in range(generator.randint(0, 20)):
+            if generator.random() < 0.6:
+                text += generator.choice(pieces)
+            else:
+                plane = generator.choice(planes)
+                text += "".join(chr(generator.randint(*plane)) for _ in range(4))
+        yield text

@@ -1,0 +1,140 @@
+"""Facts about the machine: cores, memory, peak speed."""
+
+import contextlib
+import ctypes
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+
+def physical_cores() -> int:
+    """Cores this process may run on, hyper-threads counted once where Linux tells."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    allowed = os.sched_getaffinity(0)
+    seen = set()
+    for cpu in allowed:
+        try:
+            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:
+                seen.add(file.read().strip())
+        except OSError:
+            return len(allowed)
+    return len(seen) or 1
+
+
+def machine_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of memory this process may use: the machine's, or fewer where a container says so.
+
+    None where it is not known (Windows). Control groups of both versions are asked, the process's
+    own and those around it: each may hold a limit. `root` is that of the file system.
+    """
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError, AttributeError):
+        return None
+    try:
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return memory
+    for line in groups:  # 4:memory:/group in version 1, 0::/group in version 2
+        _, controllers, group = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        name = "memory.limit_in_bytes" if controllers else "memory.max"
+        folder = top / group.lstrip("/")
+        for place in (folder, *folder.parents):
+            if not place.is_relative_to(top):
+                break
+            with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+                memory = min(memory, int((place / name).read_text()))
+    return memory
+
+
+ONEDNN_KERNELS = 128
+"""Kernels that oneDNN keeps, each for one shape of one operation and about 0.6 MiB large."""
+
+
+def tune_cpu(local_processes: int = 1) -> None:
+    """Use all physical cores, keep freed memory mapped between steps, and few kernels.
+
+    glibc hands large activations back to the kernel at once and faults them in anew at every step;
+    raising its thresholds was measured to gain 20-50 % of the training throughput.
+
+    oneDNN would keep 1,024 kernels, torch as many: prompts of ever new lengths then fill a GiB
+    with the smallest of models. Both read their limit when they are first used.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(ONEDNN_KERNELS))
+    if "OMP_NUM_THREADS" not in os.environ or local_processes > 1:
+        torch.set_num_threads(max(1, physical_cores() // local_processes))
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4
+        libc.mallopt(m_mmap_threshold, 2**31 - 1)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_mmap_max, 0)
+
+
+PEAK_FLOPS = {
+    "H100": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200": 989e12,
+    "H200 NVL": 835e12,
+    "GH200": 989e12,
+    "H800": 989e12,
+    "H800 PCIe": 756e12,
+    "B200": 2250e12,
+    "GB200": 2500e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "A10G": 70e12,
+    "4090": 165e12,
+    "3090": 71e12,
+}
+"""Dense bf16 matmul peaks by device name (vendors' data sheets)."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak, None where it is not known."""
+    if device.type != "cuda":
+        return None
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name: str) -> float | None:
+    """The peak of a device by its name: of the longest entry that is in it as whole words."""
+    if "Laptop" in name:
+        return None  # less than the card of the same name
+    found = [key for key in PEAK_FLOPS if re.search(rf"\b{re.escape(key)}\b", name)]
+    return PEAK_FLOPS[max(found, key=len)] if found else None
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: of the allocator on CUDA, of the process (resident set) elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0  # not known: the resource module is Unix only
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def processor() -> str:
+    """The CPU's model name, as far as the system tells."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

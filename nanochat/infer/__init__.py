@@ -1,0 +1,1 @@
+"""Decoding: one engine for chat, serving, evaluation and reinforcement learning."""

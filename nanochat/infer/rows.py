@@ -1,0 +1,215 @@
+"""The rows being decoded and the cache they share.
+
+Rows are kept dense: row i of the cache belongs to rows[i], and a row that ends is replaced by the
+last one. So a step computes nothing for absent rows, and its products run over contiguous memory.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from nanochat.infer.requests import Completion, Request
+from nanochat.infer.transcript import Transcript
+from nanochat.kv_cache import KVCache
+
+
+@dataclass(eq=False)
+class Row:
+    """A sample being decoded."""
+
+    request: Request
+    sample: int
+    transcript: Transcript
+    key: int
+    """Names the random stream."""
+    position: int
+    """Tokens in the cache."""
+    next_id: int = 0
+    """The token to be read next; it is the last of the completion's ids."""
+    forced: deque[int] = field(default_factory=deque)
+    tool: Future[str] | None = None
+
+    @property
+    def completion(self) -> Completion:
+        return self.request.completions[self.sample]
+
+    @property
+    def history(self) -> list[int]:
+        """All tokens read and drawn."""
+        return self.request.prompt + self.completion.ids
+
+
+class Slots:
+    """new_cache (rows, capacity) makes a cache.
+
+    fixed: the cache always has max_slots rows, its capacity is doubled up to the context length
+    when it is too small, and it stays when there are no rows: compiled graphs are made for a shape
+    and an address. Otherwise it follows the rows.
+    """
+
+    def __init__(
+        self,
+        max_slots: int,
+        context_length: int,
+        new_cache: Callable[[int, int], KVCache],
+        fixed: bool = False,
+    ):
+        self.max_slots = max_slots
+        self.context_length = context_length
+        self.fixed = fixed
+        self.rows: list[Row] = []
+        self.cache: KVCache | None = None
+        self._new_cache = new_cache
+        self._view: KVCache | None = None
+
+    @property
+    def available(self) -> int:
+        """Rows that could be added."""
+        return self.max_slots - len(self.rows)
+
+    def add(self, rows: list[Row], prompts: KVCache, sources: list[int], waiting: int) -> None:
+        """Append rows whose tokens are in rows `sources` of `prompts`; `waiting` may follow."""
+        first = len(self.rows)
+        self.rows += rows
+        self.reserve(waiting)
+        assert self.cache is not None
+        targets = list(range(first, len(self.rows)))
+        self.cache.copy_rows(prompts, sources, targets, max(row.position for row in rows))
+        self._view = None
+
+    def keep(self, flags: list[bool]) -> None:
+        """Remove the rows whose flag is False and close the gaps with the last ones."""
+        kept = sum(flags)
+        holes = [i for i in range(kept) if not flags[i]]
+        movers = [i for i in range(kept, len(flags)) if flags[i]]
+        if movers and self.cache is not None:
+            length = max(self.rows[i].position for i in movers)
+            self.cache.copy_rows(self.cache, movers, holes, length)
+        for hole, mover in zip(holes, movers, strict=True):
+            self.rows[hole] = self.rows[mover]
+        del self.rows[kept:]
+        self._view = None
+
+    def free(self) -> None:
+        """Free the cache, if it is not a fixed one."""
+        if not self.fixed:
+            self.cache = self._view = None
+
+    def reserve(self, waiting: int) -> None:
+        """Make the cache large enough for the rows, as they are and as they will be soon.
+
+        Its slots follow the longest row in steps of a quarter instead of being allocated for the
+        longest possible answer: all slots are computed on, and products over a part of them were
+        measured 2-3 times slower on CPUs than over contiguous ones.
+        """
+        needed = max(row.position for row in self.rows) + 1
+        cache = self.cache
+        count = 0 if cache is None else cache.batch_size
+        capacity = 0 if cache is None else cache.capacity
+        if needed > capacity and self.fixed:
+            capacity = max(256, 1 << needed.bit_length()) - 1
+            if capacity + 1 >= self.context_length:
+                capacity = self.context_length
+        elif needed > capacity:
+            limit = max(len(row.request.prompt) + row.request.max_tokens for row in self.rows)
+            steps = -(-max(needed + 32, capacity * 5 // 4) // 64) * 64 - 1
+            capacity = min(max(limit, needed), steps)
+        if self.fixed:
+            count = self.max_slots
+        elif len(self.rows) > count:
+            count = min(self.max_slots, max(len(self.rows) + waiting, 2 * count))
+        if cache is None or (count, capacity) != (cache.batch_size, cache.capacity):
+            self.cache = self._new_cache(count, capacity)
+            if self.fixed:
+                self.cache.pin()
+            if cache is not None:
+                cache.longest = min(max(row.position for row in self.rows), cache.capacity)
+                self.cache.load(cache)
+        if self.cache is not cache:
+            self._view = None
+
+    def view(self) -> KVCache:
+        """The rows' part of the cache (all of it, if fixed), with the bounds of their lengths."""
+        assert self.cache is not None
+        if self._view is None:
+            self._view = self.cache if self.fixed else self.cache.head(len(self.rows))
+        positions = [row.position for row in self.rows]
+        self._view.shortest, self._view.longest = min(positions), max(positions)
+        return self._view
+
+
+PADDING = 1.25
+"""Prompts are read together if padding makes them at most so many times as long."""
+
+
+@dataclass
+class Prefill:
+    """Prompts that are being read side by side, then handed out to rows."""
+
+    requests: list[Request]
+    cache: KVCache
+    ids: torch.Tensor
+    """(B, T), padded on the right."""
+    lengths: torch.Tensor
+    samples: deque[tuple[int, int]]
+    """(which prompt, which sample) that still wait for a row."""
+    start: int = 0
+    """Tokens read so far."""
+    logits: torch.Tensor | None = None
+    """(B, V) after the tokens read so far."""
+
+    @property
+    def done(self) -> bool:
+        return self.start >= self.ids.shape[1]
+
+    def read(self, next_logits: Callable[..., torch.Tensor], tokens: int) -> None:
+        """One more chunk of at most so many tokens; a prompt of several chunks is read alone."""
+        end = min(self.start + tokens // len(self.requests), self.ids.shape[1])
+        counts = (self.lengths - self.start).clamp(max=end - self.start)
+        self.logits = next_logits(self.ids[:, self.start : end], self.cache, counts)
+        self.start = end
+
+    def drop(self, request: Request) -> None:
+        """Its samples need no rows any more."""
+        if request in self.requests:
+            which = self.requests.index(request)
+            self.samples = deque(sample for sample in self.samples if sample[0] != which)
+
+
+def start_prefill(
+    waiting: deque[Request],
+    rows: int,
+    tokens: int,
+    new_cache: Callable[[int, int], KVCache],
+    device: torch.device,
+) -> Prefill:
+    """Take prompts from `waiting` while there are rows for them and little of `tokens` is padding.
+
+    At least one, however long.
+    """
+    requests: list[Request] = []
+    total = longest = 0
+    while waiting and rows > 0:
+        length = len(waiting[0].prompt)
+        total += length
+        padded = max(longest, length) * (len(requests) + 1)
+        if requests and (padded > tokens or padded > PADDING * total):
+            break
+        longest = max(longest, length)
+        requests.append(waiting.popleft())
+        rows -= len(requests[-1].completions)
+    ids = np.zeros((len(requests), longest), dtype=np.int64)
+    for i, request in enumerate(requests):
+        ids[i, : len(request.prompt)] = request.prompt
+    samples = [(i, k) for i, r in enumerate(requests) for k in range(len(r.completions))]
+    return Prefill(
+        requests,
+        new_cache(len(requests), longest),
+        torch.from_numpy(ids).to(device),
+        torch.tensor([len(request.prompt) for request in requests], device=device),
+        deque(samples),
+    )

@@ -1,0 +1,162 @@
+"""What a report is made of: the runs' metrics and the evaluations' results, read from their files.
+
+Whatever is missing or broken is named; everything that was read is data, of any type.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanochat import paths
+from nanochat.report.blocks import Record, as_mapping, whole_text
+
+STAGES = {
+    "base": "pretraining on text",
+    "mid": "mid-training on conversations, tasks and text",
+    "sft": "instruction tuning",
+    "rl": "reinforcement learning",
+}
+
+
+@dataclass
+class Run:
+    """A stage's run, as its metrics.jsonl tells it."""
+
+    stage: str
+    tag: str
+    path: Path
+    start: Record = field(default_factory=dict)
+    """The latest start record."""
+    train: dict[int, Record] = field(default_factory=dict)
+    evals: dict[int, Record] = field(default_factory=dict)
+    samples: dict[int, list[Record]] = field(default_factory=dict)
+    end: Record | None = None
+    num_resumed: int = 0
+    num_broken: int = 0
+    """Lines that are no records: a kill may leave a torn one."""
+
+    @property
+    def last(self) -> Record:
+        """The newest record that knows tokens and seconds."""
+        if self.end is not None:
+            return self.end
+        return self.train[max(self.train)] if self.train else {}
+
+    def planned(self, name: str) -> Any:
+        return as_mapping(self.start.get("plan")).get(name)
+
+
+def read_run(path: Path) -> Run:
+    """Read a metrics.jsonl. Of a step that was done twice the later record counts.
+
+    A start record at step s says the run went on from there: what came after s is forgotten.
+    """
+    stage, _, tag = path.parent.name.partition("-")
+    run = Run(stage, tag, path)
+    with path.open("rb") as file:
+        for line in file:
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                kind, step = record["kind"], int(record.get("step") or 0)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                run.num_broken += 1
+                continue
+            if kind == "start":
+                run.num_resumed += bool(run.start) and step > 0
+                run.start, run.end = record, None
+                for series in (run.train, run.evals, run.samples):
+                    for later in [s for s in series if s > step]:
+                        del series[later]
+            elif kind == "train":
+                run.train[step] = record
+            elif kind == "eval":
+                run.evals[step] = record
+            elif kind == "sample":
+                samples = run.samples.setdefault(step, [])
+                samples[:] = [s for s in samples if s.get("prompt") != record.get("prompt")]
+                samples.append(record)
+            elif kind == "end":
+                run.end = record
+    return run
+
+
+@dataclass
+class Material:
+    """All that a report is made of."""
+
+    runs: dict[str, Run]
+    """By stage, in the order of the stages."""
+    evaluations: dict[str, Record]
+    """By stage: report/eval_<stage>-<tag>.json."""
+    tokenizer: Record | None
+    missing: list[str]
+    price_per_hour: float | None = None
+    long_evaluations: list[Record] = field(default_factory=list)
+    """report/long_eval_<stage>-<tag>.json, of all tags where none was chosen."""
+
+
+def collect(tag: str | None = None, price_per_hour: float | None = None) -> Material:
+    """Find the runs and evaluations under NANOCHAT_BASE_DIR.
+
+    Of each stage the run named `tag`; without a tag, the one that was written last.
+    """
+    runs: dict[str, Run] = {}
+    evaluations: dict[str, Record] = {}
+    missing: list[str] = []
+    root = paths.base_dir() / "runs"
+    for stage in STAGES:
+        found = sorted(root.glob(f"{stage}-*/metrics.jsonl"), key=lambda p: p.stat().st_mtime)
+        if tag is not None:
+            found = [path for path in found if path.parent.name == f"{stage}-{tag}"]
+        if found:
+            runs[stage] = read_run(found[-1])
+            if runs[stage].num_broken:
+                missing.append(
+                    f"{runs[stage].num_broken} unreadable lines in {found[-1].parent.name}"
+                )
+            if not runs[stage].start:
+                missing.append(f"the start record in {found[-1].parent.name}")
+            if len(found) > 1:
+                others = ", ".join(path.parent.name for path in found[:-1])
+                missing.append(f"other runs of {stage} (not shown, choose with --tag): {others}")
+        else:
+            missing.append(f"a run of {stage} (runs/{stage}-{tag or '*'}/metrics.jsonl)")
+        wanted = runs[stage].tag if stage in runs else tag or "*"
+        results = sorted(
+            paths.report_dir().glob(f"eval_{stage}-{wanted}.json"), key=lambda p: p.stat().st_mtime
+        )
+        evaluation = _read_json(results[-1], missing) if results else None
+        if evaluation is not None:
+            evaluations[stage] = evaluation
+            last = runs[stage].last.get("step") if stage in runs else None
+            if last is not None and evaluation.get("step") != last:
+                missing.append(
+                    f"an evaluation of {stage} at its last step {whole_text(last)}; "
+                    f"the one shown is of step {whole_text(evaluation.get('step'))}"
+                )
+        elif stage in runs:
+            script = "base_eval" if stage == "base" else "chat_eval"
+            missing.append(f"an evaluation of {stage} (python -m scripts.{script})")
+    found = sorted(paths.report_dir().glob(f"long_eval_*-{tag or '*'}.json"))
+    read = (_read_json(path, missing) for path in found)
+    long_evaluations = [record for record in read if record is not None]
+    tokenizer = None
+    if (paths.report_dir() / "tok_eval.json").is_file():
+        tokenizer = _read_json(paths.report_dir() / "tok_eval.json", missing)
+    else:
+        missing.append("the tokenizer's evaluation (python -m scripts.tok_eval)")
+    return Material(runs, evaluations, tokenizer, missing, price_per_hour, long_evaluations)
+
+
+def _read_json(path: Path, missing: list[str]) -> Record | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        value = None
+    if not isinstance(value, dict):
+        missing.append(f"a readable {path.name}")
+        return None
+    return value

@@ -1,0 +1,336 @@
+"""Direct preference optimisation (DPO, arXiv 2305.18290): pairs, their store, their weights.
+
+P pairs; document 2i of a store is pair i's chosen answer, document 2i + 1 the rejected one
+
+The loss of a pair is -log sigmoid(beta (m_chosen - m_rejected)), where an answer's margin m is its
+log-probability minus that under the reference, the model training began with. Its gradient is that
+of sum(w nll), w being +beta sigmoid(-beta (m_chosen - m_rejected)) on the tokens of the chosen
+answer and minus that on those of the rejected one: DPO is a batch like any other.
+"""
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from nanochat import conversation, paths
+from nanochat.config import RlConfig
+from nanochat.data.store import StoreWriter, TokenStore
+from nanochat.errors import UserError
+from nanochat.gpt import GPT
+from nanochat.rl.rollouts import RowStream, sum_over_ranks
+from nanochat.rl.rows import Rows, Sample, pack_samples, score
+from nanochat.rl.start import Start, is_compiled
+from nanochat.runtime import Runtime
+from nanochat.stage import Stage
+from nanochat.tokenizer import SystemStyle, Tokenizer
+from nanochat.train import StepStats, train_step
+
+VERSION = 1
+
+
+def encode_pair(
+    line: bytes, where: str, tokenizer: Tokenizer, max_tokens: int, system: SystemStyle
+) -> list[tuple[list[int], list[int]]]:
+    """(ids, mask) of the chosen and of the rejected answer, the mask 1 on the answer alone.
+
+    Raises UserError for a line that is no pair, and for one longer than `max_tokens`.
+    """
+    try:
+        pair = json.loads(line)
+    except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError too
+        raise UserError(f"{where}: not JSON ({error}); write one object per line") from None
+    if not isinstance(pair, dict) or not {"messages", "chosen", "rejected"} <= pair.keys():
+        shown = str(pair)[:60]
+        raise UserError(f"{where}: expected an object with messages, chosen, rejected; got {shown}")
+    conversation.validate({"messages": pair["messages"]}, where, last_role="user")
+    prompt = {"messages": pair["messages"]}
+    before = len(tokenizer.render_for_completion(prompt, system))
+    documents = []
+    for key in ("chosen", "rejected"):
+        answer = {"role": "assistant", "content": pair[key]}
+        full = {"messages": [*pair["messages"], answer]}
+        conversation.validate(full, f"{where}, {key}")
+        ids, mask = tokenizer.render_conversation(full, system=system)
+        if len(ids) > max_tokens:
+            raise UserError(
+                f"{where}: with its {key} answer it has {len(ids)} tokens, the context takes "
+                f"{max_tokens}; shorten it, or leave such lines out with --bad-rows skip"
+            )
+        documents.append((ids, [0] * before + mask[before:]))
+    if documents[0] == documents[1]:
+        raise UserError(f"{where}: chosen and rejected are equal; there is nothing to prefer")
+    return documents
+
+
+def pairs_store(
+    path: Path,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    *,
+    system: SystemStyle = "tokens",
+    bad_rows: Literal["error", "skip"] = "error",
+) -> TokenStore:
+    """The encoded pairs of a file, under `stores_dir()`; reused while the file stays the same."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"--pairs {path} cannot be read ({error}); give a .jsonl file with lines like "
+            '{"messages": [...], "chosen": "...", "rejected": "..."}'
+        ) from error
+    content = hashlib.sha256(data).hexdigest()
+    settings = json.dumps([content, max_tokens, system, bad_rows, VERSION])
+    fingerprint = hashlib.sha256(settings.encode()).hexdigest()
+    digest = hashlib.sha256((tokenizer.hash + fingerprint).encode()).hexdigest()[:10]
+    folder = paths.stores_dir() / f"pairs-{digest}"
+    store = TokenStore.open_if_current(folder, tokenizer.hash, fingerprint)
+    if store is not None:
+        return store
+    skipped: list[str] = []
+    with StoreWriter(
+        folder,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_hash=tokenizer.hash,
+        fingerprint=fingerprint,
+        with_mask=True,
+    ) as writer:
+        for number, line in enumerate(data.split(b"\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                where = f"{path.name} line {number}"
+                documents = encode_pair(line, where, tokenizer, max_tokens, system)
+            except UserError as error:
+                if bad_rows == "error":
+                    raise
+                skipped.append(str(error))
+                continue
+            for ids, mask in documents:
+                writer.add(ids, mask)
+        if writer.num_documents == 0:
+            first = f"; the first of {len(skipped)} bad lines: {skipped[0]}" if skipped else ""
+            raise UserError(f"--pairs {path} holds no pair{first}")
+        writer.extra["skipped"] = skipped
+    return TokenStore.open(folder, tokenizer.hash)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """An open store with the reference's log-probabilities."""
+
+    store: TokenStore
+    reference: np.ndarray
+    """(documents,) float64: log-probability of each answer under the reference."""
+
+    def __len__(self) -> int:
+        return len(self.store) // 2
+
+    def samples(self, indices: Sequence[int]) -> list[Sample]:
+        """Chosen and rejected answer of each pair in turn."""
+        return [
+            Sample(self.store.ids(d).tolist(), self._mask(d).tolist())
+            for i in indices
+            for d in (2 * i, 2 * i + 1)
+        ]
+
+    def of_reference(self, indices: Sequence[int]) -> torch.Tensor:
+        """(2 len(indices),) in the order of `samples`."""
+        documents = [d for i in indices for d in (2 * i, 2 * i + 1)]
+        return torch.from_numpy(self.reference[documents])
+
+    def _mask(self, document: int) -> np.ndarray:
+        mask = self.store.mask(document)
+        assert mask is not None
+        return mask
+
+
+def with_reference(
+    store: TokenStore,
+    model: GPT,
+    name: str,
+    rows_per_batch: int,
+    runtime: Runtime,
+    fill_up: bool = False,
+) -> Pairs:
+    """Score every answer with the model as it is now, and keep the result in the store's folder.
+
+    `name` says which model that is; what is there under that name is reused. Every rank calls it
+    and scores a part.
+    """
+    path = store.folder / f"reference-{name}.npy"
+    known = None
+    if runtime.is_main and path.is_file():
+        try:
+            known = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            known = None
+        if known is not None and known.shape != (len(store),):
+            known = None
+    known = runtime.broadcast_object(known)
+    if known is not None:
+        return Pairs(store, known)
+    pairs = Pairs(store, np.zeros(len(store)))
+    logprobs = torch.zeros(len(store), dtype=torch.float64)
+    mine = range(len(pairs))[runtime.rank :: runtime.world_size]
+    for start in range(0, len(mine), 64):
+        block = mine[start : start + 64]
+        answers, _ = answer_logprobs(model, pairs, block, rows_per_batch, fill_up)
+        logprobs[[d for i in block for d in (2 * i, 2 * i + 1)]] = answers
+    if runtime.world_size > 1:
+        logprobs = runtime.all_reduce_sum(logprobs.to(runtime.device)).cpu()
+    values = logprobs.numpy()
+    if runtime.local_rank == 0:
+        buffer = io.BytesIO()
+        np.save(buffer, values, allow_pickle=False)
+        paths.atomic_write(path, buffer.getvalue())
+    return Pairs(store, values)
+
+
+def answer_logprobs(
+    model: GPT, pairs: Pairs, indices: Sequence[int], rows_per_batch: int, fill_up: bool = False
+) -> tuple[torch.Tensor, list[Rows]]:
+    """Log-probability (2 len(indices),) float64 of every answer, and the rows it was read from."""
+    samples = pairs.samples(indices)
+    T = model.config.context_length
+    rows = pack_samples(samples, T, rows_per_batch, model.device, fill_up=fill_up)
+    sums = torch.zeros(len(samples), dtype=torch.float64)
+    for r, nll in zip(rows, score(model, rows), strict=True):
+        r.sum_by_sample(-nll, sums)
+    return sums, rows
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """What DPO thinks of some pairs."""
+
+    margins: torch.Tensor
+    """(P,) float64: m_chosen - m_rejected, per token if `length_normalised`."""
+    losses: torch.Tensor
+    """(P,) float64."""
+    weights: torch.Tensor
+    """(2 P,) float64: of each answer's tokens in sum(w nll), chosen and rejected in turn."""
+
+
+def pair_scores(
+    ours: torch.Tensor,
+    reference: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    beta: float,
+    length_normalised: bool = False,
+) -> PairScores:
+    """ours, reference, lengths: (2 P,) log-probabilities and token counts of the answers in turn.
+
+    With `length_normalised` an answer's margin is divided by its number of tokens, so that a long
+    answer counts as much as a short one; beta then has to be larger by about that number.
+    """
+    size = lengths.double() if length_normalised else torch.ones_like(ours)
+    per_answer = (ours - reference) / size
+    margins = per_answer[0::2] - per_answer[1::2]
+    push = beta * torch.sigmoid(-beta * margins)
+    weights = torch.stack([push, -push], dim=1).flatten() / size
+    return PairScores(margins, torch.nn.functional.softplus(-beta * margins), weights)
+
+
+def answer_lengths(samples: Sequence[Sample]) -> torch.Tensor:
+    """(len(samples),) tokens of each answer."""
+    return torch.tensor([sum(sample.mask) for sample in samples])
+
+
+def tally_pairs(scores: PairScores, ours: torch.Tensor) -> dict[str, float]:
+    """Sums over pairs; a tie is half a win."""
+    wins = (torch.sign(scores.margins) + 1) / 2
+    return {
+        "pairs": float(len(scores.margins)),
+        "pair_loss": scores.losses.sum().item(),
+        "pair_wins": wins.sum().item(),
+        "margin": scores.margins.sum().item(),
+        "chosen_logprob": ours[0::2].sum().item(),
+        "rejected_logprob": ours[1::2].sum().item(),
+    }
+
+
+def open_pairs(cfg: RlConfig, start: Start) -> TokenStore:
+    return pairs_store(
+        Path(cfg.preferences.pairs).expanduser(),
+        start.tokenizer,
+        start.model.config.context_length + 1,
+        system=start.system,
+        bad_rows=cfg.preferences.bad_rows,
+    )
+
+
+def compare(
+    cfg: RlConfig, stage: Stage[RowStream], pairs: Pairs, indices: Sequence[int]
+) -> tuple[PairScores, torch.Tensor, list[Rows]]:
+    """DPO's scores of some pairs, their log-probabilities, and the rows they are in."""
+    ours, rows = answer_logprobs(
+        stage.model,
+        pairs,
+        indices,
+        stage.plan.device_batch_size,
+        fill_up=is_compiled(cfg, stage.runtime),
+    )
+    scores = pair_scores(
+        ours,
+        pairs.of_reference(indices),
+        answer_lengths(pairs.samples(indices)),
+        beta=cfg.preferences.beta,
+        length_normalised=cfg.preferences.length_normalised,
+    )
+    return scores, ours, rows
+
+
+def learn_preferences(
+    cfg: RlConfig, stage: Stage[RowStream], pairs: Pairs
+) -> tuple[StepStats, dict[str, float]]:
+    """One optimizer step on the next pairs, and what to log beside it."""
+    runtime, began = stage.runtime, time.perf_counter()
+    indices = [next(stage.loader)[2] for _ in range(cfg.rollouts.prompts_per_step)]
+    mine = indices[runtime.rank :: runtime.world_size]
+    scores, ours, rows = compare(cfg, stage, pairs, mine)
+    stats = train_step(
+        stage.model,
+        stage.optimizer,
+        [r.weighted(scores.weights) for r in rows],
+        stage.plan.hypers(stage.state.step),
+        runtime,
+        stage.loss_scale,
+        divisor=len(indices),
+        step=stage.state.step + 1,
+    )
+    sums = {**tally_pairs(scores, ours), "tokens": float(sum(r.tokens for r in rows))}
+    sums = sum_over_ranks(sums, runtime)
+    tokens = int(sums.pop("tokens"))
+    stage.loader.count(0, len(indices), tokens)
+    seconds = time.perf_counter() - began
+    metrics = pair_metrics(sums)
+    return replace(stats, loss=metrics["pair_loss"], tokens=tokens, seconds=seconds), metrics
+
+
+def pair_metrics(sums: dict[str, float]) -> dict[str, float]:
+    """Means over pairs."""
+    return {name: value / sums["pairs"] for name, value in sums.items() if name != "pairs"}
+
+
+def evaluate_pairs(
+    cfg: RlConfig, stage: Stage[RowStream], pairs: Pairs, held_out: Sequence[int]
+) -> dict[str, float]:
+    """Loss, wins and margins on the pairs that are not trained on; each rank its share."""
+    runtime = stage.runtime
+    mine = list(held_out)[runtime.rank :: runtime.world_size]
+    stage.model.eval()
+    scores, ours, _ = compare(cfg, stage, pairs, mine)
+    stage.model.train()
+    metrics = pair_metrics(sum_over_ranks(tally_pairs(scores, ours), runtime))
+    stage.state.metrics = metrics
+    stage.log.eval(stage.state.step, metrics)
+    return metrics

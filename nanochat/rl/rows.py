@@ -1,0 +1,188 @@
+"""Samples packed into rows: what a policy gradient or DPO step trains on.
+
+B rows, T time, S samples of a step
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+
+from nanochat.data.loader import Batch
+from nanochat.data.packing import pack_window
+from nanochat.errors import UserError
+from nanochat.gpt import GPT
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and its answer as one document."""
+
+    ids: Sequence[int]
+    mask: Sequence[int]
+    """1 where the token is a target."""
+    logprobs: Sequence[float] | None = None
+    """Of each token when it was drawn."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A micro-batch of packed samples, whose targets still need weights."""
+
+    inputs: torch.Tensor  # (B, T) int64
+    targets: torch.Tensor  # (B, T) int64; -1 is ignored
+    doc_ids: torch.Tensor  # (B, T) int32
+    owner: torch.Tensor
+    """(B, T) int64: the sample a target belongs to, -1 where there is no target."""
+    drawn_nll: torch.Tensor
+    """(B, T) float32: -log p of a target when it was drawn; 0 where that is not known."""
+    tokens: int
+    """Input positions that are no padding."""
+
+    def weighted(self, per_sample: torch.Tensor, factor: torch.Tensor | None = None) -> Batch:
+        """The batch with weights (S,) by sample, times `factor` (B, T) by token."""
+        per_sample = per_sample.to(self.owner.device, torch.float32)
+        weights = torch.where(self.owner >= 0, per_sample[self.owner.clamp(min=0)], 0.0)
+        weights = weights if factor is None else weights * factor
+        return Batch(self.inputs, self.targets, weights, self.doc_ids)
+
+    def sum_by_sample(self, values: torch.Tensor, sums: torch.Tensor) -> None:
+        """Add values (B, T) of targets to sums (S,) float64 on the CPU, in a fixed order."""
+        owner = self.owner.cpu().flatten()
+        sums.index_add_(0, owner[owner >= 0], values.cpu().double().flatten()[owner >= 0])
+
+
+def pack_samples(
+    samples: Sequence[Sample],
+    T: int,
+    rows_per_batch: int,
+    device: torch.device,
+    *,
+    fill_up: bool = False,
+) -> list[Rows]:
+    """Pack samples of at most T + 1 tokens into rows, and the rows into micro-batches.
+
+    A micro-batch has at most `rows_per_batch` * T positions. Rows are as long as leaves the least
+    padding: in rows of T, samples a bit longer than T / 2 would leave half of it free. With
+    `fill_up` micro-batches are `rows_per_batch` rows of T all the same: a compiled loss would be
+    compiled again for every other shape.
+    """
+    lengths = [len(sample.ids) for sample in samples]
+    if not lengths:
+        return []
+    longest = max(lengths)
+    if longest > T + 1:
+        raise UserError(f"a sample of {longest} tokens does not fit into a row of {T + 1}")
+    if fill_up:
+        packed = list(pack_window(lengths, T + 1))
+        batches = [packed[i : i + rows_per_batch] for i in range(0, len(packed), rows_per_batch)]
+    else:
+        candidates = [
+            _micro_batches(list(pack_window(lengths, capacity)), rows_per_batch * T)
+            for capacity in (*range(T + 1, longest, -max(1, T // 16)), longest)
+        ]
+        batches = min(candidates, key=_positions)
+    result = []
+    for rows in batches:
+        shape = (rows_per_batch, T + 1) if fill_up else (len(rows), _width(rows))
+        ids = np.zeros(shape, dtype=np.int64)
+        owner = np.full(shape, -1, dtype=np.int64)
+        drawn = np.zeros(shape, dtype=np.float32)
+        documents = np.zeros(shape, dtype=np.int32)
+        for b, pieces in enumerate(rows):
+            end = 0
+            for number, (s, _, length) in enumerate(pieces):
+                sample = samples[s]
+                begin, end = end, end + length
+                ids[b, begin:end] = sample.ids
+                # The first token of a document is no target.
+                owner[b, begin + 1 : end] = np.where(np.asarray(sample.mask[1:]) > 0, s, -1)
+                if sample.logprobs is not None:
+                    drawn[b, begin:end] = np.negative(sample.logprobs)
+                documents[b, begin:end] = number
+            documents[b, end:] = len(pieces)
+        targets = np.where(owner >= 0, ids, -1)
+        result.append(
+            Rows(
+                _tensor(ids[:, :-1], device),
+                _tensor(targets[:, 1:], device),
+                _tensor(documents[:, :-1], device),
+                _tensor(owner[:, 1:], device),
+                _tensor(drawn[:, 1:], device),
+                sum(length - 1 for pieces in rows for _, _, length in pieces),
+            )
+        )
+    return result
+
+
+Pieces: TypeAlias = list[tuple[int, int, int]]
+"""A row: (sample, start, stop) of each."""
+
+
+def _width(rows: Sequence[Pieces]) -> int:
+    return max(sum(length for _, _, length in pieces) for pieces in rows)
+
+
+def _micro_batches(packed: list[Pieces], positions: int) -> list[list[Pieces]]:
+    """Equally many rows in each, and about equally full ones."""
+    rows = sorted(packed, key=lambda pieces: _width([pieces]), reverse=True)
+    most = max(1, positions // (_width(rows) - 1))
+    size = -(-len(rows) // -(-len(rows) // most))
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def _positions(batches: list[list[Pieces]]) -> int:
+    return sum(len(rows) * (_width(rows) - 1) for rows in batches)
+
+
+def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+
+@torch.no_grad()
+def score(model: GPT, rows: Sequence[Rows], temperature: float = 1.0) -> list[torch.Tensor]:
+    """-log p (B, T) float32 of each micro-batch's targets under the model as it is now."""
+    return [model.nll(r.inputs, r.targets, r.doc_ids, temperature) for r in rows]
+
+
+def policy_batches(
+    model: GPT,
+    rows: Sequence[Rows],
+    advantages: torch.Tensor,
+    *,
+    temperature: float,
+    max_importance: float | None = None,
+) -> tuple[list[Batch], float]:
+    """Micro-batches that carry advantages (S,), and how many targets had their weight clipped.
+
+    With `max_importance` the model is no longer the one that drew the samples: CISPO multiplies
+    each token's weight by p_now / p_drawn, clipped from above, through which no gradient flows. A
+    token whose weight is clipped still has a gradient, unlike in PPO.
+    """
+    if max_importance is None:
+        return [r.weighted(advantages) for r in rows], 0.0
+    batches, clipped = [], 0.0
+    for r, nll in zip(rows, score(model, rows, temperature), strict=True):
+        importance = torch.exp(r.drawn_nll - nll)
+        clipped += ((importance > max_importance) & (r.owner >= 0)).sum().item()
+        batches.append(r.weighted(advantages, importance.clamp(max=max_importance)))
+    return batches, clipped
+
+
+def mean_kl(
+    model: GPT, reference: GPT, rows: Sequence[Rows], temperature: float
+) -> tuple[float, int]:
+    """Sum over targets of an estimate of KL(model || reference), and the number of targets.
+
+    Samples must be the model's own. With r = p_reference / p_model, r - 1 - log r has the mean of
+    -log r, for r has mean 1; but it is never negative, and varies less.
+    """
+    total, count = 0.0, 0
+    nll = score(model, rows, temperature), score(reference, rows, temperature)
+    for r, ours, theirs in zip(rows, *nll, strict=True):
+        log_ratio = (ours - theirs)[r.owner >= 0].cpu().double()
+        total += (log_ratio.exp() - 1 - log_ratio).sum().item()
+        count += len(log_ratio)
+    return total, count

@@ -1,0 +1,116 @@
+"""What every request meets before the server's endpoints."""
+
+import asyncio
+import hmac
+import time
+from collections.abc import Collection
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nanochat.serve.service import ApiError, Service
+
+
+class Guard:
+    """Looks at every request first: its host, key, size and type; and at every response's headers.
+
+    The host is checked because a page of another site can make a browser call a local server by
+    pointing its own name at 127.0.0.1 (DNS rebinding).
+    """
+
+    HEADERS = (
+        (
+            b"content-security-policy",
+            b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+            b"img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        ),
+        (b"x-content-type-options", b"nosniff"),
+        (b"referrer-policy", b"no-referrer"),
+    )
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        service: Service,
+        endpoints: Collection[str],
+        api_key: str | None,
+        hosts: tuple[str, ...] | None,
+    ):
+        """endpoints: the paths that are counted by name; clients may ask for any others."""
+        self.app, self.service, self.endpoints = app, service, endpoints
+        self.api_key, self.hosts = api_key, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path = scope["path"]
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *self.HEADERS]
+                known = path if path in self.endpoints else "other"
+                status = str(message["status"])
+                self.service.count("nanochat_http_requests_total", path=known, status=status)
+            await send(message)
+
+        headers = dict(scope["headers"])
+        try:
+            self._check(scope["method"], path, headers)
+        except ApiError as error:
+            await error.response()(scope, receive, answer)
+            return
+        await self.app(scope, self._bounded(receive), answer)
+
+    def _check(self, method: str, path: str, headers: dict[bytes, bytes]) -> None:
+        if self.hosts is not None:
+            host = headers.get(b"host", b"").decode("latin-1")
+            name = host[: host.rfind("]") + 1] or host.partition(":")[0]
+            if name.lower() not in self.hosts:
+                raise ApiError(
+                    400, f"unknown host {name!r}; start the server with --allow-host {name}"
+                )
+        if self.api_key is not None and (path.startswith("/v1/") or path == "/metrics"):
+            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+            if not hmac.compare_digest(given, self.api_key.encode()):
+                raise ApiError(
+                    401,
+                    "wrong or missing API key; send it as Authorization: Bearer KEY",
+                    "invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self.service.limits.max_body_bytes:
+            raise self._too_large()
+        # A page of another site may send any other type without asking its browser first (CORS).
+        kind = headers.get(b"content-type", b"").decode("latin-1")
+        if method == "POST" and kind.partition(";")[0].strip().lower() != "application/json":
+            raise ApiError(
+                415, f"the content type is {kind!r}; send JSON as Content-Type: application/json"
+            )
+
+    def _too_large(self) -> ApiError:
+        limit = self.service.limits.max_body_bytes
+        return ApiError(413, f"the request has more than {limit} bytes", "request_too_large")
+
+    def _bounded(self, receive: Receive) -> Receive:
+        """The request's body, as long as it is neither too large nor too slow."""
+        size = 0
+        deadline = time.monotonic() + self.service.limits.body_seconds
+        whole = False
+
+        async def bounded() -> Message:
+            nonlocal size, whole
+            if whole:  # what comes now is the end of the connection
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), deadline - time.monotonic())
+            except asyncio.TimeoutError:
+                raise HTTPException(408, "the request's body took too long to arrive") from None
+            size += len(message.get("body", b""))
+            if size > self.service.limits.max_body_bytes:
+                raise HTTPException(413, str(self._too_large()))
+            whole = not message.get("more_body", False)
+            return message
+
+        return bounded

@@ -1,0 +1,322 @@
+"""OpenAI's interface as data: what clients may send, and the answers and streamed lines they get.
+
+Beyond OpenAI's fields, requests may set `top_k`, `min_p` and `repetition_penalty`, answers carry
+`parts` (the text, tool calls and outputs they are made of), and streamed pieces of a call or its
+output come as `delta.part`.
+"""
+
+import json
+import secrets
+from collections import Counter
+from collections.abc import AsyncIterator
+from itertools import accumulate
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nanochat.conversation import validate
+from nanochat.infer import engine as decoding
+from nanochat.infer.engine import Completion, Event, SamplingParams
+from nanochat.serve.service import ApiError, Job, Limits, Served
+
+Count = Annotated[int, Field(ge=1)]
+TokenId = Annotated[int, Field(ge=0)]
+Neutral = Annotated[float, Field(ge=0, le=0)]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text", "python", "python_output"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, Field(min_length=1)] | Annotated[list[Part], Field(min_length=1)]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool = False
+
+
+class Sampling(BaseModel):
+    """What both endpoints understand. Unknown fields are ignored, known ones that the server
+    cannot honour are refused unless they ask for nothing."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=1_000_000)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0.01, le=100)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: (
+        Annotated[str, Field(min_length=1, max_length=200)]
+        | Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=16)]
+        | None
+    ) = None
+    n: Count | None = None
+    max_tokens: Count | None = None
+    frequency_penalty: Neutral | None = None
+    presence_penalty: Neutral | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+
+    def params(self, limits: Limits, max_tokens: int, top_logprobs: int) -> SamplingParams:
+        def chosen(value: Any, default: Any) -> Any:
+            return default if value is None else value
+
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return SamplingParams(
+            temperature=chosen(self.temperature, limits.temperature),
+            top_p=chosen(self.top_p, 1.0),
+            top_k=max(0, chosen(self.top_k, limits.top_k)),
+            min_p=chosen(self.min_p, 0.0),
+            repetition_penalty=chosen(self.repetition_penalty, 1.0),
+            seed=secrets.randbits(63) if self.seed is None else self.seed,
+            stop=stop,
+            max_tokens=max_tokens,
+            top_logprobs=top_logprobs,
+        )
+
+
+class ChatRequest(Sampling):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    functions: Annotated[list[Any], Field(max_length=0)] | None = None
+
+
+class CompletionRequest(Sampling):
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+    )
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
+    suffix: Annotated[str, Field(max_length=0)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+
+
+def check_messages(messages: list[ChatMessage], limits: Limits) -> dict[str, Any]:
+    """The conversation; ApiError or UserError where it is too large or makes no sense."""
+    if len(messages) > limits.max_messages:
+        raise ApiError(
+            400, f"{len(messages)} messages are more than {limits.max_messages}", param="messages"
+        )
+    plain: list[dict[str, Any]] = []
+    for message in messages:
+        role = "system" if message.role == "developer" else message.role
+        content = message.content
+        plain.append(
+            {
+                "role": role,
+                "content": content
+                if isinstance(content, str)
+                else [part.model_dump() for part in content],
+            }
+        )
+    characters = sum(
+        len(m.content) if isinstance(m.content, str) else sum(len(p.text) for p in m.content)
+        for m in messages
+    )
+    if characters > limits.max_characters:
+        raise ApiError(
+            400,
+            f"{characters} characters are more than {limits.max_characters}",
+            param="messages",
+        )
+    conversation = {"messages": plain}
+    validate(conversation, "messages")
+    if plain[-1]["role"] == "assistant":
+        raise ApiError(
+            400, "the last message is the assistant's; end with the user's", param="messages"
+        )
+    return conversation
+
+
+def as_prompts(prompt: Any) -> list[str | list[int]]:
+    """One prompt or several, each text or token ids."""
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+        return [prompt]
+    return list(prompt)
+
+
+# What clients get
+
+
+def token_entries(served: Served, completion: Completion, start: int, end: int) -> list[Any]:
+    """The sampled ordinary tokens among ids[start:end], as OpenAI's chat logprobs."""
+    tokenizer = served.engine.tokenizer
+    ordinary = len(tokenizer.ranks)
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": tokenizer.decode([token]),
+            # JSON has no infinity; OpenAI's own floor.
+            "logprob": max(logprob, -9999.0),
+            "bytes": list(tokenizer.decode_bytes([token])),
+        }
+
+    entries = []
+    for i in range(start, end):
+        token = completion.ids[i]
+        if completion.mask[i] and token < ordinary:
+            best = completion.top_logprobs[i] if completion.top_logprobs else []
+            top = [entry(*pair) for pair in best]
+            entries.append({**entry(token, completion.logprobs[i]), "top_logprobs": top})
+    return entries
+
+
+def flat_logprobs(entries: list[Any], top: int, start: int = 0) -> dict[str, Any]:
+    """The same in the shape of /v1/completions. start: characters in the tokens before these."""
+    tokens = [entry["token"] for entry in entries]
+    offsets = list(accumulate(map(len, tokens), initial=start))[:-1]
+    return {
+        "tokens": tokens,
+        "token_logprobs": [entry["logprob"] for entry in entries],
+        "top_logprobs": [
+            {best["token"]: best["logprob"] for best in entry["top_logprobs"]} for entry in entries
+        ]
+        if top
+        else None,
+        "text_offset": offsets,
+    }
+
+
+def usage(job: Job) -> dict[str, int]:
+    prompt = sum(len(request.prompt) for request in job.requests)
+    completion = sum(len(c.ids) for request in job.requests for c in request.completions)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+
+
+def event_line(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+class _Progress:
+    """Which tokens of each sample have been reported, for streamed log-probabilities."""
+
+    def __init__(self, job: Job):
+        self.served = job.served
+        first = 0
+        self.first: dict[decoding.Request, int] = {}
+        for request in job.requests:
+            self.first[request] = first
+            first += len(request.completions)
+        self.reported: Counter[int] = Counter()
+        self.characters: Counter[int] = Counter()
+
+    def index(self, event: Event) -> int:
+        return self.first[event.request] + event.sample
+
+    def entries(self, event: Event) -> list[Any]:
+        index = self.index(event)
+        start, self.reported[index] = self.reported[index], event.tokens
+        return token_entries(self.served, event.completion, start, event.tokens)
+
+    def flat_logprobs(self, event: Event, top: int) -> dict[str, Any]:
+        index = self.index(event)
+        found = flat_logprobs(self.entries(event), top, self.characters[index])
+        self.characters[index] += sum(map(len, found["tokens"]))
+        return found
+
+
+async def chat_chunks(
+    job: Job, head: dict[str, Any], logprobs: bool, want_usage: bool
+) -> AsyncIterator[str]:
+    """The lines of a streamed chat completion."""
+    progress = _Progress(job)
+    extra = {"usage": None} if want_usage else {}
+
+    def line(index: int, delta: dict[str, Any], entries: Any, reason: str | None) -> str:
+        found = {"content": entries, "refusal": None} if logprobs else None
+        choice = {"index": index, "delta": delta, "logprobs": found, "finish_reason": reason}
+        return event_line({**head, "choices": [choice], **extra})
+
+    for index in range(job.samples):
+        yield line(index, {"role": "assistant", "content": ""}, [], None)
+    try:
+        async for events in job.events():
+            if not events:
+                yield ": waiting\n\n"
+            for event in merged(events):
+                index = progress.index(event)
+                entries = progress.entries(event) if logprobs else None
+                if event.finished:
+                    yield line(index, {}, entries, event.completion.finish_reason)
+                elif event.type == "text":
+                    yield line(index, {"content": event.text}, entries, None)
+                else:
+                    part = {"type": event.type, "text": event.text}
+                    yield line(index, {"content": "", "part": part}, entries, None)
+    except ApiError as error:
+        yield f"data: {bytes(error.response().body).decode()}\n\n"
+        return
+    if want_usage:
+        yield event_line({**head, "choices": [], "usage": usage(job)})
+    yield "data: [DONE]\n\n"
+
+
+async def completion_chunks(
+    job: Job, head: dict[str, Any], logprobs: int | None, want_usage: bool
+) -> AsyncIterator[str]:
+    """The lines of a streamed text completion."""
+    progress = _Progress(job)
+    extra = {"usage": None} if want_usage else {}
+    try:
+        async for events in job.events():
+            if not events:
+                yield ": waiting\n\n"
+            for event in merged(events):
+                entries = None
+                if logprobs is not None:
+                    entries = progress.flat_logprobs(event, logprobs)
+                reason = event.completion.finish_reason if event.finished else None
+                text = event.text if event.type == "text" else ""
+                choice = {
+                    "index": progress.index(event),
+                    "text": text,
+                    "logprobs": entries,
+                    "finish_reason": reason,
+                }
+                yield event_line({**head, "choices": [choice], **extra})
+    except ApiError as error:
+        yield f"data: {bytes(error.response().body).decode()}\n\n"
+        return
+    if want_usage:
+        yield event_line({**head, "choices": [], "usage": usage(job)})
+    yield "data: [DONE]\n\n"
+
+
+def merged(events: list[Event]) -> list[Event]:
+    """Neighbouring pieces of one part as one event: a client that lags gets fewer, longer ones."""
+    result: list[Event] = []
+    for event in events:
+        last = result[-1] if result else None
+        if (
+            last is not None
+            and not (last.finished or event.finished)
+            and (last.request, last.sample, last.type) == (event.request, event.sample, event.type)
+        ):
+            text = last.text + event.text
+            result[-1] = Event(event.request, event.sample, event.type, text, event.tokens, False)
+        else:
+            result.append(event)
+    return result

@@ -1,0 +1,362 @@
+"""Run a model-written Python program and come back, whatever it does.
+
+The program runs in a separate `python -I` process, in a folder of its own that is removed
+afterwards, behind as many layers as the system offers (`nanochat/tools/sandbox_child.py` switches
+them on). What is promised and what is not: `docs/sandbox.md`.
+"""
+
+import codecs
+import contextlib
+import json
+import math
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, TypeAlias
+
+from nanochat.errors import UserError
+
+LAYERS = ("limits", "memory", "privileges", "landlock", "seccomp")
+"""What can protect the rest of the system, beyond a separate process; see `docs/sandbox.md`."""
+
+MAX_THREADS = 64
+MAX_FILES = 1000
+MAX_OPEN_FILES = 64
+Limit: TypeAlias = Literal["time", "output", "threads", "disk"]
+_STARTUP_SECONDS = 20.0  # for the interpreter, on a busy machine; not part of the program's time
+_POLL_SECONDS = 0.05
+_REPORT_BYTES = 8192  # enough for what the child says on stderr around the program
+_CHILD = Path(__file__).with_name("sandbox_child.py")
+
+
+@dataclass(frozen=True)
+class ExecutionResult:
+    """What a program did.
+
+    stdout, stderr: decoded, each at most `output_limit` bytes of what was written.
+    returncode: the exit status; −n if signal n ended it (SIGKILL when a limit did).
+    limit: which limit the program was killed for, if one.
+    finished: its last statement was reached. A grader should ask for `ok and finished`: a program
+        that calls `exit(0)` before the checks is ok and not finished.
+    layers: the active ones of `LAYERS`; inactive: the others, each with the reason.
+    seconds: wall time of the program, the interpreter's start not included.
+    """
+
+    stdout: str
+    stderr: str
+    returncode: int
+    limit: Limit | None
+    finished: bool
+    layers: tuple[str, ...]
+    inactive: dict[str, str]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """The program ended by itself with exit status 0."""
+        return self.returncode == 0 and self.limit is None
+
+    @property
+    def truncated(self) -> bool:
+        """Output was cut at `output_limit`, and the program killed there."""
+        return self.limit == "output"
+
+    @property
+    def signal(self) -> str | None:
+        """The name of the signal that ended the program."""
+        try:
+            return signal.Signals(-self.returncode).name if self.returncode < 0 else None
+        except ValueError:
+            return f"signal {-self.returncode}"
+
+
+def run_python(
+    code: str,
+    *,
+    stdin: str = "",
+    timeout: float = 5.0,
+    memory_bytes: int = 512 << 20,
+    disk_bytes: int = 64 << 20,
+    output_limit: int = 64 << 10,
+    mode: Literal["strict", "best-effort"] = "best-effort",
+) -> ExecutionResult:
+    """Run `code` as a Python program and return when it and all it started have ended.
+
+    timeout: wall seconds from the program's first statement.
+    memory_bytes: of address space; an interpreter with numpy takes about 150 MiB.
+    disk_bytes: of files in its folder, together and each.
+    output_limit: bytes of stdout and of stderr; this process never holds more.
+    mode: "strict" runs nothing and raises UserError unless every layer is active; "best-effort"
+        runs with those there are, which the result names.
+
+    Any thread may call this. Errors of the program are in the result; UserError means that the
+    program was not run.
+
+    >>> run_python("print(6 * 7)").stdout
+    '42\\n'
+    """
+    if mode not in ("strict", "best-effort"):
+        raise UserError(f"mode {mode!r} must be 'strict' or 'best-effort'")
+    if not (timeout > 0 and memory_bytes > 0 and disk_bytes > 0 and output_limit > 0):
+        raise UserError("timeout, memory_bytes, disk_bytes and output_limit must be positive")
+    if not sys.executable:
+        raise UserError("no Python interpreter to start: sys.executable is empty")
+    folder = Path(tempfile.mkdtemp(prefix="nanochat-sandbox-"))
+    try:
+        (folder / "program.py").write_bytes(code.encode("utf-8", "replace"))
+        job: dict[str, Any] = {
+            "token": secrets.token_hex(16),
+            "parent": os.getpid(),
+            "layers": LAYERS,
+            "strict": mode == "strict",
+            "readable": _readable_paths(),
+            "cpu_seconds": math.ceil(timeout) + 1,
+            "memory_bytes": memory_bytes,
+            "disk_bytes": disk_bytes,
+            "open_files": MAX_OPEN_FILES,
+        }
+        with _input(stdin) as standard_input:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-B", "-X", "utf8", str(_CHILD), json.dumps(job)],
+                stdin=standard_input,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                cwd=folder,
+                env=_environment(folder),
+                start_new_session=True,
+            )
+            return _supervise(process, job, folder, timeout, output_limit)
+    finally:
+        _remove(folder)
+
+
+def layer_report() -> dict[str, str]:
+    """For each of `LAYERS`, "active" or why it is not, found by running an empty program."""
+    result = run_python("", timeout=30)
+    return {name: result.inactive.get(name, "active") for name in LAYERS}
+
+
+def _supervise(
+    process: "subprocess.Popen[bytes]",
+    job: dict[str, Any],
+    folder: Path,
+    timeout: float,
+    output_limit: int,
+) -> ExecutionResult:
+    """Watch the process until it ends or passes a limit, make sure it is dead, read its report."""
+    assert process.stdout is not None
+    assert process.stderr is not None
+    mark = str(job["token"]).encode()
+    stdout = _Reader(process.stdout, output_limit)
+    stderr = _Reader(process.stderr, output_limit + _REPORT_BYTES, mark)
+    began = time.monotonic()
+    limit: Limit | None = None
+    try:
+        while limit is None and not _ended(process):
+            started = stderr.marked_at
+            deadline = began + _STARTUP_SECONDS if started is None else started + timeout
+            remaining = deadline - time.monotonic()
+            if stdout.overflowed or stderr.overflowed:
+                limit = "output"
+            elif remaining <= 0:
+                limit = "time"
+            elif _threads(process.pid) > MAX_THREADS:
+                limit = "threads"
+            elif _over_disk_limit(folder, job["disk_bytes"]):
+                limit = "disk"
+            else:
+                # The end of a program's output is nearly always its own end.
+                reader = stdout if stdout.is_alive() else stderr
+                if reader.is_alive():
+                    reader.join(min(_POLL_SECONDS, remaining))
+                else:
+                    time.sleep(min(0.002, remaining))
+    finally:
+        _kill(process)
+    seconds = time.monotonic() - (stderr.marked_at or began)
+    for reader in (stdout, stderr):
+        # Where new processes cannot be forbidden, one that survived may hold the pipe open.
+        reader.join(1.0)
+
+    before, started_mark, rest = bytes(stderr.data).partition(mark)
+    if not started_mark:
+        message = before[-500:].decode("utf-8", "replace").strip() or "no message"
+        raise UserError(
+            f"the sandbox's interpreter did not start (exit status {process.returncode}, "
+            f"memory_bytes {job['memory_bytes']}): {message}"
+        )
+    report, _, errors = rest.partition(b"\n")
+    inactive: dict[str, str] = json.loads(report)
+    if inactive and job["strict"]:
+        missing = "; ".join(f"{name}: {reason}" for name, reason in inactive.items())
+        raise UserError(
+            f"the strict sandbox needs all of {', '.join(LAYERS)}; this system lacks {missing}. "
+            "Use Linux 5.13 or later on x86_64 or aarch64, or mode 'best-effort'"
+        )
+    errors, finished, late = errors.partition(mark + b" end\n")
+    errors += late
+    if limit is None and (stdout.overflowed or len(errors) > output_limit):
+        limit = "output"
+    return ExecutionResult(
+        stdout=_text(bytes(stdout.data), output_limit),
+        stderr=_text(errors, output_limit),
+        returncode=process.returncode,
+        limit=limit,
+        finished=bool(finished),
+        layers=tuple(name for name in LAYERS if name not in inactive),
+        inactive=inactive,
+        seconds=seconds,
+    )
+
+
+class _Reader(threading.Thread):
+    """Reads a pipe to its end, or until `limit` bytes are exceeded; never holds more.
+
+    A thread, because Windows cannot wait for pipes. `marked_at` is when `mark` had arrived.
+    """
+
+    def __init__(self, pipe: IO[bytes], limit: int, mark: bytes = b"") -> None:
+        super().__init__(daemon=True)
+        self.data = bytearray()
+        self.overflowed = False
+        self.marked_at: float | None = None
+        self._pipe, self._limit, self._mark = pipe, limit, mark
+        self.start()
+
+    def run(self) -> None:
+        with self._pipe, contextlib.suppress(OSError):
+            while chunk := self._pipe.read(65536):
+                if len(self.data) + len(chunk) > self._limit:
+                    self.overflowed = True
+                    chunk = chunk[: self._limit - len(self.data)]
+                self.data += chunk
+                if self.marked_at is None and self._mark in self.data:
+                    self.marked_at = time.monotonic()
+                if self.overflowed:
+                    return
+
+
+def _text(data: bytes, limit: int) -> str:
+    """UTF-8 up to `limit` bytes; a character that the cut divides is left out."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return decoder.decode(data[:limit], final=len(data) < limit)
+
+
+def _ended(process: "subprocess.Popen[bytes]") -> bool:
+    """Whether the process has ended, if possible without releasing its number.
+
+    While it is not waited for, no other process group can have that number, so that killing the
+    group afterwards cannot hit a stranger.
+    """
+    if sys.platform == "linux":
+        options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return os.waitid(os.P_PID, process.pid, options) is not None
+    return process.poll() is not None
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    if process.returncode is None:
+        if sys.platform != "win32":
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+    process.wait()
+
+
+def _threads(pid: int) -> int:
+    """Threads of a process, 0 where /proc does not say."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/task"))
+    except OSError:
+        return 0
+
+
+def _over_disk_limit(folder: Path, disk_bytes: int) -> bool:
+    """Whether the folder holds too many bytes or files; looks at a bounded number of them."""
+    size = count = 0
+    pending = [str(folder)]
+    while pending:
+        # The program is at work here: anything may vanish or be unreadable.
+        with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                count += 1
+                size += entry.stat(follow_symlinks=False).st_size
+                if count > MAX_FILES or size > disk_bytes:
+                    return True
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
+    return False
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder whatever is in it.
+
+    Folders may be nested deeper than a path can be long, and than `shutil.rmtree` can recurse, so
+    each is first moved up to the top.
+    """
+    pending = [str(folder)]
+    moved = 0
+    token = secrets.token_hex(8)
+    while pending:
+        current = pending.pop()
+        with contextlib.suppress(OSError):
+            with os.scandir(current) as scan:
+                entries = list(scan)
+            for entry in entries:
+                if not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry.path)
+                    continue
+                os.chmod(entry.path, 0o700)
+                path, moved = str(folder / f"{token}-{moved}"), moved + 1
+                os.rename(entry.path, path)
+                pending.insert(0, path)
+            if current != str(folder):
+                os.rmdir(current)
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
+
+
+@contextlib.contextmanager
+def _input(text: str) -> Iterator[IO[bytes] | int]:
+    """Standard input as a file: a pipe would need someone to feed it while the program runs."""
+    if not text:
+        yield subprocess.DEVNULL
+        return
+    with tempfile.TemporaryFile() as file:
+        file.write(text.encode("utf-8", "replace"))
+        file.seek(0)
+        yield file
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """Nothing of ours (it may hold keys) but what an interpreter needs to start."""
+    needed = ("SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+    kept = {name: os.environ[name] for name in needed if name in os.environ}
+    # One thread per numerical library: more would spend the memory limit on their buffers.
+    threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    home = dict.fromkeys(("HOME", "TMPDIR", "TEMP", "TMP"), str(folder))
+    return {**kept, **home, **dict.fromkeys(threads, "1"), "LANG": "C.UTF-8"}
+
+
+def _readable_paths() -> list[str]:
+    """What Python and its installed packages need to read."""
+    interpreter = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
+    packages = [sysconfig.get_path(name) for name in ("purelib", "platlib")]
+    # Shared libraries of the interpreter: libpython, and what conda puts beside it.
+    prefixes = {sys.prefix, sys.base_prefix, sys.base_exec_prefix}
+    libraries = [os.path.join(prefix, name) for prefix in prefixes for name in ("lib", "lib64")]
+    libraries += [p for p in os.environ.get("LD_LIBRARY_PATH", "").split(":") if os.path.isabs(p)]
+    system = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/nix/store"]
+    files = ["/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo"]
+    devices = ["/dev/urandom", "/dev/random", "/dev/zero"]
+    return [*interpreter, *packages, *libraries, *system, *files, *devices]

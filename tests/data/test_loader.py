@@ -1,0 +1,261 @@
+"""What a batch holds, where the stream ends, and what is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from stores import make_store, numbered_store
+
+from nanochat.data.loader import Batch, DataLoader
+from nanochat.data.sources import Source
+from nanochat.errors import UserError
+
+FIELDS = ("inputs", "targets", "weights", "doc_ids", "roles")
+
+
+def one_row(source: Source, sequence_length: int) -> Batch:
+    """The only row of a source whose documents fit into one."""
+    loader = DataLoader([source], batch_size=1, sequence_length=sequence_length, with_roles=True)
+    assert loader.num_rows(1) == 1
+    return next(loader)
+
+
+def test_a_row_by_hand(tmp_path: Path) -> None:
+    """Two documents and padding; packing puts the longer one first."""
+    store = make_store(tmp_path / "s", [[21, 22], [11, 12, 13]])
+    batch = one_row(Source(store), sequence_length=6)
+    assert batch.inputs.tolist() == [[11, 12, 13, 21, 22, 0]]
+    assert batch.targets.tolist() == [[12, 13, -1, 22, -1, -1]]
+    assert batch.weights.tolist() == [[1, 1, 0, 1, 0, 0]]
+    assert batch.doc_ids.tolist() == [[0, 0, 0, 1, 1, 2]]
+    assert batch.roles is not None
+    assert batch.roles.tolist() == [[-1] * 6]
+    kinds = [torch.int64, torch.int64, torch.float32, torch.int32, torch.int8]
+    for name, kind in zip(FIELDS, kinds, strict=True):
+        tensor = getattr(batch, name)
+        assert tensor.dtype == kind
+        assert tensor.shape == (1, 6)
+        assert tensor.is_contiguous()
+
+
+def test_a_row_that_is_full_has_no_padding(tmp_path: Path) -> None:
+    batch = one_row(Source(make_store(tmp_path / "s", [[1, 2, 3, 4, 5]])), sequence_length=4)
+    assert batch.inputs.tolist() == [[1, 2, 3, 4]]
+    assert batch.targets.tolist() == [[2, 3, 4, 5]]
+    assert batch.doc_ids.tolist() == [[0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("prompt_weight", "targets", "weights"),
+    [
+        (0.0, [-1, 13, -1, 15, -1], [0, 1, 0, 1, 0]),
+        (0.25, [12, 13, 14, 15, -1], [0.25, 1, 0.25, 1, 0]),
+        (1.0, [12, 13, 14, 15, -1], [1, 1, 1, 1, 0]),
+    ],
+)
+def test_prompt_weight_and_roles(
+    tmp_path: Path, prompt_weight: float, targets: list[int], weights: list[float]
+) -> None:
+    mask, roles = np.array([0, 0, 1, 0, 1]), np.array([0, 2, 3, 2, 3])
+    store = make_store(tmp_path / "s", [[11, 12, 13, 14, 15]], [list(mask | roles << 1)])
+    batch = one_row(Source(store, prompt_weight=prompt_weight), sequence_length=5)
+    assert batch.inputs.tolist() == [[11, 12, 13, 14, 15]]
+    assert batch.targets.tolist() == [targets]
+    assert batch.weights.tolist() == [weights]
+    assert batch.roles is not None
+    assert batch.roles.tolist() == [[2, 3, 2, 3, -1]]  # of the target, trained on or not
+
+
+def test_each_source_has_its_own_prompt_weight(tmp_path: Path) -> None:
+    plain = make_store(tmp_path / "plain", [[1, 2, 3]])
+    chat = make_store(tmp_path / "chat", [[4, 5]], [[0, 0]])
+    sources = [Source(plain, prompt_weight=0.0), Source(chat, prompt_weight=0.0)]
+    batch = next(DataLoader(sources, batch_size=1, sequence_length=5))
+    assert batch.targets.tolist() == [[2, 3, -1, -1, -1]]  # text without a mask always counts
+
+
+def test_roles_only_on_request(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s", [[1, 2, 3]])
+    assert next(DataLoader([Source(store)], batch_size=1, sequence_length=2)).roles is None
+
+
+def test_to_keeps_every_field(tmp_path: Path) -> None:
+    batch = one_row(Source(make_store(tmp_path / "s", [[1, 2, 3]])), sequence_length=4)
+    assert batch.to(torch.device("cpu")) is batch
+    moved = batch.to(torch.device("meta"))
+    for name in FIELDS:
+        assert getattr(moved, name).device.type == "meta"
+
+
+def test_the_end_is_filled_with_empty_rows(tmp_path: Path) -> None:
+    store = numbered_store(tmp_path / "s", [5] * 7)
+    loader = DataLoader([Source(store)], batch_size=2, sequence_length=4, epochs=1)
+    assert loader.num_rows(1) == 7
+    batches = list(loader)
+    assert len(batches) == 4
+    assert (batches[-1].targets[0] > 0).all()
+    for empty in (batches[-1].targets[1:], next(loader).targets, next(loader).targets):
+        assert (empty == -1).all()
+    after = next(loader)
+    assert (after.inputs == 0).all()
+    assert (after.weights == 0).all()
+    assert (after.doc_ids == 0).all()
+    assert loader.finished
+    assert list(loader) == []
+    assert loader.consumed == {"s": {"documents": 7, "tokens": 28}}
+
+
+def test_rows_go_on_into_the_next_epoch(tmp_path: Path) -> None:
+    """Three rows an epoch in batches of two: the second batch has one row of either epoch."""
+    store = numbered_store(tmp_path / "s", [5] * 3)
+    loader = DataLoader([Source(store)], batch_size=2, sequence_length=4, epochs=2)
+    rows = torch.cat([batch.inputs[:, 0] for batch in loader]).tolist()
+    assert sorted(rows[:3]) == sorted(rows[3:]) == [1, 6, 11]
+    endless = DataLoader([Source(store)], batch_size=2, sequence_length=4)
+    assert torch.cat([next(endless).inputs[:, 0] for _ in range(30)]).tolist()[:6] == rows
+    assert endless.epoch == 20
+    assert not endless.finished
+
+
+def test_windows_and_epochs_without_a_row_are_passed_over(tmp_path: Path) -> None:
+    # One document in twenty has a target, and windows are of three documents.
+    store = numbered_store(tmp_path / "s", ([1] * 19 + [3]) * 2)
+    loader = DataLoader([Source(store)], batch_size=1, sequence_length=2, window=3, epochs=3)
+    assert loader.num_rows(3) == 6
+    assert sum(1 for _ in loader) == 6  # no empty batch at the end
+    # A weight of 0.1 gives this source one document in every tenth epoch.
+    loader = DataLoader(
+        [Source(numbered_store(tmp_path / "t", [3]), weight=0.1)],
+        batch_size=1,
+        sequence_length=2,
+        epochs=20,
+    )
+    assert loader.num_rows(20) == 2
+    assert sum(1 for _ in loader) == 2
+
+
+def test_no_rows_in_the_epochs_asked_for(tmp_path: Path) -> None:
+    store = numbered_store(tmp_path / "s", [3])
+    loader = DataLoader([Source(store, weight=0.1)], batch_size=1, sequence_length=2, epochs=1)
+    assert loader.num_rows(1) == 0
+    assert loader.finished
+    assert list(loader) == []
+
+
+def test_short_documents_get_larger_windows(tmp_path: Path) -> None:
+    lengths = np.random.default_rng(0).integers(10, 40, 20_000)
+    store = make_store(tmp_path / "s", [[1] * n for n in lengths])
+    loader = DataLoader([Source(store)], batch_size=8, sequence_length=1024, epochs=1)
+    assert loader.window == 16_384
+    padding = 1 - store.num_tokens / (loader.num_rows(1) * 1025)
+    assert padding < 0.01
+    assert DataLoader([Source(store)], batch_size=8, sequence_length=32).window == 1024
+
+
+def test_peek_tells_what_comes_next(tmp_path: Path) -> None:
+    sources = [
+        Source(numbered_store(tmp_path / "a", [9, 4, 30])),
+        Source(numbered_store(tmp_path / "b", [7, 12], first=500)),
+    ]
+    for rank in range(2):
+        loader = DataLoader(
+            sources, batch_size=2, sequence_length=10, rank=rank, world_size=2, epochs=2
+        )
+        while not loader.finished:
+            state, rows = loader.state_dict(), loader.peek()
+            assert loader.state_dict() == state
+            batch = next(loader)
+            for b, pieces in enumerate(rows):
+                ids = [sources[s].store.ids(*span) for s, *span in pieces]
+                expected = np.concatenate(ids)[:10]
+                assert batch.inputs[b, : len(expected)].tolist() == expected.tolist()
+                assert (batch.inputs[b, len(expected) :] == 0).all()
+        assert loader.peek() == []
+
+
+def test_consumed_counts_what_all_ranks_read(tmp_path: Path) -> None:
+    a = numbered_store(tmp_path / "a", [3] * 40)
+    b = numbered_store(tmp_path / "b", [30] * 5, first=1000)
+    sources = [Source(a, name="text"), Source(b, weight=2), Source(b, weight=1)]
+    loaders = [
+        DataLoader(
+            sources, batch_size=2, sequence_length=16, rank=rank, world_size=3, window=8, epochs=2
+        )
+        for rank in range(3)
+    ]
+    targets = torch.zeros(2, dtype=torch.int64)
+    while not loaders[0].finished:
+        for batch in [next(loader) for loader in loaders]:
+            targets[0] += ((batch.targets > 0) & (batch.targets < 1000)).sum()
+            targets[1] += (batch.targets >= 1000).sum()
+        consumed = loaders[0].consumed
+        assert all(loader.consumed == consumed for loader in loaders)
+        assert consumed["text"]["tokens"] == targets[0]
+        assert consumed["b"]["tokens"] + consumed["b (2)"]["tokens"] == targets[1]
+    assert consumed == {
+        "text": {"documents": 80, "tokens": 160},
+        "b": {"documents": 20, "tokens": 580},
+        "b (2)": {"documents": 10, "tokens": 290},
+    }
+
+
+def test_a_position_over_other_data_is_refused(tmp_path: Path) -> None:
+    a, b = numbered_store(tmp_path / "a", [3] * 9), numbered_store(tmp_path / "b", [3] * 10)
+
+    def loader(store: object = a, **changes: object) -> DataLoader:
+        settings = {"batch_size": 1, "sequence_length": 2, "seed": 1, "window": 4}
+        weight, prompts = changes.pop("weight", 1.0), changes.pop("prompt_weight", 1.0)
+        source = Source(store, weight, prompts)  # type: ignore[arg-type]
+        return DataLoader([source], **(settings | changes))  # type: ignore[arg-type]
+
+    state = loader().state_dict()
+    loader(batch_size=3, world_size=2, epochs=5, weight="1").load_state_dict(state)
+    same_shape = numbered_store(tmp_path / "c", [3] * 9)
+    fingerprint = a.meta["fingerprint"]
+    same_shape.meta = {**same_shape.meta, "fingerprint": "other text"}
+    older = {k: v for k, v in state.items() if k not in ("fingerprints", "prompt_weights")}
+    loader(store=same_shape).load_state_dict(older)
+    for other, message in (
+        (loader(store=same_shape), rf"fingerprints = \['{fingerprint}'\].* \['other text'\]"),
+        (loader(prompt_weight=0.5), r"prompt_weights = \[1.0\], this run has \[0.5\]"),
+        (loader(seed=2), "seed = 1, this run has 2"),
+        (loader(sequence_length=3), "sequence_length"),
+        (loader(window=5), "window_size"),
+        (loader(weight=2.0), "sources"),
+        (loader(store=b), "sources"),
+    ):
+        with pytest.raises(UserError, match=message):
+            other.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"sequence_length": 0}, "sequence_length 0"),
+        ({"epochs": 0}, "epochs 0"),
+        ({"window": 0}, "window 0"),
+        ({"rank": 2, "world_size": 2}, "rank 2"),
+        ({"rank": -1}, "rank -1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(
+    tmp_path: Path, changes: dict[str, int], message: str
+) -> None:
+    source = Source(make_store(tmp_path / "s", [[1, 2]]))
+    with pytest.raises(UserError, match=message):
+        DataLoader([source], **({"batch_size": 1, "sequence_length": 2} | changes))  # type: ignore[arg-type]
+
+
+def test_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
+    good = make_store(tmp_path / "good", [[1, 2]])
+    for sources, message in (
+        ([], "at least one source"),
+        ([Source(good), Source(make_store(tmp_path / "empty", []))], "empty holds no documents"),
+        ([Source(make_store(tmp_path / "single", [[1], [2]]))], "nothing to predict"),
+        ([Source(good, weight=0)], "weight 0"),
+        ([Source(good, prompt_weight=-1)], "prompt_weight -1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            DataLoader(sources, batch_size=1, sequence_length=2)

@@ -1,0 +1,274 @@
+"""Stores are written whole or not at all, and never opened torn or with another tokenizer."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from stores import Echo, make_store
+
+from nanochat.data import conversations
+from nanochat.data.conversations import conversations_store
+from nanochat.data.store import TokenStore, merge_stores
+from nanochat.errors import UserError
+from nanochat.tokenizer import Tokenizer
+
+DOCUMENTS = [[1, 2, 3], [9], [4, 5, 6, 7, 8]]
+MASKS = [[0, 1, 1], [0], [0, 0, 1, 0, 1]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer([bytes([i]) for i in range(256)])
+
+
+@pytest.fixture(autouse=True)
+def _base_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+
+
+def read(store: TokenStore) -> list[list[int]]:
+    return [store.ids(i).tolist() for i in range(len(store))]
+
+
+def mask_of(store: TokenStore, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+    mask = store.mask(index, start, stop)
+    assert mask is not None
+    return mask
+
+
+def bytes_of(store: TokenStore, index: int) -> np.ndarray:
+    packed = store.mask_bytes(index)
+    assert packed is not None
+    return packed
+
+
+def folders(path: Path) -> list[str]:
+    return sorted(p.name for p in path.iterdir())
+
+
+@pytest.mark.parametrize(("vocab_size", "itemsize"), [(2**16, 2), (2**16 + 1, 4)])
+def test_what_is_written_is_read(tmp_path: Path, vocab_size: int, itemsize: int) -> None:
+    documents = [*DOCUMENTS, [vocab_size - 1, 0]]
+    store = make_store(tmp_path / "s", documents, vocab_size=vocab_size)
+    assert read(store) == documents
+    assert (len(store), store.num_tokens, store.name) == (4, 11, "s")
+    assert (store.folder / "tokens.bin").stat().st_size == 11 * itemsize
+    assert store.lengths(np.array([2, 0, 0])).tolist() == [5, 3, 3]
+    assert store.ids(2, 1, 3).tolist() == [5, 6]
+    assert store.ids(0, 1).tolist() == [2, 3]
+    assert store.ids(0, 2, 99).tolist() == [3]  # never into the next document
+    assert not store.has_mask
+    assert store.mask(0) is None
+    assert store.mask_bytes(0) is None
+    with pytest.raises(IndexError):
+        store.ids(4)
+    with pytest.raises(ValueError, match="read-only"):
+        store.ids(0)[0] = 5
+
+
+def test_mask_is_bit_0_of_its_bytes(tmp_path: Path) -> None:
+    packed = [[m | role << 1 for role, m in enumerate(mask)] for mask in MASKS]
+    store = make_store(tmp_path / "s", DOCUMENTS, packed)
+    assert store.has_mask
+    for i, mask in enumerate(MASKS):
+        assert mask_of(store, i).tolist() == mask
+        assert bytes_of(store, i).tolist() == packed[i]
+    assert mask_of(store, 2, 2, 4).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("ids", [[1, 10], [-1]])
+def test_ids_outside_the_vocabulary_are_refused(tmp_path: Path, ids: list[int]) -> None:
+    with pytest.raises(UserError, match=r"outside the vocabulary of 10"):
+        make_store(tmp_path / "s", [[1], ids], vocab_size=10)
+    assert folders(tmp_path) == []
+
+
+def test_wrong_use_of_the_writer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="shape"):
+        make_store(tmp_path / "s", [[]])
+    with pytest.raises(ValueError, match="mask bytes"):
+        make_store(tmp_path / "s", [[1, 2]], [[1]])
+    with pytest.raises(ValueError, match="with_mask"):
+        make_store(tmp_path / "s", [[1, 2]], [None])  # type: ignore[list-item]
+
+
+def test_a_failed_write_leaves_the_old_store(tmp_path: Path) -> None:
+    make_store(tmp_path / "s", DOCUMENTS)
+
+    def documents() -> Iterator[list[int]]:
+        yield [1]
+        raise RuntimeError("the disk is full")
+
+    with pytest.raises(RuntimeError, match="full"):
+        make_store(tmp_path / "s", documents())
+    assert folders(tmp_path) == ["s"]
+    assert read(TokenStore.open(tmp_path / "s")) == DOCUMENTS
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "mask.bin", "offsets.npy", "meta.json"])
+@pytest.mark.parametrize("damage", ["truncated", "grown", "missing"])
+def test_a_torn_store_is_refused_by_file_name(tmp_path: Path, name: str, damage: str) -> None:
+    folder = make_store(tmp_path / "s", DOCUMENTS, MASKS).folder
+    content = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if damage != "missing":
+        (folder / name).write_bytes(content[:-1] if damage == "truncated" else content + b"x\x00")
+    if (name, damage) == ("meta.json", "truncated"):  # its last byte is only a newline
+        (folder / name).write_bytes(content[: len(content) // 2])
+    if (name, damage) == ("offsets.npy", "grown"):  # the array is intact, what follows is ignored
+        assert len(TokenStore.open(folder)) == 3
+        return
+    with pytest.raises(UserError, match=name):
+        TokenStore.open(folder)
+    assert TokenStore.open_if_current(folder, "hash", "print") is None
+
+
+def test_offsets_of_another_store_are_refused(tmp_path: Path) -> None:
+    folder = make_store(tmp_path / "s", DOCUMENTS).folder
+    np.save(folder / "offsets.npy", np.array([0, 3, 4, 8]))
+    with pytest.raises(UserError, match=r"offsets.npy ends at token 8, meta.json promises 9"):
+        TokenStore.open(folder)
+
+
+def test_other_formats_and_edited_meta_are_refused(tmp_path: Path) -> None:
+    folder = make_store(tmp_path / "s", DOCUMENTS).folder
+    meta = json.loads((folder / "meta.json").read_text())
+    for change, message in (
+        ({"version": 99}, "format 99"),
+        ({"dtype": "float8"}, "float8"),
+        ({"num_tokens": "9"}, "lacks"),
+    ):
+        (folder / "meta.json").write_text(json.dumps(meta | change))
+        with pytest.raises(UserError, match=message):
+            TokenStore.open(folder)
+
+
+def test_another_tokenizer_or_source_is_not_current(tmp_path: Path) -> None:
+    folder = make_store(tmp_path / "s", DOCUMENTS).folder
+    with pytest.raises(UserError, match="tokenizer"):
+        TokenStore.open(folder, "other")
+    assert TokenStore.open_if_current(folder, "other", "print") is None
+    assert TokenStore.open_if_current(folder, "hash", "other") is None
+    assert TokenStore.open_if_current(folder, "hash", "print") is not None
+
+
+def test_merging_puts_slices_end_to_end(tmp_path: Path) -> None:
+    for i, part in enumerate((slice(0, 1), slice(1, 1), slice(1, 3))):  # the middle one is empty
+        make_store(tmp_path / f"part{i}", DOCUMENTS[part], MASKS[part])
+    parts = [tmp_path / f"part{i}" for i in range(3)]
+    settings: dict[str, Any] = {
+        "vocab_size": 2**16,
+        "tokenizer_hash": "hash",
+        "fingerprint": "print",
+    }
+    merged = merge_stores(tmp_path / "merged", parts, **settings)
+    whole = make_store(tmp_path / "whole", DOCUMENTS, MASKS)
+    for name in ("tokens.bin", "mask.bin", "offsets.npy", "meta.json"):
+        assert (merged.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+
+    make_store(tmp_path / "plain", DOCUMENTS)
+    with pytest.raises(UserError, match="does not fit"):
+        merge_stores(tmp_path / "merged", [*parts, tmp_path / "plain"], **settings)
+    with pytest.raises(UserError, match="no slices"):
+        merge_stores(tmp_path / "merged", [], **settings)
+
+
+# Conversations
+
+
+def test_conversations_are_stored_as_they_are_rendered(tokenizer: Tokenizer) -> None:
+    task = Echo(12)
+    store = conversations_store(task, tokenizer)
+    assert store.name.startswith("echo-train-")
+    for i in range(12):
+        ids, mask, roles = tokenizer.render_roles(task[i])
+        assert store.ids(i).tolist() == ids
+        assert mask_of(store, i).tolist() == mask
+        assert (bytes_of(store, i) >> 1).tolist() == roles
+    said = [store.ids(3)[mask_of(store, 3) == 1], store.ids(11)[mask_of(store, 11) == 1]]
+    assert [tokenizer.decode(ids) for ids in said] == [
+        "3!<|assistant_end|>",
+        "11!<|assistant_end|>",
+    ]
+
+
+def test_conversations_are_rendered_once(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = conversations_store(Echo(3), tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "render_roles", lambda *_: pytest.fail("rendered again"))
+        assert conversations_store(Echo(3), tokenizer).folder == first.folder
+    other_tokenizer = Tokenizer([*tokenizer.ranks, b"ec"])
+    for other in (
+        conversations_store(Echo(3, text="other"), tokenizer),
+        conversations_store(Echo(3), tokenizer, max_tokens=9),
+        conversations_store(Echo(3), tokenizer, system="merge"),
+        conversations_store(Echo(3), other_tokenizer),
+    ):
+        assert other.folder != first.folder
+    assert conversations_store(Echo(3), tokenizer, max_tokens=9).lengths(np.arange(3)).max() == 9
+
+
+def test_a_bad_conversation_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    task = Echo(6, bad=[4])
+    with pytest.raises(UserError, match=r"echo/train row 4: message 1 has the role 'robot'"):
+        conversations_store(task, tokenizer)
+    assert folders(tmp_path / "base" / "stores") == []
+
+
+def test_bad_conversations_are_skipped_and_counted_on_request(
+    tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = conversations_store(Echo(6, bad=[0, 4]), tokenizer, bad_rows="skip")
+    assert len(store) == 4
+    assert store.meta["skipped"] == 2
+    assert "skipped 2 of 6 rows; the first: echo/train row 0:" in capsys.readouterr().err
+    # A store with rows missing is no answer to a caller who wants an error.
+    with pytest.raises(UserError, match="row 0"):
+        conversations_store(Echo(6, bad=[0, 4]), tokenizer)
+    with pytest.raises(UserError, match="all 2 rows are bad"):
+        conversations_store(Echo(2, bad=[0, 1]), tokenizer, bad_rows="skip")
+
+
+def test_errors_from_rendering_name_the_row_too(tokenizer: Tokenizer) -> None:
+    class Unmergeable(Echo):
+        def __getitem__(self, index: int) -> dict[str, object]:
+            return {"messages": [{"role": "system", "content": "alone"}]}
+
+    with pytest.raises(UserError, match=r"echo/train row 0: a system message"):
+        conversations_store(Unmergeable(1), tokenizer, system="merge")
+
+
+def test_an_empty_split_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="echo/train has no rows"):
+        conversations_store(Echo(0), tokenizer)
+
+
+def test_processes_do_not_change_the_store(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Echo(50, bad=[7, 33])
+    one = conversations_store(task, tokenizer, bad_rows="skip", folder=tmp_path / "one")
+    monkeypatch.setattr(conversations, "_PARALLEL_FROM", 10)
+    monkeypatch.setattr(conversations, "_SLICE_ROWS", 20)
+    slices = []
+
+    def merge(folder: Path, parts: list[Path], **settings: Any) -> TokenStore:
+        slices.extend(parts)
+        return merge_stores(folder, parts, **settings)
+
+    monkeypatch.setattr(conversations, "merge_stores", merge)
+    two = conversations_store(
+        task, tokenizer, bad_rows="skip", folder=tmp_path / "two", num_workers=2
+    )
+    for name in ("tokens.bin", "mask.bin", "offsets.npy"):
+        assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
+    assert one.meta == two.meta
+    assert len(slices) == 3
+    with pytest.raises(UserError, match="row 7"):
+        conversations_store(task, tokenizer, folder=tmp_path / "three", num_workers=2)
+    assert folders(tmp_path) == ["one", "two"]

@@ -1,0 +1,431 @@
+"""The report says what the files say, names what is missing, and never runs what it was given."""
+
+import html
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanochat.errors import UserError
+from nanochat.eval.results import record_evaluation, task_result
+from nanochat.report import sections as report
+from nanochat.report.blocks import Plot, Quote, Section, Table, Text, count_text, duration_text
+from nanochat.report.material import STAGES, collect, read_run
+from nanochat.report.pages import to_html
+from nanochat.report.plots import smoothed, thinned
+from nanochat.report.sections import compose
+from nanochat.runtime import single
+from scripts import report as script
+
+TOKENS = 1000  # a step
+
+
+@pytest.fixture(autouse=True)
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def start(stage: str = "base", step: int = 0, **runtime: Any) -> dict[str, Any]:
+    return {
+        "kind": "start",
+        "stage": stage,
+        "tag": "x",
+        "step": step,
+        "time": 1_700_000_000.0,
+        "model": {"n_layer": 4, "n_embd": 256, "windows": [128, 0]},
+        "plan": {
+            "num_steps": 8,
+            "tokens": 8 * TOKENS,
+            "flops": 8e12,
+            "total_batch_size": TOKENS,
+            "parameters": {"embedding": 1_000, "block_matrices": 234},
+        },
+        "runtime": {"device": "cpu", "dtype": "bfloat16", "torch": "2.13", **runtime},
+    }
+
+
+def train(step: int, loss: float, **more: Any) -> dict[str, Any]:
+    return {
+        "kind": "train",
+        "step": step,
+        "loss": loss,
+        "lr": 1.0,
+        "tokens": step * TOKENS,
+        "tokens_per_second": 500.0,
+        "seconds": 2.0 * step,
+        "memory_bytes": 2**30,
+        **more,
+    }
+
+
+def end(step: int = 8) -> dict[str, Any]:
+    return {
+        "kind": "end",
+        "step": step,
+        "seconds": 1800.0,
+        "elapsed_seconds": 2400.0,
+        "tokens": step * TOKENS,
+        "peak_memory_bytes": 3 * 2**30,
+        "consumed": {
+            "text": {"documents": 30, "tokens": 6000},
+            "gsm8k": {"documents": 10, "tokens": 2000},
+        },
+    }
+
+
+def write_run(base: Path, name: str, records: list[Any]) -> Path:
+    path = base / "runs" / name / "metrics.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+def whole_run(stage: str) -> list[dict[str, Any]]:
+    records = [start(stage)]
+    for step in range(1, 9):
+        records.append(train(step, 5.0 - step / 4))
+        if step % 4 == 0:
+            records.append({"kind": "eval", "step": step, "bpb": 2.0 - step / 10, "user": 3.5})
+    sample = {"kind": "sample", "step": 8, "prompt": "In the", "text": "beginning"}
+    return [*records, sample, end()]
+
+
+def tables(sections: list[Section]) -> list[Table]:
+    return [b for section in sections for b in section.blocks if isinstance(b, Table)]
+
+
+def row(sections: list[Section], name: str) -> list[str]:
+    found = [r[1:] for table in tables(sections) for r in table.rows if r[0] == name]
+    assert len(found) == 1, f"{name}: {found}"
+    return found[0]
+
+
+class Page(HTMLParser):
+    """Checks that tags nest, and collects what matters."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in ("meta", "wbr"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_everything_recorded_is_in_both_reports(base: Path) -> None:
+    for stage in ("base", "mid", "sft", "rl"):
+        write_run(base, f"{stage}-x", whole_run(stage))
+        results = {"gsm8k": task_result(30, 40, 0.0), "mmlu": task_result(10, 40, 0.25)}
+        record_evaluation(stage, "x", 8, results, chat_core=0.375, bpb={"val": 1.0625})
+    core = {
+        "num_tasks": 1,
+        "num_tasks_total": 2,
+        "missing": ["squad"],
+        "tasks": {"copa": task_result(60, 100, 0.5)},
+    }
+    samples = [{"prompt": "Once", "text": "upon | a time"}]
+    record_evaluation("base", "x", 8, core_partial=0.125, core_tasks=core, samples=samples)
+    (base / "report" / "tok_eval.json").write_text(
+        json.dumps(
+            {
+                "vocab_sizes": {"nanochat": 4096},
+                "unavailable": ["gpt-4"],
+                "round_trip": True,
+                "rows": [{"text": "prose", "bytes": 99, "bytes_per_token": {"nanochat": 4.25}}],
+            }
+        )
+    )
+    written = script.main(script.Config(price_per_hour=3.0), single())
+    assert written is not None
+    markdown, page = (path.read_text() for path in written)
+    sections = compose(collect(price_per_hour=3.0))
+
+    assert row(sections, "training time") == ["30:00\N{NO-BREAK SPACE}min"] * 4
+    assert row(sections, "with all around it") == ["40:00\N{NO-BREAK SPACE}min"] * 4
+    assert row(sections, "cost") == ["2.00"] * 4
+    assert row(sections, "FLOPs") == ["8.00e+12"] * 4
+    assert row(sections, "peak memory") == ["3.00\N{NO-BREAK SPACE}GiB"] * 4
+    assert row(sections, "state") == ["finished"] * 4
+    assert row(sections, "device") == ["cpu"]
+    assert row(sections, "parameters") == ["1,234"]
+    assert row(sections, "validation bpb") == ["1.0625"] * 4 + [""]
+    evaluation = [section for section in sections if section.title == "Evaluation"]
+    assert row(evaluation, "gsm8k")[0].startswith("0.750 (0.60")
+    assert row(sections, "mmlu")[4] == "0.250"
+    assert row(sections, "ChatCORE") == ["0.3750"] * 4 + [""]
+    assert row(sections, "CORE, partial")[:2] == ["0.1250 (1 of 2 tasks)", "–"]
+    assert row(sections, "copa")[0].startswith("0.600")
+    assert row(sections, "prose") == ["99", "4.25"]
+    shares = [t.rows for t in tables(sections) if t.head[0] == "trained on"]
+    assert shares == [[["text", "30", "6,000", "75.0 %"], ["gsm8k", "10", "2,000", "25.0 %"]]] * 4
+    total = next(b for b in sections[0].blocks if isinstance(b, Text)).text
+    assert "3.20e+13 FLOPs" in total
+    assert "8.00 at 3 an hour" in total
+    assert collect().missing == []
+
+    quotes = [b.text for s in sections for b in s.blocks if isinstance(b, Quote)]
+    assert quotes == ["beginning", "upon | a time", *["beginning"] * 3]
+
+    # Both formats carry every cell, text and sample.
+    plain = re.sub(r"<[^>]*>", "", page)
+    for section in sections:
+        for block in section.blocks:
+            if isinstance(block, Table):
+                for cell in [c for r in [block.head, *block.rows] for c in r]:
+                    assert html.escape(cell) in plain
+                    assert " ".join(cell.split()) in markdown.replace("\\", "")
+            elif isinstance(block, Quote):
+                assert block.text in markdown
+                assert html.escape(block.text) in page
+    titles = [b.title for s in sections for b in s.blocks if isinstance(b, Plot)]
+    assert titles[:6] == [
+        "training loss",
+        "validation, bits per byte",
+        "other validation measures",
+        "learning rate multiplier",
+        "tokens a second",
+        "memory, GiB",
+    ]
+    assert page.count("<svg ") == len(titles) == 24
+
+
+def test_the_page_is_whole_and_needs_nothing_from_elsewhere(base: Path) -> None:
+    write_run(base, "base-x", whole_run("base"))
+    page = Page(report.write_report()[1].read_text())
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    for name, value in page.attributes:
+        if name in ("href", "xlink:href", "src"):
+            assert value.startswith("#")
+            assert value[1:] in ids
+        for reference in re.findall(r"url\(([^)]*)\)", value):
+            assert reference[1:] in ids
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    # Plots take the page's colours: none of the stand-ins is left.
+    text = to_html(compose(collect()))
+    assert "currentColor" in text
+    assert not re.search(r"#0(10203|40506|a0b0\d)", text)
+
+
+def test_what_was_read_is_never_markup(base: Path) -> None:
+    evil = "</pre><script>alert(1)</script> | `x` ```` & $\\no$ \"'"
+    records = whole_run("base")
+    records[0]["runtime"]["platform"] = evil
+    records[0]["model"][evil] = evil
+    records[-2] |= {"prompt": evil, "text": f"{evil}\n\x00\x08"}
+    records[-1]["consumed"] = {evil: {"documents": 1, "tokens": 1}}
+    records.insert(1, {"kind": "eval", "step": 0, "bpb": 3.0, evil: 1.0, "b": 2.0})
+    records.insert(2, train(0, 5.0, **{evil: 1.0}))
+    write_run(base, f"base-{'x'}", records)
+    record_evaluation("base", "x", 8, {evil: task_result(1, 2, 0.0)})
+    markdown, page = (path.read_text() for path in report.write_report())
+    assert "script" not in Page(page).tags
+    assert "<script" not in page
+    assert "alert(1)" in page
+    assert not {"\x00", "\x08"} & set(page + markdown)
+    outside = re.sub(r"`````text\n.*?\n`````", "", markdown, flags=re.DOTALL)
+    assert outside != markdown
+    assert "<script" not in outside
+    for lines in re.findall(r"(?:^\|.*\n)+", outside, flags=re.MULTILINE):
+        # No cell was split by a bar of the text's own.
+        bars = {len(re.findall(r"(?<!\\)\|", line)) for line in lines.splitlines()}
+        assert len(bars) == 1
+
+
+@pytest.mark.parametrize("present", [[], ["base"], ["sft"], ["mid", "rl"]])
+def test_missing_stages_are_named(base: Path, present: list[str]) -> None:
+    for stage in present:
+        write_run(base, f"{stage}-x", whole_run(stage))
+    markdown = report.write_report()[0].read_text()
+    for stage in STAGES:
+        assert (f"## {stage.upper()}: " in markdown) == (stage in present)
+        assert (f"a run of {stage} (runs/{stage}-" in markdown) == (stage not in present)
+        assert (f"an evaluation of {stage} " in markdown) == (stage in present)
+    assert "the tokenizer's evaluation" in markdown
+    assert ("No stage has been run yet" in markdown) == (not present)
+
+
+def test_an_evaluation_without_its_run_is_shown(base: Path) -> None:
+    record_evaluation("sft", "x", 8, {"gsm8k": task_result(1, 2, 0.0)})
+    sections = compose(collect())
+    assert row(sections, "gsm8k")[0].startswith("0.500")
+
+
+def test_an_evaluation_of_an_older_step_says_so(base: Path) -> None:
+    write_run(base, "sft-x", whole_run("sft"))
+    record_evaluation("sft", "x", 4, {"gsm8k": task_result(1, 2, 0.0)})
+    assert any("at its last step 8; the one shown is of step 4" in m for m in collect().missing)
+    record_evaluation("sft", "x", 8, {"gsm8k": task_result(1, 2, 0.0)})
+    assert not any("last step" in m for m in collect().missing)
+
+
+def test_a_whole_core_hides_a_partial_one(base: Path) -> None:
+    record_evaluation("base", "x", 8, core_partial=0.25)
+    record_evaluation("base", "x", 8, core=0.5)
+    sections = compose(collect())
+    assert row(sections, "CORE") == ["0.5000", ""]
+    assert not [r for table in tables(sections) for r in table.rows if "partial" in r[0]]
+
+
+def test_an_unfinished_run_with_odd_values_renders(base: Path) -> None:
+    write_run(
+        base,
+        "base-x",
+        [
+            start(),
+            train(1, math.nan),
+            train(2, 4.0, memory_bytes=None, skipped=True),
+            {"kind": "eval", "step": 2, "bpb": None},
+            ["not a record"],
+            '{"kind": "train", "step": 3, "lo',
+        ],
+    )
+    (base / "report").mkdir()
+    (base / "report" / "tok_eval.json").write_text("{")
+    (base / "report" / "eval_base-x.json").write_text("[]")
+    markdown = report.write_report()[0].read_text()
+    sections = compose(collect())
+    assert row(sections, "state") == ["stopped (8 steps planned)"]
+    assert row(sections, "FLOPs") == ["2.00e+12"]
+    assert "2 unreadable lines in base-x" in markdown
+    assert "a readable tok\\_eval.json" in markdown or "a readable tok_eval.json" in markdown
+    assert "a readable eval" in markdown
+    assert "1 steps were skipped" in markdown
+
+
+def test_a_run_of_only_a_start_renders(base: Path) -> None:
+    write_run(base, "base-x", [start()])
+    assert "No step has been recorded" in report.write_report()[0].read_text()
+    write_run(base, "base-x", ["garbage"])
+    assert "the start record in base-x" in report.write_report()[0].read_text()
+
+
+def test_later_records_of_a_step_count_and_a_resumed_run_forgets_what_it_does_again(
+    base: Path,
+) -> None:
+    path = write_run(
+        base,
+        "sft-a-b",
+        [
+            start("sft"),
+            train(1, 9.0),
+            train(2, 8.0),
+            {"kind": "sample", "step": 2, "prompt": "p", "text": "old"},
+            train(3, 7.0),
+            {"kind": "eval", "step": 3, "bpb": 1.0},
+            start("sft", step=2),
+            {"kind": "sample", "step": 2, "prompt": "p", "text": "new"},
+            train(3, 6.5),
+        ],
+    )
+    run = read_run(path)
+    assert (run.stage, run.tag, run.num_resumed) == ("sft", "a-b", 1)
+    assert {step: record["loss"] for step, record in run.train.items()} == {1: 9, 2: 8, 3: 6.5}
+    assert run.evals == {}
+    assert [s["text"] for s in run.samples[2]] == ["new"]
+    assert run.end is None
+    assert row(compose(collect()), "resumed") == ["1 times"]
+
+
+def test_the_tag_chooses_the_run(base: Path) -> None:
+    import os
+
+    for age, tag in ((100, "old"), (0, "new")):
+        path = write_run(base, f"base-{tag}", [start(commit=tag), train(1, 2.0)])
+        os.utime(path, (1e9 - age, 1e9 - age))
+    assert collect().runs["base"].tag == "new"
+    assert any("base-old" in item for item in collect().missing)
+    assert collect("old").runs["base"].tag == "old"
+    assert not any("base-new" in item for item in collect("old").missing)
+    with pytest.raises(UserError, match=r"--tag none: .*base-new, base-old"):
+        report.write_report("none")
+    with pytest.raises(UserError, match="--price-per-hour -1"):
+        report.write_report(price_per_hour=-1)
+
+
+def test_machines_that_differ_are_told_apart(base: Path) -> None:
+    write_run(base, "base-x", [start(device="H100", world_size=8), train(1, 2.0)])
+    write_run(base, "mid-x", [start("mid", world_size=1), train(1, 2.0)])
+    sections = compose(collect())
+    assert row(sections, "device") == ["base: H100; mid: cpu"]
+    assert row(sections, "processes") == ["base: 8; mid: 1"]
+    assert row(sections, "activations") == ["bfloat16"]
+
+
+def test_curves_are_smoothed_without_a_lag_and_thinned_without_a_loss() -> None:
+    line = [2.0 * i for i in range(300)]
+    shown = smoothed(line)
+    assert shown[10:-10] == pytest.approx(line[10:-10])
+    noisy = [float(i % 2) for i in range(300)]
+    assert all(0.2 < value < 0.8 for value in smoothed(noisy))
+    assert smoothed([3.0, 1.0]) == [3.0, 1.0]
+    steps, values = thinned(range(10_000), [5.0] * 5000 + [7.0] * 5000)
+    assert len(steps) == len(values) <= 400
+    assert values == [5.0] * 200 + [7.0] * 200
+    assert sum(steps) / len(steps) == pytest.approx(4999.5)
+    assert thinned([1, 2], [3.0, 4.0]) == ([1.0, 2.0], [3.0, 4.0])
+
+
+def test_numbers_for_people() -> None:
+    space = "\N{NO-BREAK SPACE}"
+    assert [count_text(n) for n in (950, 9_999, 12_345, 1_234_567, 2.5e9, 1.2e15)] == [
+        "950",
+        "9,999",
+        f"12.3{space}k",
+        f"1.23{space}M",
+        f"2.5{space}B",
+        f"1,200{space}T",
+    ]
+    assert [duration_text(s) for s in (5.25, 75, 3700, None)] == [
+        f"5.2{space}s",
+        f"1:15{space}min",
+        f"1:01:40{space}h",
+        "",
+    ]
+
+
+def test_bits_per_byte_of_a_mixture_are_one_plot(base: Path) -> None:
+    measured = {"kind": "eval", "bpb": 1.5, "bpb_a": 1.0, "bpb_b": 2.0, "loss_user": 3.0}
+    records = [start(), train(1, 5.0), {**measured, "step": 1}, end()]
+    write_run(base, "base-x", records)
+    plots = {b.title: b for s in compose(collect()) for b in s.blocks if isinstance(b, Plot)}
+    names = [name for name, _, _ in plots["validation, bits per byte"].series]
+    assert names == ["bpb", "bpb_a", "bpb_b"]
+    by_role = plots["held-out loss by role, nats a token"].series
+    assert [name for name, _, _ in by_role] == ["user"]
+    assert "other validation measures" not in plots
+    assert row(compose(collect()), "validation bpb, a") == ["1.0000", ""]
+    assert row(compose(collect()), "loss, user") == ["3.0000"]
+
+
+def test_every_curve_has_a_name_and_a_colour_of_its_own(base: Path) -> None:
+    roles = ["masked", "special", "system", "user", "assistant", "tool_call", "tool_output"]
+    losses = {f"loss_{name}": float(i) for i, name in enumerate(roles)}
+    write_run(base, "sft-x", [start(), train(1, 5.0), {"kind": "eval", "step": 1, **losses}, end()])
+    page = report.write_report()[1].read_text()
+    figure = next(f for f in page.split("<figure>") if "loss by role" in f)
+    keys = re.findall(r'background:var\((--c\d)\)"></i>(\w+)', figure)
+    assert [name for _, name in keys] == roles
+    assert len({color for color, _ in keys}) == len(roles)
+    for color, _ in keys:
+        assert f"{color}:" in page, "it is defined"
+        assert f"stroke: var({color})" in figure, "it is drawn"

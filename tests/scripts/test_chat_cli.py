@@ -1,0 +1,358 @@
+"""The command line chat: one prompt, pipes, commands, Ctrl-C."""
+
+import io
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tiny_models import scripted, tiny_model, tiny_tokenizer
+
+from nanochat.cli import parse
+from nanochat.errors import UserError
+from nanochat.gpt import GPT
+from nanochat.infer.decoder import Decoder
+from nanochat.infer.engine import Engine
+from nanochat.runtime import Runtime, single
+from scripts import chat_cli
+from scripts.chat_cli import Config
+
+ANSWER = ["said ", "<|python_start|>", "12 + 34", "<|python_end|>", "<|output_start|>"]
+ANSWER += ["46", "<|output_end|>", " is a word", "<|assistant_end|>"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Runtime:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "200")
+    return single()
+
+
+def use(
+    monkeypatch: pytest.MonkeyPatch, model: GPT | Decoder, meta: dict[str, Any] | None = None
+) -> list[str]:
+    """Let the script load this model, or decode with this; returns the sources it asks for."""
+    asked = []
+    if isinstance(model, Decoder):
+        decoder = model
+        monkeypatch.setattr(chat_cli, "Decoder", lambda *arguments: decoder)
+
+    def load_model(source: str, **kwargs: Any) -> Any:
+        asked.append(source)
+        if source == "missing":
+            raise UserError("no checkpoint of missing")
+        loaded = model if isinstance(model, GPT) else tiny_model()
+        return loaded, tiny_tokenizer(), meta or {"stage": "sft", "step": 7, "run_config": {}}
+
+    monkeypatch.setattr(chat_cli, "load_model", load_model)
+    return asked
+
+
+def converse(
+    monkeypatch: pytest.MonkeyPatch, runtime: Runtime, lines: list[str], **settings: Any
+) -> None:
+    """An interactive session with these lines, then Ctrl-D."""
+    monkeypatch.setattr("sys.stdin", Terminal())
+    monkeypatch.setattr("builtins.input", Keyboard(lines))
+    chat_cli.main(Config(temperature=0.0, **settings), runtime)
+
+
+class Keyboard:
+    def __init__(self, lines: list[str]):
+        self.lines = list(lines)
+
+    def __call__(self, prompt: str) -> str:
+        if not self.lines:
+            raise EOFError
+        line = self.lines.pop(0)
+        if line == "^C":
+            raise KeyboardInterrupt
+        return line
+
+
+def test_one_prompt(
+    monkeypatch: pytest.MonkeyPatch, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The answer alone is on standard output; how fast it was, on the other one."""
+    use(monkeypatch, scripted(ANSWER))
+    completion = chat_cli.main(Config(prompt="what is 12 + 34?"), runtime)
+    captured = capsys.readouterr()
+    assert captured.out == "said  is a word\n"
+    assert "tokens/s" in captured.err
+    assert completion is not None
+    assert {"type": "python_output", "text": "46"} in completion.parts
+
+
+@pytest.mark.parametrize("flag", [None, "-"])
+def test_pipe_in_pipe_out(
+    monkeypatch: pytest.MonkeyPatch,
+    runtime: Runtime,
+    capsys: pytest.CaptureFixture[str],
+    flag: str | None,
+) -> None:
+    model = scripted(ANSWER)
+    use(monkeypatch, model)
+    monkeypatch.setattr("sys.stdin", io.StringIO("the king\nand the sea"))
+    chat_cli.main(Config(prompt=flag, system="the word"), runtime)
+    assert capsys.readouterr().out == "said  is a word\n"
+    conversation = [("system", "the word"), ("user", "the king\nand the sea")]
+    messages = [{"role": role, "content": text} for role, text in conversation]
+    read = tiny_tokenizer().render_for_completion({"messages": messages})
+    assert model.prompt == read
+
+
+def test_short_flag() -> None:
+    assert parse(Config, ["-p", "hi", "--temperature", "0", "--no-tools"]) == Config(
+        prompt="hi", temperature=0.0, tools=False
+    )
+    assert parse(Config, []).source == "sft"
+
+
+def test_empty_prompt(monkeypatch: pytest.MonkeyPatch, runtime: Runtime) -> None:
+    use(monkeypatch, tiny_model())
+    for text in ("", " \n"):
+        with pytest.raises(UserError, match="empty"):
+            chat_cli.main(Config(prompt=text), runtime)
+
+
+def test_seeds(
+    monkeypatch: pytest.MonkeyPatch, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(monkeypatch, tiny_model())
+
+    def answer(seed: int | None) -> list[int]:
+        completion = chat_cli.main(
+            Config(prompt="hi", seed=seed, temperature=1.0, top_k=0, max_tokens=20), runtime
+        )
+        assert completion is not None
+        return completion.ids
+
+    assert answer(3) == answer(3) != answer(4)
+    assert answer(None) != answer(None)
+
+
+def test_a_conversation(
+    monkeypatch: pytest.MonkeyPatch,
+    runtime: Runtime,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """Turns add up; tool calls are shown; a saved conversation is in the schema and loads."""
+    file = tmp_path / "chat.json"
+    asked = use(monkeypatch, scripted(ANSWER, context_length=400))
+    block = ['"""the sea', "and the king", '"""']
+    lines = ["/system a word", "/system", "hi", "one \\", "two", *block, f"/save {file}"]
+    lines += [
+        "/reset",
+        f"/load {file}",
+        "/temp 0.5",
+        "/model rl/best",
+        "/help",
+        "^C",
+        "/quit",
+        "no",
+    ]
+    converse(monkeypatch, runtime, lines)
+    captured = capsys.readouterr()
+    assert "said [12 + 34 -> 46] is a word\n" in captured.out
+    assert "/help lists the commands" in captured.err
+    for note in ("a word", "saved to", "loaded 7 messages", "temperature 0.5", "Ctrl-D or /quit"):
+        assert note in captured.err
+    assert asked == ["sft", "rl/best"]
+    messages = json.loads(file.read_text())["messages"]
+    assert [m["role"] for m in messages] == ["system", *["user", "assistant"] * 3]
+    said = [m["content"] for m in messages if m["role"] == "user"]
+    assert said == ["hi", "one \ntwo", "the sea\nand the king"]
+    assert messages[2]["content"][1:3] == [
+        {"type": "python", "text": "12 + 34"},
+        {"type": "python_output", "text": "46"},
+    ]
+
+
+def test_mistakes_do_not_end_the_session(
+    monkeypatch: pytest.MonkeyPatch,
+    runtime: Runtime,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    use(monkeypatch, scripted(ANSWER))
+    (tmp_path / "torn.json").write_text('{"messages": [')
+    (tmp_path / "wrong.json").write_text('{"messages": [{"role": "robot", "content": "hi"}]}')
+    mistakes = {
+        "/nonsense": "unknown command",
+        "/save": "usage",
+        "/save x": "nothing to save",
+        f"/load {tmp_path}/none.json": "none.json",
+        f"/load {tmp_path}/torn.json": "not JSON",
+        f"/load {tmp_path}/wrong.json": "robot",
+        "/temp hot": "not a number",
+        "/temp -1": "temperature -1.0 must be",
+        "/model missing": "no checkpoint",
+        "": "",
+    }
+    converse(monkeypatch, runtime, [*mistakes, "hi"])
+    captured = capsys.readouterr()
+    for message in mistakes.values():
+        assert message in captured.err
+    assert "said [12 + 34 -> 46] is a word\n" in captured.out
+
+
+def test_a_refused_message_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(monkeypatch, scripted(ANSWER, context_length=4))
+    converse(monkeypatch, runtime, ["hi", "/save x"])
+    captured = capsys.readouterr()
+    assert "no message fits into 2 tokens" in captured.err
+    assert "nothing to save" in captured.err
+
+    def submit(*arguments: Any, **options: Any) -> Any:
+        raise UserError("not this one")
+
+    use(monkeypatch, scripted(ANSWER))
+    monkeypatch.setattr(Engine, "submit", submit)
+    converse(monkeypatch, runtime, ["hi", "/save x"])
+    captured = capsys.readouterr()
+    assert "not this one" in captured.err
+    assert "nothing to save" in captured.err
+
+
+def test_a_model_that_cannot_be_taken_leaves_the_one_before(
+    monkeypatch: pytest.MonkeyPatch, runtime: Runtime
+) -> None:
+    use(monkeypatch, tiny_model())
+    chat = chat_cli.Chat(Config(), runtime, Console(), Console(stderr=True))
+    before = dict(vars(chat))
+
+    def decoder(*arguments: Any) -> Any:
+        raise UserError("not this one")
+
+    monkeypatch.setattr(chat_cli, "Decoder", decoder)
+    with pytest.raises(UserError, match="not this one"):
+        chat.load_model("rl")
+    assert [name for name, value in vars(chat).items() if value is not before[name]] == []
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(
+    monkeypatch: pytest.MonkeyPatch, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(monkeypatch, scripted(["sea "]))
+    original, steps = Engine.step, []
+
+    def step(self: Engine) -> Any:
+        steps.append(1)
+        if len(steps) == 5:
+            signal.raise_signal(signal.SIGINT)
+        return original(self)
+
+    monkeypatch.setattr(Engine, "step", step)
+    before = signal.getsignal(signal.SIGINT)
+    converse(monkeypatch, runtime, ["hi", "go on", "/reset"], max_tokens=20)
+    captured = capsys.readouterr()
+    assert "(6 tokens" in captured.err
+    assert ", stopped)" in captured.err
+    assert "cut off at 20 tokens" in captured.err  # the second answer ran to its limit
+    assert "forgotten" in captured.err
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_long_conversation_is_cut_with_a_notice(
+    monkeypatch: pytest.MonkeyPatch, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(monkeypatch, scripted(["sea", "<|assistant_end|>"]))
+    converse(monkeypatch, runtime, ["the king and the sea"] * 6 + ["word " * 300], max_tokens=30)
+    captured = capsys.readouterr()
+    assert captured.out.count("sea\n") == 7
+    assert "no longer fit into the context" in captured.err
+    assert "only the end of the last message" in captured.err
+    assert captured.err.count("mid_train --context-length extends it") >= 2
+
+
+def test_the_model_cannot_control_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = "\x1b]0;title\x07\x1b[2J[red]\r\x9b5m"
+    use(monkeypatch, scripted([evil, "<|assistant_end|>"]))
+    chat_cli.main(Config(prompt="hi"), runtime)
+    out = capsys.readouterr().out
+    assert not set(out) & {"\x1b", "\x07", "\r", "\x9b"}
+    assert "[red]" in out  # and no markup is read into it
+
+
+def test_a_base_model_continues_text(
+    monkeypatch: pytest.MonkeyPatch, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = scripted([" sea", "<|bos|>"])
+    use(monkeypatch, model, {"stage": "base"})
+    chat_cli.main(Config(prompt="the king", source="base"), runtime)
+    assert capsys.readouterr().out == " sea\n"
+    assert model.prompt == [tiny_tokenizer().bos, *tiny_tokenizer().encode("the king")]
+    long = Config(prompt="the king and the sea " * 50, source="base", max_tokens=30)
+    chat_cli.main(long, runtime)
+    captured = capsys.readouterr()
+    assert captured.out == " sea\n"
+    assert "only the end of the text fits" in captured.err
+    assert "mid_train --context-length" in captured.err
+    ids = tiny_tokenizer().encode("the king and the sea " * 50)
+    assert model.prompt == ids[-(96 - 30) :]
+
+
+def test_a_base_model_takes_no_system_message(
+    monkeypatch: pytest.MonkeyPatch, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = "a base model takes no system message"
+    use(monkeypatch, scripted([" sea", "<|bos|>"]), {"stage": "base"})
+    chat_cli.main(Config(prompt="the king"), runtime)
+    assert note not in capsys.readouterr().err
+    chat_cli.main(Config(prompt="the king", system="a word"), runtime)
+    assert note in capsys.readouterr().err
+    converse(monkeypatch, runtime, ["/system a word", "/model base"])
+    assert capsys.readouterr().err.count(note) == 2
+    use(monkeypatch, scripted(ANSWER))
+    converse(monkeypatch, runtime, ["/system a word"])
+    assert note not in capsys.readouterr().err
+
+
+def test_system_messages_are_rendered_as_in_training(
+    monkeypatch: pytest.MonkeyPatch, runtime: Runtime, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = []
+    for style in ("tokens", "merge"):
+        model = scripted(["<|assistant_end|>"])
+        use(monkeypatch, model, {"stage": "sft", "run_config": {"system": style}})
+        chat_cli.main(Config(prompt="hi", system="a word"), runtime)
+        prompts.append(model.prompt)
+    messages = [{"role": "system", "content": "a word"}, {"role": "user", "content": "hi"}]
+    assert prompts == [
+        tiny_tokenizer().render_for_completion({"messages": messages}, style)
+        for style in ("tokens", "merge")
+    ]
+    assert prompts[0] != prompts[1]
+
+
+def test_the_reader_may_leave_early(
+    monkeypatch: pytest.MonkeyPatch, runtime: Runtime, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`| head -1` is no error."""
+    use(monkeypatch, scripted(ANSWER))
+
+    def broken(self: Any, text: str, style: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(chat_cli.Printer, "_write", broken)
+    with capfd.disabled():
+        saved = os.dup(sys.__stdout__.fileno())
+        monkeypatch.setattr("sys.stdout", sys.__stdout__)
+        try:
+            assert chat_cli.main(Config(prompt="hi"), runtime) is None
+        finally:
+            os.dup2(saved, sys.__stdout__.fileno())

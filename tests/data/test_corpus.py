@@ -320,7 +320,7 @@ def test_unknown_corpus(tmp_path: Path) -> None:
         open_corpus("novels")
     with pytest.raises(UserError, match="no corpus"):
         open_corpus(str(tmp_path / "missing"))
-    with pytest.raises(UserError, match=r"no folder org/name.*nanochat\.dataset org/name"):
+    with pytest.raises(UserError, match=r"no folder org/name.*nanochat\.data\.hub org/name"):
         open_corpus("org/name")
     (tmp_path / "a.doc").write_text("x")
     with pytest.raises(UserError, match=r"'\.doc'; expected one of \.txt, \.jsonl, \.parquet"):
@@ -449,7 +449,7 @@ def test_validation_is_fixed_and_training_has_no_gap(tmp_path: Path, tiny: Named
     folder = tmp_path / "base" / "corpora" / "tiny"
     corpus = open_corpus("tiny")
     for split in SPLITS:
-        with pytest.raises(UserError, match=r"missing; .*python -m nanochat\.dataset tiny -n 8"):
+        with pytest.raises(UserError, match=r"missing; .*python -m nanochat\.data\.hub tiny -n 8"):
             corpus.shards(split)
     for index, usable in ((5, 0), (0, 1), (2, 1), (1, 3), (4, 3), (3, 5)):
         write_parquet(folder / tiny.file(index), shard_texts(index))

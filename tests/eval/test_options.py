@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nanochat.eval import options as scoring
+from nanochat.eval import results
 from nanochat.eval.options import GPTScorer, LogitsScorer, crop, length_blocks
 from nanochat.eval.results import wilson_interval
 from nanochat.gpt import GPT, GPTConfig
@@ -123,7 +124,7 @@ def test_wilson_interval_known_values() -> None:
 
 
 def test_task_result_is_centred() -> None:
-    result = scoring.task_result(62.5, 100, 0.25, note="x")
+    result = results.task_result(62.5, 100, 0.25, note="x")
     assert result["accuracy"] == 0.625
     assert result["centered"] == pytest.approx(0.5)
     assert result["note"] == "x"
@@ -133,14 +134,14 @@ def test_records_of_a_checkpoint_add_up_and_those_of_another_are_forgotten(
     tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    first = scoring.task_result(1, 2, 0.0)
-    second = scoring.task_result(2, 2, 0.0)
-    scoring.record_evaluation("sft", "a", 5, {"gsm8k": first}, bpb={"val": 1.0})
-    both = scoring.record_evaluation("sft", "a", 5, {"mmlu": second})
+    first = results.task_result(1, 2, 0.0)
+    second = results.task_result(2, 2, 0.0)
+    results.record_evaluation("sft", "a", 5, {"gsm8k": first}, bpb={"val": 1.0})
+    both = results.record_evaluation("sft", "a", 5, {"mmlu": second})
     assert both["results"] == {"gsm8k": first, "mmlu": second}
     assert both["bpb"] == {"val": 1.0}
     assert json.loads((tmp_path / "report/eval_sft-a.json").read_text()) == both
-    newer = scoring.record_evaluation("sft", "a", 6, {"mmlu": first})
+    newer = results.record_evaluation("sft", "a", 6, {"mmlu": first})
     assert newer == {"stage": "sft", "tag": "a", "step": 6, "results": {"mmlu": first}}
     (tmp_path / "report/eval_sft-a.json").write_text('{"step": 6, "resu')
-    assert scoring.record_evaluation("sft", "a", 6)["results"] == {}
+    assert results.record_evaluation("sft", "a", 6)["results"] == {}

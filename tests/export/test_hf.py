@@ -18,7 +18,8 @@ from tiny_models import TEXT
 from tiny_models import tiny_model as any_tiny_model
 
 from nanochat.errors import UserError
-from nanochat.export import hf, tokenizer
+from nanochat.export import hf
+from nanochat.export import tokenizer as hf_tokenizer
 from nanochat.gpt import GPT
 from nanochat.infer.engine import Engine, SamplingParams
 from nanochat.tokenizer import Tokenizer
@@ -353,7 +354,7 @@ def test_a_folder_that_fails_the_check_is_not_written(tmp_path: Path, monkeypatc
         with pytest.raises(RuntimeError, match="logits of the exported model differ"):
             hf.export(model, tokenizer, tmp_path / "out", texts=1)
     with monkeypatch.context() as patch:
-        patch.setattr(tokenizer, "oniguruma_pattern", lambda pattern: r"\s+|\S+")
+        patch.setattr(hf_tokenizer, "oniguruma_pattern", lambda pattern: r"\s+|\S+")
         with pytest.raises(RuntimeError, match=r"encodes .* differently"):
             hf.export(model, tokenizer, tmp_path / "out", texts=100)
     assert list(tmp_path.iterdir()) == []
@@ -408,7 +409,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any
     texts = [TEXT, "aaaa aaaaaaaa aaa ababab abab bababa ", "I'll don't 'S 12345 67\n\n  \n\t x"]
     tokenizer = Tokenizer.train([*texts * 3, *hf.random_texts(300, seed=1)], 900)
     folder = tmp_path_factory.mktemp("export") / "tokenizer"
-    tokenizer.hf_tokenizer(tokenizer, 96).save_pretrained(folder)
+    hf_tokenizer.hf_tokenizer(tokenizer, 96).save_pretrained(folder)
     return tokenizer, transformers.AutoTokenizer.from_pretrained(folder)
 
 
@@ -484,11 +485,11 @@ def test_a_text_becomes_a_pretraining_document(tokenizers: tuple[Tokenizer, Any]
 
 def test_merges_rebuild_the_vocabulary() -> None:
     ranks = tiny_tokenizer().ranks
-    merges = tokenizer.bpe_merges(ranks)
+    merges = hf_tokenizer.bpe_merges(ranks)
     assert [ranks[a] + ranks[b] for a, b in merges] == ranks[256:]
     assert all(max(pair) < 256 + i for i, pair in enumerate(merges))
     with pytest.raises(UserError, match="is no merge of two tokens before it"):
-        tokenizer.bpe_merges([*ranks, b"\xff\xfe\xfd"])
+        hf_tokenizer.bpe_merges([*ranks, b"\xff\xfe\xfd"])
 
 
 # Conversations
@@ -526,7 +527,7 @@ def test_chat_template_renders_as_we_do(
     tokenizers: tuple[Tokenizer, Any], system: Any, monkeypatch: Any
 ) -> None:
     ours, theirs = tokenizers
-    monkeypatch.setattr(theirs, "chat_template", tokenizer.chat_template(system))
+    monkeypatch.setattr(theirs, "chat_template", hf_tokenizer.chat_template(system))
     for conversation in conversations():
         messages = conversation["messages"]
         ids, mask = ours.render_conversation(conversation, system=system)
@@ -563,7 +564,7 @@ def test_chat_template_refuses(
 def test_a_system_message_without_a_user_message_cannot_be_merged(
     tokenizers: tuple[Tokenizer, Any], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(tokenizers[1], "chat_template", tokenizer.chat_template("merge"))
+    monkeypatch.setattr(tokenizers[1], "chat_template", hf_tokenizer.chat_template("merge"))
     with pytest.raises(Exception, match="no user message follows"):
         tokenizers[1].apply_chat_template([{"role": "system", "content": "x"}])
 

@@ -108,7 +108,7 @@ def understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = path.read_text("utf-8")
     rest = re.sub(r"\$\{?\w+\}?", "1", rest)  # a variable of the shell
     arguments = shlex.split(re.split(r"[|>;&]|\.\.\.", rest)[0], comments=True)
-    parsed = r"^    (?:launch\(main, |main\(config\.parse\()(.+), (?:description=)?__doc__\)"
+    parsed = r"^    (?:launch\(main, |main\(parse\()(.+), (?:description=)?__doc__\)"
     launched = re.search(parsed, source, re.MULTILINE)
     if launched is None:
         for flag in (word.partition("=")[0] for word in arguments if word.startswith("--")):

@@ -14,7 +14,7 @@ import pytest
 
 from nanochat.errors import UserError
 from nanochat.tools.sandbox import layer_report
-from tasks import registry
+from tasks import registry, specs
 from tasks.arc import ARC
 from tasks.common import (
     Conversation,
@@ -626,8 +626,8 @@ def test_a_path_may_be_an_option(home: Path):
     path = home / "chats.jsonl"
     path.write_text(line("one"))
     assert len(registry.build(f"customjson:{path}:bad_rows=skip", "train")) == 1
-    assert registry._option_parts("C:\\a.jsonl:bad_rows=skip") == ["C:\\a.jsonl", "bad_rows=skip"]
-    assert registry._option_parts("path=C:/a.jsonl") == ["path=C:/a.jsonl"]
+    assert specs._option_parts("C:\\a.jsonl:bad_rows=skip") == ["C:\\a.jsonl", "bad_rows=skip"]
+    assert specs._option_parts("path=C:/a.jsonl") == ["path=C:/a.jsonl"]
 
 
 def test_mixture_specs():

@@ -55,7 +55,12 @@ def missing(span: str) -> str | None:
             return f"no test {test} in {file}"
         return None
     if span.startswith("test_") and span.isidentifier():
-        known = {t for f in files() if f.startswith("tests/test_") for t in defined_tests(f)}
+        known = {
+            t
+            for f in files()
+            if Path(f).match("tests/**/test_*.py") or Path(f).match("tests/test_*.py")
+            for t in defined_tests(f)
+        }
         return None if span in known else f"no test {span}"
     name = span.removesuffix("()")
     telling = name != span or re.search(r"[._]|[a-z][A-Z]", name)

@@ -26,7 +26,7 @@ from nanochat.attention import Layout, attend, attend_cached, choose_backend, ma
 from nanochat.errors import UserError
 from nanochat.functional import norm, relu_squared
 from nanochat.kv_cache import KVCache
-from nanochat.loss import MAX_EXPONENT, SoftcappedLoss, SummedLoss
+from nanochat.loss import MAX_EXPONENT, softcapped_losses, summed_softcapped_loss
 from nanochat.rope import apply_rope, extended_base, rope_table
 
 
@@ -502,7 +502,7 @@ class GPT(nn.Module):
         layout: Layout,
         temperature: float = 1.0,
     ) -> torch.Tensor:
-        loss: torch.Tensor = SummedLoss.apply(  # type: ignore[no-untyped-call]
+        return summed_softcapped_loss(
             self.hidden(inputs, layout).flatten(0, 1),
             self.head.weight,
             targets.flatten(),
@@ -511,13 +511,12 @@ class GPT(nn.Module):
             self.config.vocab_size,
             temperature,
         )
-        return loss
 
     def _token_losses(
         self, inputs: torch.Tensor, targets: torch.Tensor, layout: Layout, temperature: float = 1.0
     ) -> torch.Tensor:
         hidden = self.hidden(inputs, layout).flatten(0, 1)  # (B*T, C)
-        losses: torch.Tensor = SoftcappedLoss.apply(  # type: ignore[no-untyped-call]
+        losses = softcapped_losses(
             hidden,
             self.head.weight,
             targets.flatten(),

@@ -5,7 +5,9 @@ B batch, T time
 """
 
 import functools
+import operator
 import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ import pytest
 import tiny_runs
 import torch
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from nanochat import runtime
+from nanochat import loss, runtime
 from nanochat.config import Learning
 from nanochat.data.loader import Batch
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, GPTConfig, config_from_depth
 from nanochat.optim import Hypers, Optimizer, parameter_rules
 from nanochat.rl.rows import Sample, pack_samples
 from nanochat.train import LossScale, train_step
@@ -160,3 +164,115 @@ def test_all_stages_without_a_break(encoded: Path, tmp_path: Path) -> None:
         assert tiny_runs.train(stage, tmp_path / "run", config).finished
         # Training and evaluation, each with and without a row that holds several documents.
         assert 2 <= graphs() <= 4, stage
+
+
+# The head at a real vocabulary, without the memory it would need.
+
+TOKENS, VOCABULARY = 65536, 65536
+
+
+def alive_at_once(graph: torch.fx.Graph) -> int:
+    """Bytes of the graph's own results at the node where most of them are still needed."""
+    last_use: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in graph.nodes:
+        for argument in node.all_input_nodes:
+            last_use[argument] = node
+    size: dict[torch.fx.Node, int] = {}
+    most = 0
+    for node in graph.nodes:
+        if node.op not in ("placeholder", "output") and node.target is not operator.getitem:
+            leaves = tree_leaves(node.meta.get("val"))
+            tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            size[node] = sum(t.numel() * t.element_size() for t in tensors)
+        most = max(most, sum(size.values()))
+        for argument in node.all_input_nodes:
+            if last_use[argument] is node:
+                size.pop(argument, None)
+    return most
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that results of operations held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+        self.seen: set[int] = set()
+
+    def freed(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), keywords: Any = None
+    ) -> Any:
+        result = function(*arguments, **(keywords or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self.seen:
+                    self.seen.add(key)
+                    self.now += size
+                    weakref.finalize(storage, self.freed, key, size)
+        self.most = max(self.most, self.now)
+        return result
+
+
+@pytest.mark.parametrize("function", ["summed_loss", "token_losses"])
+def test_compiling_keeps_the_chunks_of_the_head(
+    function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The generated graphs hold the head's gradients and no logits: chunks stay inside."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+    from torch._inductor.decomposition import select_decomp_table
+
+    graphs: list[torch.fx.Graph] = []
+
+    def keep(module: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(module.graph)
+        return make_boxed_func(module.forward)
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, decompositions=select_decomp_table())
+    monkeypatch.setattr(torch, "compile", functools.partial(COMPILE, backend=backend))
+    config = config_from_depth(2, VOCABULARY, portable=True, head_dim=64, context_length=2048)
+    with torch.device("meta"):
+        model = GPT(config, torch.bfloat16)
+        model.backend = "varlen"
+        model.compile_loss()
+        ids = torch.zeros(TOKENS // 2048, 2048, dtype=torch.long)
+    if function == "summed_loss":
+        model.weighted_loss(ids, ids, torch.ones_like(ids, dtype=torch.float32)).backward()
+    else:
+        model.nll(ids, ids).sum().backward()
+    assert len(graphs) == 2
+    largest = max(
+        leaf.numel()
+        for graph in graphs
+        for node in graph.nodes
+        for leaf in tree_leaves(node.meta.get("val"))
+        if isinstance(leaf, torch.Tensor)
+    )
+    assert largest <= max(config.padded_vocab_size, TOKENS * 4) * config.n_embd
+    table = 4 * config.padded_vocab_size * config.n_embd
+    # The trunk's activations, in bfloat16, and the tables' gradients on their way.
+    activations = 2 * TOKENS * config.n_embd * 2 * 30
+    assert max(map(alive_at_once, graphs)) <= activations + 6 * table
+
+
+def test_the_head_holds_one_chunk_and_its_gradients() -> None:
+    C = 1280
+    with torch.device("meta"):
+        hidden = torch.empty(TOKENS, C, dtype=torch.bfloat16)
+        weight = torch.empty(VOCABULARY, C)
+        targets = torch.zeros(TOKENS, dtype=torch.long)
+        weights = torch.ones(TOKENS)
+    head = 4 * VOCABULARY * C
+    chunk = 2 * loss.LOGITS_PER_CHUNK["cuda"] + 4 * 4 * loss.LOGITS_PER_BLOCK["cuda"]
+    with Peak() as peak:
+        loss._summed_loss(hidden, weight, targets, weights, 15.0, VOCABULARY, 1.0)
+    # The head's gradient, the cast weight, the chunk's product; hidden states scaled and derived.
+    gradients = head + 2 * head // 2 + 4 * 2 * TOKENS * C
+    assert peak.most <= 1.5 * chunk + gradients
+    assert peak.most > chunk, "the logits of a chunk were seen"

@@ -13,23 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from nanochat import paths
 from nanochat.checkpoint_manager import find, load_model, read_meta
 from nanochat.cli import Group, launch
 from nanochat.config import Computing
 from nanochat.data.hub import BUNDLE_URL, fetch_bundle
-from nanochat.data.loader import DataLoader
-from nanochat.data.sources import Source, open_store
+from nanochat.data.sources import open_store
 from nanochat.errors import UserError
 from nanochat.eval.core import describe_core, evaluate_core
-from nanochat.eval.losses import evaluate_bpb
+from nanochat.eval.losses import bits_per_byte
 from nanochat.eval.results import read_evaluation, record_evaluation, weights_digest
 from nanochat.export.load import load_hf
-from nanochat.gpt import GPT
 from nanochat.runtime import Runtime
-from nanochat.tokenizer import Tokenizer
 from scripts.base_train import sample_texts
 
 
@@ -60,32 +55,11 @@ class Config(Core, Computing):
     corpus: str = "climbmix"
     """Corpus for bits per byte."""
     eval_tokens: int = 2**20
-    """Tokens of each split that are measured, at least one batch."""
+    """Tokens of each split that are measured, at least one row."""
     batch_size: int = 16
     """Rows computed at once."""
     resume: bool = False
     """Keep what an earlier run of this command has measured on this checkpoint."""
-
-
-def bits_per_byte(
-    model: GPT, tokenizer: Tokenizer, cfg: Config, split: str, runtime: Runtime
-) -> float:
-    """Bits per byte of one split of the corpus, from its beginning."""
-    loader = DataLoader(
-        [Source(open_store(cfg.corpus, split, tokenizer))],
-        batch_size=cfg.batch_size,
-        sequence_length=model.config.context_length,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        epochs=1,
-        device=runtime.device,
-    )
-    per_batch = cfg.batch_size * model.config.context_length * runtime.world_size
-    available = -(-loader.num_rows(1) // (cfg.batch_size * runtime.world_size))
-    count = max(1, min(available, cfg.eval_tokens // per_batch))
-    sizes = torch.as_tensor(tokenizer.token_bytes()).to(runtime.device)
-    batches = (next(loader) for _ in range(count))
-    return evaluate_bpb(model, batches, sizes, runtime)["bpb"]
 
 
 def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
@@ -132,7 +106,15 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
     if "bpb" not in kept:
         bpb = {}
         for split in ("train", "val"):
-            bpb[split] = bits_per_byte(model, tokenizer, cfg, split, runtime)
+            bpb[split] = bits_per_byte(
+                model,
+                tokenizer,
+                open_store(cfg.corpus, split, tokenizer),
+                cfg.eval_tokens,
+                sequence_length=model.config.context_length,
+                batch_size=cfg.batch_size,
+                runtime=runtime,
+            )["bpb"]
             runtime.print(f"{cfg.source}: {bpb[split]:.4f} bits per byte on {split}")
         samples = []
         if runtime.is_main:

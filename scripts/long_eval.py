@@ -25,12 +25,10 @@ from nanochat import paths
 from nanochat.checkpoint_manager import load_model
 from nanochat.cli import Group, launch
 from nanochat.config import Computing
-from nanochat.data.loader import DataLoader
-from nanochat.data.sources import Source, open_store
-from nanochat.data.store import TokenStore
+from nanochat.data.sources import open_store
 from nanochat.errors import UserError
-from nanochat.eval.long_context import _summed, losses_by_position
-from nanochat.eval.losses import evaluate_bpb
+from nanochat.eval.long_context import losses_by_position
+from nanochat.eval.losses import bits_per_byte, summed
 from nanochat.eval.options import GPTScorer
 from nanochat.gpt import GPT, extend_context
 from nanochat.infer.engine import Engine, SamplingParams
@@ -96,7 +94,15 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
         "first_context_length": first,
         "rope_base": trained.rope_base,
         "bpb": {
-            str(length): bits_per_byte(model, tokenizer, store, length, cfg, runtime)
+            str(length): bits_per_byte(
+                model,
+                tokenizer,
+                store,
+                cfg.eval_tokens,
+                sequence_length=length,
+                batch_size=cfg.batch_size,
+                runtime=runtime,
+            )["bpb"]
             for length in sorted({min(first, T), T})
         },
         **losses_by_position(model, store, T, cfg.eval_tokens, cfg.batch_size, runtime),
@@ -110,31 +116,6 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
         paths.atomic_write(path, json.dumps(result, indent=2) + "\n")
         show(result, runtime)
     return result
-
-
-def bits_per_byte(
-    model: GPT, tokenizer: Tokenizer, store: TokenStore, T: int, cfg: Config, runtime: Runtime
-) -> float:
-    """Of the split in packed rows of T tokens, as in training."""
-    rows = cfg.batch_size * runtime.world_size
-    loader = DataLoader(
-        [Source(store)],
-        batch_size=cfg.batch_size,
-        sequence_length=T,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        epochs=1,
-        device=runtime.device,
-    )
-    count = min(-(-loader.num_rows(1) // rows), max(1, cfg.eval_tokens // (T * rows)))
-    sizes = torch.as_tensor(tokenizer.token_bytes()).to(runtime.device)
-    return evaluate_bpb(model, (next(loader) for _ in range(count)), sizes, runtime)["bpb"]
-
-
-# Losses
-
-
-# Hidden words
 
 
 def passkey_grid(
@@ -173,7 +154,7 @@ def passkey_grid(
         for (d, _), row, [option], [completion] in zip(mine, rows, scored, written, strict=True):
             found[0, d, n] += option.greedy
             found[1, d, n] += judge.evaluate(row, completion.text)
-    forced, generated = (_summed(found, runtime) / cfg.samples).tolist()
+    forced, generated = (summed(found, runtime) / cfg.samples).tolist()
     return {
         "lengths": lengths,
         "depths": list(cfg.depths),

@@ -9,6 +9,7 @@ import torch
 
 from nanochat.data.store import LongDocuments, TokenStore
 from nanochat.errors import UserError
+from nanochat.eval.losses import summed
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime
 
@@ -47,7 +48,7 @@ def losses_by_position(
         for start in starts:
             with_all += torch.stack([nll[start - 1 : start + S - 1].sum(), torch.tensor(S)])
     by_position, with_all, with_last = (
-        _summed(totals, runtime) for totals in (by_position, with_all, with_last)
+        summed(totals, runtime) for totals in (by_position, with_all, with_last)
     )
     losses_of = (by_position[:, 0] / by_position[:, 1]).tolist()
     result: dict[str, Any] = {
@@ -86,9 +87,3 @@ def long_rows(store: TokenStore, T: int, limit: int) -> Iterator[np.ndarray]:
                 return
             count += 1
             yield ids[start : start + T + 1].astype(np.int64)
-
-
-def _summed(totals: torch.Tensor, runtime: Runtime) -> torch.Tensor:
-    """Over all ranks; not every device has float64."""
-    device = "cpu" if runtime.device.type == "mps" else runtime.device
-    return runtime.all_reduce_sum(totals.to(device)).cpu()

@@ -4,52 +4,127 @@ B batch, T time, V vocabulary
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
 import torch
 
-from nanochat.data.loader import Batch
+from nanochat.data.loader import Batch, DataLoader
 from nanochat.data.sources import Source
+from nanochat.data.store import TokenStore
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.runtime import Runtime
-from nanochat.tokenizer import ROLE_NAMES
+from nanochat.tokenizer import ROLE_NAMES, Tokenizer
+
+
+def held_out_batches(
+    sources: Sequence[Source],
+    tokens: int,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    runtime: Runtime,
+    with_roles: bool = False,
+) -> Iterator[Batch]:
+    """This rank's share of the first rows of one pass over `sources`.
+
+    Over all ranks these are `tokens // sequence_length` rows, at least one, at most all there are:
+    which rows, depends neither on `batch_size` nor on the number of ranks. A batch has `batch_size`
+    rows, the last ones of the last batch empty (targets -1) where the rows do not fill it. Every
+    rank gets the same number of batches.
+    """
+    loader = DataLoader(
+        sources,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        epochs=1,
+        device=runtime.device,
+        with_roles=with_roles,
+    )
+    left = max(1, tokens // sequence_length)
+    while left > 0 and not loader.finished:
+        batch = next(loader)
+        # Row r of a batch on rank k is row r * world_size + k of what all ranks read together.
+        mine = max(0, -(-(left - runtime.rank) // runtime.world_size))
+        batch.targets[mine:], batch.weights[mine:] = -1, 0
+        if batch.roles is not None:
+            batch.roles[mine:] = -1
+        left -= batch_size * runtime.world_size
+        yield batch
 
 
 @torch.no_grad()
 def evaluate_bpb(
     model: GPT, batches: Iterable[Batch], token_bytes: torch.Tensor, runtime: Runtime
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Mean loss over this rank's `batches`, summed over all ranks.
 
     token_bytes: (V,) bytes each token stands for, 0 for special tokens.
-    Returns {"bpb": bits per byte over the targets that stand for bytes, "loss": nats per target
-    over all of them, "tokens": targets counted, "bytes": of the text they stand for}. Raises
+    Returns {"bpb": bits per byte over the targets that stand for bytes, "ci": its 95 % interval,
+    None of a single row, "loss": nats per target over all of them, "tokens": targets counted,
+    "bytes": of the text they stand for, "rows": with such text}. The interval is that of a ratio of
+    sums over rows: it says how far another choice of rows of the same text would be. Raises
     UserError where there is nothing to measure: infinite and undefined results are impossible.
     """
     was_training = model.training
     model.eval()
-    totals = torch.zeros(4, dtype=torch.float64)  # nats of byte tokens, bytes, nats, targets
+    # nats of byte tokens, bytes, nats, targets; then for the interval: rows, and over rows the sums
+    # of nats squared, nats times bytes, bytes squared
+    totals = torch.zeros(8, dtype=torch.float64)
     for batch in batches:
         nll = model.nll(batch.inputs, batch.targets, batch.doc_ids)
         nll, targets = nll.cpu().double(), batch.targets.cpu()  # not every device has float64
         valid = targets >= 0
         size = torch.where(valid, token_bytes.cpu()[targets.clamp(min=0)], 0)
+        x, y = (nll * (size > 0)).sum(1), size.sum(1).double()  # (B,)
         totals += torch.stack(
-            [(nll * (size > 0)).sum(), size.sum().double(), nll.sum(), valid.sum().double()]
+            [x.sum(), y.sum(), nll.sum(), valid.sum().double()]
+            + [(y > 0).sum().double(), (x * x).sum(), (x * y).sum(), (y * y).sum()]
         )
     model.train(was_training)
-    nats, size_sum, all_nats, count = _summed(totals, runtime)
+    nats, size_sum, all_nats, count, rows, xx, xy, yy = summed(totals, runtime).tolist()
     if size_sum == 0 or count == 0:
         raise UserError("the evaluation saw no text: the validation split is empty")
+    bpb, ratio = nats / math.log(2) / size_sum, nats / size_sum
+    interval = None
+    if rows > 1:
+        squares = max(0.0, xx - 2 * ratio * xy + ratio * ratio * yy)  # of what rows are off by
+        half = 1.959964 * math.sqrt(squares * rows / (rows - 1)) / size_sum / math.log(2)
+        interval = [bpb - half, bpb + half]
     return {
-        "bpb": nats / math.log(2) / size_sum,
+        "bpb": bpb,
+        "ci": interval,
         "loss": all_nats / count,
         "tokens": int(count),
         "bytes": int(size_sum),
+        "rows": int(rows),
     }
+
+
+def bits_per_byte(
+    model: GPT,
+    tokenizer: Tokenizer,
+    store: TokenStore,
+    tokens: int,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    runtime: Runtime,
+) -> dict[str, Any]:
+    """`evaluate_bpb` of the first rows of an encoded split that hold about `tokens` tokens."""
+    batches = held_out_batches(
+        [Source(store)],
+        tokens,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        runtime=runtime,
+    )
+    sizes = torch.as_tensor(tokenizer.token_bytes()).to(runtime.device)
+    return evaluate_bpb(model, batches, sizes, runtime)
 
 
 def mixture_bpb(sources: Sequence[Source], results: Sequence[Mapping[str, float]]) -> float:
@@ -86,12 +161,12 @@ def evaluate_roles(model: GPT, batches: Iterable[Batch], runtime: Runtime) -> di
             totals[row] += torch.stack([nll[where].sum(), where.sum().double()])
     model.train(was_training)
     names = [*ROLE_NAMES, "masked"]
-    sums = _summed(totals, runtime)
+    sums = summed(totals, runtime).tolist()
     means = {n: nats / count for n, (nats, count) in zip(names, sums, strict=True) if count}
     return {f"loss_{name}": means[name] for name in ["masked", *ROLE_NAMES] if name in means}
 
 
-def _summed(totals: torch.Tensor, runtime: Runtime) -> Any:
-    """float64 sums over all ranks; not every device has float64."""
+def summed(totals: torch.Tensor, runtime: Runtime) -> torch.Tensor:
+    """float64 sums over all ranks, on the CPU; float32 would lose counts, and MPS has no other."""
     device = "cpu" if runtime.device.type == "mps" else runtime.device
-    return runtime.all_reduce_sum(totals.to(device)).tolist()
+    return runtime.all_reduce_sum(totals.to(device)).cpu()

@@ -72,8 +72,8 @@ def evaluate_bpb(
     """
     was_training = model.training
     model.eval()
-    # nats of byte tokens, bytes, nats, targets; then for the interval: rows, and over rows the sums
-    # of nats squared, nats times bytes, bytes squared
+    # nats of byte tokens, bytes, nats, targets; for the interval rows, and over rows the sums of
+    # nats squared, nats times bytes and bytes squared
     totals = torch.zeros(8, dtype=torch.float64)
     for batch in batches:
         nll = model.nll(batch.inputs, batch.targets, batch.doc_ids)
@@ -81,10 +81,8 @@ def evaluate_bpb(
         valid = targets >= 0
         size = torch.where(valid, token_bytes.cpu()[targets.clamp(min=0)], 0)
         x, y = (nll * (size > 0)).sum(1), size.sum(1).double()  # (B,)
-        totals += torch.stack(
-            [x.sum(), y.sum(), nll.sum(), valid.sum().double()]
-            + [(y > 0).sum().double(), (x * x).sum(), (x * y).sum(), (y * y).sum()]
-        )
+        sums = [x.sum(), y.sum(), nll.sum(), valid.sum(), (y > 0).sum(), x @ x, x @ y, y @ y]
+        totals += torch.stack([one.double() for one in sums])
     model.train(was_training)
     nats, size_sum, all_nats, count, rows, xx, xy, yy = summed(totals, runtime).tolist()
     if size_sum == 0 or count == 0:

@@ -210,7 +210,7 @@ def _default_shown(hint: Any, default: Any, text: str) -> str | None:
 
 def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
     """Read a configuration from the command line; unknown flags end the program with status 2."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    arguments = [_expanded(part) for part in (sys.argv[1:] if argv is None else argv)]
     if description and not {"-h", "--help"}.isdisjoint(arguments):
         print(laid_out(description), end="\n\n")
     with registry:
@@ -221,6 +221,13 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | No
             description="",
             config=(tyro.conf.OmitArgPrefixes,),
         )
+
+
+def _expanded(argument: str) -> str:
+    """`--out=~/x` with the home folder in it: shells expand `~` only where a word begins."""
+    flag, equals, value = argument.partition("=") if argument[:1] == "-" else ("", "", argument)
+    is_path = value == "~" or (value.startswith("~/") and not any(map(str.isspace, value)))
+    return f"{flag}{equals}{Path(value).expanduser()}" if is_path else argument
 
 
 def _list_flags(cls: type[Any]) -> set[str]:

@@ -1,27 +1,77 @@
-"""Where artifacts live, and how they are written so that a torn one never carries the final name.
+"""Where artifacts live, who may write them, and how: a torn one never carries the final name.
 
-Everything lies under `NANOCHAT_BASE_DIR` (default `~/.cache/nanochat`).
+Everything lies under `NANOCHAT_BASE_DIR` (default `~/.cache/nanochat`). Names that people choose
+(tags, tokenizers) become folders there and are checked by `checked_name`.
 """
 
+import errno
 import os
+import re
 import shutil
+import socket
+import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
+
+from nanochat.errors import UserError
+
+_TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.tmp")
+"""The names that tempfile makes for `atomic_folder`: `.NAME.xxxxxxxx.tmp`."""
+_LOOK_AGAIN = 0.1  # seconds between two tries to get a lock
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def base_dir() -> Path:
     """The folder that holds every artifact; read from the environment at each call."""
-    return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat")
+    return user_path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")
+
+
+def user_path(path: str | Path) -> Path:
+    """A path that somebody typed, its `~` expanded: in `--out=~/x` no shell does it."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path} cannot be resolved: {error}; write the whole path") from error
+
+
+def checked_name(name: str, what: str) -> str:
+    """`name` if it can be a folder's name; `what` names it in the UserError otherwise."""
+    if not re.fullmatch(r"\w([^/\\:*?\"<>|\x00-\x1f]{0,98}[^/\\:*?\"<>|\x00-\x1f .])?", name):
+        raise UserError(
+            f"{what} {name!r} cannot be a folder's name: begin with a letter or digit, and take at "
+            'most 100 characters and none of / \\ : * ? " < > |'
+        )
+    if re.fullmatch(r"step_\d+", name):
+        raise UserError(
+            f"{what} {name!r} looks like a checkpoint's step folder; choose another name"
+        )
+    return name
+
+
+def safe_name(text: str) -> str:
+    """`./my books` -> `my_books`: a folder's name made from any text, never empty."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip(".") or "unnamed"
 
 
 def corpora_dir() -> Path:
     return base_dir() / "corpora"
 
 
-def tokenizer_dir() -> Path:
-    return base_dir() / "tokenizer"
+def tokenizer_dir(name: str = "default") -> Path:
+    """The folder of the default tokenizer, or of the one that was given a name."""
+    if name == "default":
+        return base_dir() / "tokenizer"
+    return tokenizers_dir() / checked_name(name, "the tokenizer's name")
+
+
+def tokenizers_dir() -> Path:
+    """Tokenizers with a name, and under their hash those that were the default one once."""
+    return base_dir() / "tokenizers"
 
 
 def stores_dir() -> Path:
@@ -29,11 +79,11 @@ def stores_dir() -> Path:
 
 
 def checkpoints_dir(stage: str, tag: str) -> Path:
-    return base_dir() / "checkpoints" / stage / tag
+    return base_dir() / "checkpoints" / stage / checked_name(tag, "--tag")
 
 
 def run_dir(stage: str, tag: str) -> Path:
-    return base_dir() / "runs" / f"{stage}-{tag}"
+    return base_dir() / "runs" / f"{stage}-{checked_name(tag, '--tag')}"
 
 
 def report_dir() -> Path:
@@ -50,8 +100,8 @@ def hub_source(repo_id: str) -> str:
     `NANOCHAT_HUB_DIR/<org>/<name>` is laid out like the data set's repository.
     """
     root = os.environ.get("NANOCHAT_HUB_DIR")
-    if root and (Path(root) / repo_id).is_dir():
-        return str(Path(root) / repo_id)
+    if root and (user_path(root) / repo_id).is_dir():
+        return str(user_path(root) / repo_id)
     return repo_id
 
 
@@ -68,33 +118,163 @@ def sync_path(path: Path) -> None:
 
 
 @contextmanager
+def lock(
+    artifact: Path,
+    doing: str = "writing it",
+    *,
+    wait: bool = True,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Iterator[None]:
+    """Be the only one who writes `artifact`, a file or folder, while the block runs.
+
+    The lock file `.NAME.lock` beside it says which process holds it, where, and what it is `doing`;
+    the system frees it when that process dies. Who comes second waits, after a line on stderr, or
+    gets a UserError with `wait=False`. The thread that holds a lock may take it again. What killed
+    writers left beside the artifact is removed. `cancelled` ends the waiting with a UserError.
+    """
+    artifact = artifact.parent.resolve() / artifact.name
+    held: set[Path] = vars(_locks).setdefault("held", set())
+    if artifact in held:
+        yield
+        return
+    artifact.parent.mkdir(parents=True, exist_ok=True)
+    path = artifact.with_name(f".{artifact.name}.lock")
+    told = False
+    while (file := _try_lock(path)) is None:
+        holder = _holder(path)
+        if not wait:
+            raise UserError(f"{artifact} is in use by {holder}; wait until that has ended")
+        if cancelled():
+            raise UserError(f"stopped while waiting for {holder}")
+        if not told:
+            told = True
+            print(f"{artifact} is in use by {holder}: waiting", file=sys.stderr, flush=True)
+        time.sleep(_LOOK_AGAIN)
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} ({doing})".encode())
+        file.flush()
+        held.add(artifact)
+        _clean_up(artifact)
+        yield
+    finally:
+        held.discard(artifact)
+        # Removed while it is locked: see _try_lock. Windows keeps the file of an open one.
+        with suppress(OSError):
+            path.unlink()
+        file.close()
+
+
+_locks = threading.local()
+
+
+def _try_lock(path: Path) -> BinaryIO | None:
+    """The open and locked file, or None if somebody else has it."""
+    file = path.open("a+b")
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            file.seek(1 << 30)  # what is locked cannot be read: the holder's name must be
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:  # a file system without locks: as good as it gets
+            file.close()
+            return None
+    try:
+        # The one who held it before removed the file: this lock is on nothing.
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+    except FileNotFoundError:
+        pass
+    file.close()
+    return None
+
+
+def _holder(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace") or "another process"
+    except OSError:
+        return "another process"
+
+
+def _clean_up(artifact: Path) -> None:
+    """Remove the temporary folders of killed writers beside an artifact, all that nobody locks.
+
+    A writer that was killed between two renames left the former artifact in one: it comes back.
+    """
+    for leftover in list(artifact.parent.glob(".*.tmp")):
+        match = _TEMPORARY.fullmatch(leftover.name)
+        if not match:
+            continue
+        final = artifact.with_name(match[1])
+        if final == artifact:
+            _remove(leftover, final)
+        elif leftover.is_dir() and (
+            file := _try_lock(path := final.with_name(f".{final.name}.lock"))
+        ):
+            _remove(leftover, final)
+            with suppress(OSError):
+                path.unlink()
+            file.close()
+
+
+def _remove(leftover: Path, final: Path) -> None:
+    if (leftover / "old").exists() and not final.exists():
+        os.replace(leftover / "old", final)
+    if leftover.is_dir():
+        shutil.rmtree(leftover, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            leftover.unlink()
+
+
+@contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
     """Yield a temporary sibling folder that becomes `final` only if the block succeeds.
 
     Files are synced before the rename, so after a crash or a power cut `final` is either absent,
-    the old one, or complete. An existing `final` is replaced. Temporary folders start with a dot
-    and end in `.tmp`.
+    the old one, or complete. An existing `final` is replaced. The lock of `final` is held.
+    Temporary folders start with a dot and end in `.tmp`.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
-    try:
-        yield temporary
-        for path in temporary.rglob("*"):
-            sync_path(path)
-        temporary.chmod(0o755)
-        if final.exists():
-            # A folder cannot be renamed over a non-empty one: move the old one aside first.
-            aside = Path(
-                tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent)
-            )
+    with lock(final):
+        temporary = _temporary(final)
+        try:
+            yield temporary
+            for path in temporary.rglob("*"):
+                sync_path(path)
+            temporary.chmod(0o755)
+            replace_folder(temporary, final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(final: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Rename the folder `new` to `final`; an existing `final` is removed, or stays on an error."""
+    if final.exists():
+        # A folder cannot be renamed over a non-empty one: move the old one aside first.
+        aside = _temporary(final)
+        try:
             os.replace(final, aside / "old")
-            os.replace(temporary, final)
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            os.replace(temporary, final)
-        sync_path(final.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            try:
+                os.replace(new, final)
+            except BaseException:
+                os.replace(aside / "old", final)
+                raise
+        finally:
+            if final.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+    else:
+        os.replace(new, final)
+    sync_path(final.parent)
 
 
 def atomic_write(path: Path, data: str | bytes) -> None:

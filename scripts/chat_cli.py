@@ -32,7 +32,7 @@ from nanochat.conversation import parts, validate
 from nanochat.errors import UserError
 from nanochat.infer.decoder import Decoder
 from nanochat.infer.engine import Completion, Engine, SamplingParams, python_tool, truncate_chat
-from nanochat.paths import atomic_write, base_dir
+from nanochat.paths import atomic_write, base_dir, user_path
 from nanochat.runtime import Runtime
 
 HELP = """\
@@ -248,9 +248,9 @@ class Chat:
             known = first["role"] == "system"
             self.say("".join(p["text"] for p in parts(first)) if known else "no system message")
         elif name == "/save":
-            self.save(Path(need(argument, "/save FILE")))
+            self.save(user_path(need(argument, "/save FILE")))
         elif name == "/load":
-            self.load(Path(need(argument, "/load FILE")))
+            self.load(user_path(need(argument, "/load FILE")))
         elif name == "/temp":
             self.set_temperature(need(argument, "/temp NUMBER"))
         elif name == "/model":

@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,18 +77,34 @@ def conversations_store(
     fingerprint = hashlib.sha256(content.encode()).hexdigest()
     if folder is None:
         digest = hashlib.sha256((tokenizer.hash + fingerprint).encode()).hexdigest()[:10]
-        safe = re.sub(r"[^A-Za-z0-9._-]+", "_", f"{task.name}-{task.split}")
-        folder = paths.stores_dir() / f"{safe}-{digest}"
-    store = TokenStore.open_if_current(folder, tokenizer.hash, fingerprint)
-    if store is not None and (bad_rows == "skip" or not store.meta.get("skipped")):
-        return store
-
+        folder = paths.stores_dir() / f"{paths.safe_name(f'{task.name}-{task.split}')}-{digest}"
     settings = _Settings(max_tokens, system, bad_rows)
     made_from: dict[str, Any] = {
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_hash": tokenizer.hash,
         "fingerprint": fingerprint,
     }
+
+    def current() -> TokenStore | None:
+        store = TokenStore.open_if_current(folder, tokenizer.hash, fingerprint)
+        return store if store and (bad_rows == "skip" or not store.meta.get("skipped")) else None
+
+    store = current()
+    if store is None:
+        with paths.lock(folder, f"rendering {where}"):
+            store = current() or _build(folder, task, tokenizer, settings, made_from, num_workers)
+    return store
+
+
+def _build(
+    folder: Path,
+    task: ConversationTask,
+    tokenizer: Tokenizer,
+    settings: _Settings,
+    made_from: dict[str, Any],
+    num_workers: int | None,
+) -> TokenStore:
+    where = f"{task.name}/{task.split}"
     workers = num_workers or os.cpu_count() or 1
     if len(task) < _PARALLEL_FROM or workers == 1 or not _can_pickle(task):
         with StoreWriter(folder, with_mask=True, **made_from) as writer:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from nanochat import paths
 from nanochat.errors import UserError
+from nanochat.paths import safe_name
 from nanochat.progress import Bar, progress_bar
 
 _ATTEMPTS = 6  # in a row without a new byte, before giving up
@@ -145,22 +146,13 @@ class _Fetcher:
 
     def fetch(self, file: str) -> None:
         """Get one file, with as many attempts as bring it forward."""
-        from filelock import FileLock, Timeout
-
         target = self.folder / file
         partial = self.folder / ".partial"
         partial.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         failures = 0
         # A second process that wants the same file waits, and then finds it.
-        lock = FileLock(partial / f"{_safe(file)}.lock")
-        while not self.stop.is_set():
-            try:
-                lock.acquire(timeout=1)
-                break
-            except Timeout:
-                continue
-        try:
+        with paths.lock(target, "downloading it", cancelled=self.stop.is_set):
             while not target.exists() and not self.stop.is_set():
                 before = self._fetched(partial, file)
                 try:
@@ -178,11 +170,9 @@ class _Fetcher:
                             + (mirror if self.url is None else "")
                         ) from error
                     self.stop.wait(min(_FIRST_WAIT * 2 ** (failures - 1), _LONGEST_WAIT))
-        finally:
-            lock.release()
 
     def _fetched(self, partial: Path, file: str) -> int:
-        return sum(path.stat().st_size for path in partial.glob(f"{_safe(file)}.*.part"))
+        return sum(path.stat().st_size for path in partial.glob(f"{safe_name(file)}.*.part"))
 
     def _attempt(self, file: str, target: Path, partial: Path) -> None:
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
@@ -196,7 +186,7 @@ class _Fetcher:
         metadata = get_hf_file_metadata(url, token=token)
         size, etag = metadata.size, metadata.etag or ""
         # The content's tag is part of the name: what was fetched of another version is no start.
-        part = partial / f"{_safe(file)}.{_safe(etag)[:16]}.part"
+        part = partial / f"{safe_name(file)}.{safe_name(etag)[:16]}.part"
         done = part.stat().st_size if part.exists() else 0
         if size is None:  # where to go on could not be checked
             part.unlink(missing_ok=True)
@@ -238,7 +228,7 @@ class _Fetcher:
             raise OSError(f"{file} arrived damaged: {problem}")
         os.replace(part, target)
         paths.sync_path(target.parent)
-        for other in partial.glob(f"{_safe(file)}.*.part"):
+        for other in partial.glob(f"{safe_name(file)}.*.part"):
             other.unlink()
 
 
@@ -268,10 +258,6 @@ def _verify(path: Path, size: int | None, etag: str) -> str:
         if damaged is not None:
             return f"{damaged} in it is damaged"
     return ""
-
-
-def _safe(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)
 
 
 def _raise_if_hopeless(error: Exception, repository: str, file: str) -> None:

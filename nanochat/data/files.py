@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple, cast
 
 from nanochat.data.corpus import BadRows, Corpus, Shard, Split
 from nanochat.errors import UserError
+from nanochat.paths import safe_name
 
 EXTENSIONS = (".txt", ".jsonl", ".parquet")
 _SECTION = 8_192  # bytes of a section of a long text file, at least
@@ -150,10 +150,6 @@ class FolderCorpus(Corpus):
 def _split_hash(name: str, row: int) -> int:
     digest = hashlib.blake2b(f"{name}\n{row}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
-
-
-def safe_name(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip(".") or "corpus"
 
 
 def _row_name(path: Path, index: int) -> str:

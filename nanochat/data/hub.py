@@ -127,7 +127,7 @@ def open_corpus(spec: str, bad_rows: BadRows = "error") -> Corpus:
         return EmbeddedCorpus()
     if spec in NAMED:
         return NamedCorpus(NAMED[spec], bad_rows)
-    place, column = _split_column(spec)
+    place, column = _split_column(str(paths.user_path(spec)) if spec[:1] == "~" else spec)
     if Path(place).exists():
         return FolderCorpus(Path(place), column, bad_rows)
     if _HUB_ID.fullmatch(place):
@@ -209,6 +209,13 @@ def fetch_bundle(url: str = BUNDLE_URL) -> Path:
     folder = paths.eval_bundle_dir()
     if folder.is_dir():
         return folder
+    with paths.lock(folder, "downloading it"):
+        if not folder.is_dir():  # the one who had the lock before may have brought it
+            _fetch_bundle(url, folder)
+    return folder
+
+
+def _fetch_bundle(url: str, folder: Path) -> None:
     archive = paths.corpora_dir() / f"{_BUNDLE}.zip"
     if not archive.exists():
         try:
@@ -233,7 +240,6 @@ def fetch_bundle(url: str = BUNDLE_URL) -> Path:
             for path in found[0].parent.iterdir():
                 path.rename(unpacked / path.name)
     archive.unlink()
-    return folder
 
 
 def main(argv: Sequence[str] | None = None) -> None:

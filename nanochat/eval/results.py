@@ -80,15 +80,17 @@ def record_evaluation(
     **values: Any,
 ) -> dict[str, Any]:
     """Add `results` (task -> task_result) and other values to what is known; returns all of it."""
-    known = read_evaluation(stage, tag, step, weights)
-    merged = {
-        **known,
-        "stage": stage,
-        "tag": tag,
-        "step": step,
-        **({"weights": weights} if weights else {}),
-        **values,
-        "results": {**known.get("results", {}), **(results or {})},
-    }
-    paths.atomic_write(evaluation_path(stage, tag), json.dumps(merged, indent=2) + "\n")
+    path = evaluation_path(stage, tag)
+    with paths.lock(path):  # two evaluations at once would forget each other's results
+        known = read_evaluation(stage, tag, step, weights)
+        merged = {
+            **known,
+            "stage": stage,
+            "tag": tag,
+            "step": step,
+            **({"weights": weights} if weights else {}),
+            **values,
+            "results": {**known.get("results", {}), **(results or {})},
+        }
+        paths.atomic_write(path, json.dumps(merged, indent=2) + "\n")
     return merged

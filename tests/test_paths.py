@@ -160,3 +160,15 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     (tmp_path / "hub" / "org" / "name").mkdir(parents=True)
     monkeypatch.setenv("NANOCHAT_HUB_DIR", "~/hub")
     assert paths.hub_source("org/name") == str(tmp_path / "hub" / "org" / "name")
+
+
+def test_flags_with_a_home_in_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from nanochat.cli import parse
+    from scripts import chat_cli, export_hf
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    for arguments in (["--out=~/model"], ["--out", "~/model"]):
+        assert parse(export_hf.Config, arguments).out == tmp_path / "model"
+    said = parse(chat_cli.Config, ["--prompt", "~/x is what?"])
+    assert said.prompt == "~/x is what?"

@@ -20,12 +20,13 @@ import numpy as np
 
 from benchmarks.common import publish
 from benchmarks.decode import made_up_tokenizer
+from nanochat import memory
 from nanochat.cli import parse
 from nanochat.config import from_dict
 from nanochat.data.hub import open_corpus
 from nanochat.data.store import StoreWriter
 from nanochat.gpt import GPTConfig
-from nanochat.memory import estimate_memory
+from nanochat.hardware import Machine
 from nanochat.runtime import DTYPES
 
 STEPS = 4
@@ -104,14 +105,10 @@ def measure(shape: Shape, folder: Path) -> dict[str, Any]:
     for record in records:
         if record["kind"] in peak:
             peak[record["kind"]] = record.get("memory_bytes") or record["peak_memory_bytes"]
-    estimate = estimate_memory(
+    estimate = memory.estimate_memory(
         from_dict(GPTConfig, records[0]["model"]),
-        rows=shape.rows,
-        sequence_length=shape.context_length,
-        world_size=1,
-        dtype=DTYPES[shape.dtype],
-        device_type="cpu",
-        recompute=shape.recompute,
+        memory.Shape(shape.rows, shape.context_length, shape.recompute),
+        Machine("cpu", DTYPES[shape.dtype]),
     )
     return {
         **vars(shape),

@@ -6,9 +6,24 @@ import os
 import platform
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is planned for."""
+
+    device_type: str
+    """cpu, cuda or mps."""
+    dtype: torch.dtype
+    """Activation dtype."""
+    world_size: int = 1
+    """Ranks."""
+    memory_limit: int | None = None
+    """Bytes a rank may use; None where no limit is known."""
 
 
 def physical_cores() -> int:

@@ -4,11 +4,13 @@ B batch, T time, C channels, V vocabulary
 """
 
 import functools
+from dataclasses import dataclass, replace
 
 import torch
 
 from nanochat.attention import Layout, query_blocks
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.hardware import Machine
 from nanochat.loss import block_tokens, chunk_tokens
 
 RUNTIME = {"cpu": 380 * 2**20, "cuda": 2**30}
@@ -30,15 +32,25 @@ def parameter_counts(config: GPTConfig) -> dict[str, int]:
     return meta_model(config).num_parameters()
 
 
+@dataclass(frozen=True)
+class Shape:
+    """A micro-batch as far as memory goes."""
+
+    rows: int
+    sequence_length: int
+    """Tokens per row."""
+    recompute: bool = False
+    """Whether the blocks' activations are computed again in the backward pass."""
+
+
 @functools.cache
-def saved_for_backward(
-    config: GPTConfig, rows: int, T: int, dtype: torch.dtype, backend: str, recompute: bool
-) -> int:
+def saved_for_backward(config: GPTConfig, shape: Shape, dtype: torch.dtype, backend: str) -> int:
     """Bytes that autograd keeps between a forward and a backward pass, parameters aside.
 
     Counted, not guessed: the loss is computed on tensors without memory, and autograd tells what it
     saves. So a change of the model changes the plan.
     """
+    rows, T, recompute = shape.rows, shape.sequence_length, shape.recompute
     model = meta_model(config, dtype)
     model.recompute = recompute
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -64,33 +76,28 @@ def saved_for_backward(
         values = config.n_kv_head * config.head_dim
         layers = [config.has_value_embedding(layer) for layer in range(config.n_layer)]
         kept += rows * T * half * sum(config.n_embd + values * has_values for has_values in layers)
-        whole = saved_for_backward(config, rows, T, dtype, backend, recompute=False)
+        whole = saved_for_backward(config, replace(shape, recompute=False), dtype, backend)
         kept += (whole - kept) // config.n_layer
     return kept
 
 
-def estimate_memory(
-    config: GPTConfig,
-    *,
-    rows: int,
-    sequence_length: int,
-    world_size: int,
-    dtype: torch.dtype,
-    device_type: str,
-    recompute: bool = False,
-) -> dict[str, int]:
+def estimate_memory(config: GPTConfig, shape: Shape, machine: Machine) -> dict[str, int]:
     """Bytes a rank needs in training, by kind; "total" last.
 
     For a GPU the device's memory, for a CPU all that the process needs, what a checkpoint under way
     holds included. Checked against real runs by benchmarks/memory.py, on CPUs.
     """
-    T, C, V = sequence_length, config.n_embd, config.padded_vocab_size
+    rows, T, recompute = shape.rows, shape.sequence_length, shape.recompute
+    C, V = config.n_embd, config.padded_vocab_size
+    device_type, dtype, world_size = machine.device_type, machine.dtype, machine.world_size
     on_cpu = device_type == "cpu"
     counts = parameter_counts(config)
     parameters, matrices = sum(counts.values()), counts["block_matrices"]
     half = dtype.itemsize
     backend = "blocked" if on_cpu else "varlen"
-    one, two = (saved_for_backward(config, count, T, dtype, backend, recompute) for count in (1, 2))
+    one, two = (
+        saved_for_backward(config, replace(shape, rows=count), dtype, backend) for count in (1, 2)
+    )
     shard = 4 * (matrices + 2 * (parameters - matrices)) // world_size
     # Muon on the MLP's stack: update, its cast, the polynomial's terms.
     stack = 4 * C * C * -(-config.n_layer // world_size)
@@ -155,75 +162,42 @@ def cache_memory(config: GPTConfig, dtype: torch.dtype) -> int:
 
 
 def largest_batch(
-    config: GPTConfig,
-    *,
-    limit: int,
-    sequence_length: int,
-    world_size: int,
-    dtype: torch.dtype,
-    device_type: str,
-    recompute: bool = False,
+    config: GPTConfig, machine: Machine, sequence_length: int, recompute: bool = False
 ) -> int:
-    """The largest power of two of rows that fits `limit` bytes; 0 where not even one does."""
-    rows = 0
-    trial = 1
+    """The largest power of two of rows, up to 4,096, that fits the limit; 0 where none does."""
+    rows, trial = 0, 1
     while trial <= 4096:
-        memory = estimate_memory(
-            config,
-            rows=trial,
-            sequence_length=sequence_length,
-            world_size=world_size,
-            dtype=dtype,
-            device_type=device_type,
-            recompute=recompute,
-        )
-        if memory["total"] > limit:
+        needed = estimate_memory(config, Shape(trial, sequence_length, recompute), machine)["total"]
+        if machine.memory_limit is not None and needed > machine.memory_limit:
             break
         rows, trial = trial, trial * 2
     return rows
 
 
 def memory_advice(
-    config: GPTConfig,
-    *,
-    rows: int,
-    rows_per_step: int,
-    fits: int,
-    limit: int | None,
-    sequence_length: int,
-    world_size: int,
-    dtype: torch.dtype,
-    device_type: str,
-    recompute: bool,
+    config: GPTConfig, shape: Shape, machine: Machine, *, rows_per_step: int, fits: int
 ) -> str:
-    """What to set where training ran out of memory with `rows` rows to a micro-batch.
+    """What to set where training ran out of memory with micro-batches of this shape.
 
     Proposes fewer rows, as many as divide the rank's `rows_per_step` and by the plan fit the limit
     (`fits`, of largest_batch), and --recompute where that is off.
     """
 
-    def gibibytes(rows: int, recompute: bool) -> str:
-        needed = estimate_memory(
-            config,
-            rows=rows,
-            sequence_length=sequence_length,
-            world_size=world_size,
-            dtype=dtype,
-            device_type=device_type,
-            recompute=recompute,
-        )["total"]
-        return f"{needed / 2**30:.1f} GiB"
+    def gibibytes(shape: Shape) -> str:
+        return f"{estimate_memory(config, shape, machine)['total'] / 2**30:.1f} GiB"
 
-    fewer = [r for r in range(1, min(fits, rows - 1) + 1) if rows_per_step % r == 0]
+    fewer = [r for r in range(1, min(fits, shape.rows - 1) + 1) if rows_per_step % r == 0]
     remedies = []
     if fewer:
-        remedies.append(f"--device-batch-size {fewer[-1]} ({gibibytes(fewer[-1], recompute)})")
-    if not recompute:
-        remedies.append(f"--recompute ({gibibytes(rows, True)})")
+        needed = gibibytes(replace(shape, rows=fewer[-1]))
+        remedies.append(f"--device-batch-size {fewer[-1]} ({needed})")
+    if not shape.recompute:
+        remedies.append(f"--recompute ({gibibytes(replace(shape, recompute=True))})")
     if not fewer:
         remedies.append("a smaller model or shorter rows")
+    limit = machine.memory_limit
     plan = f"{fits} rows fit {limit / 2**30:.1f} GiB by the plan" if limit else "no limit is known"
     return (
-        f"--device-batch-size {rows} with rows of {sequence_length} tokens was planned to need "
-        f"{gibibytes(rows, recompute)}, and {plan}; set {' or '.join(remedies)}"
+        f"--device-batch-size {shape.rows} with rows of {shape.sequence_length} tokens was planned "
+        f"to need {gibibytes(shape)}, and {plan}; set {' or '.join(remedies)}"
     )

@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
-import torch
-
 from nanochat.config import BaseConfig, Batching, Duration, Learning
 from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig, config_from_depth
+from nanochat.hardware import Machine
 from nanochat.memory import largest_batch, meta_model
 from nanochat.optim import Hypers
 
@@ -165,36 +164,47 @@ def context_schedule(cfg: BaseConfig) -> list[tuple[int, Fraction]]:
     return schedule
 
 
+def model_config(cfg: BaseConfig, vocab_size: int) -> GPTConfig:
+    """The model that the flags of pretraining describe."""
+    return config_from_depth(
+        cfg.depth,
+        vocab_size,
+        aspect_ratio=cfg.aspect_ratio,
+        head_dim=cfg.head_dim,
+        kv_heads=cfg.kv_heads,
+        context_length=context_schedule(cfg)[-1][0],
+        window_pattern=cfg.window_pattern,
+        portable=cfg.portable,
+    )
+
+
 def make_plan(
-    model_config: GPTConfig,
+    config: GPTConfig,
     *,
     batching: Batching,
     duration: Duration,
     learning: Learning,
-    sequence_length: int,
-    world_size: int,
-    device_type: str,
-    dtype: torch.dtype,
-    memory_limit: int | None = None,
+    machine: Machine,
     rows_in_epochs: Callable[[int], int] | None = None,
     schedule: Sequence[tuple[int, Fraction]] = (),
 ) -> Plan:
     """Resolve every "auto" and count the steps.
 
-    memory_limit: bytes a rank may use, None for no limit. rows_in_epochs tells how many rows so
-    many epochs have (for --epochs). schedule: of `context_schedule`, which ends with
-    sequence_length. Raises UserError for impossible batch arithmetic.
+    rows_in_epochs tells how many rows so many epochs have (for --epochs). schedule: of
+    `context_schedule`, which ends with the model's context. Raises UserError for impossible batch
+    arithmetic.
     """
+    sequence_length, world_size = config.context_length, machine.world_size
     schedule = schedule or [(sequence_length, Fraction(1))]
     if duration.counts_epochs and len(schedule) > 1:
         raise UserError(
             f"--epochs {duration.epochs} with a --context-schedule: how many rows an epoch has "
             "depends on their length; give --num-steps or --target-tokens instead"
         )
-    model = meta_model(model_config)
+    model = meta_model(config)
     parameters = model.num_parameters()
     scaling = parameters["block_matrices"] + parameters["head"]
-    reference = meta_model(config_from_depth(12, model_config.vocab_size)).num_parameters()
+    reference = meta_model(config_from_depth(12, config.vocab_size)).num_parameters()
     reference_tokens = DEFAULT_RATIO * (reference["block_matrices"] + reference["head"])
     flops_per_token = float(
         sum(share * model.flops_per_token(length) for length, share in schedule)
@@ -202,23 +212,15 @@ def make_plan(
 
     tokens = _token_budget(duration, scaling, flops_per_token)
     total = batching.total_batch_size
-    largest = largest_batch(
-        model_config,
-        limit=memory_limit or 2**62,
-        sequence_length=sequence_length,
-        world_size=world_size,
-        dtype=dtype,
-        device_type=device_type,
-        recompute=batching.recompute,
-    )
+    largest = largest_batch(config, machine, sequence_length, batching.recompute)
     if largest == 0 and batching.device_batch_size == "auto":
         raise UserError(
             f"not even one row of {sequence_length} tokens fits into "
-            f"{(memory_limit or 0) / 2**30:.1f} GiB; use --recompute, a smaller --depth or a "
-            "shorter --context-length"
+            f"{(machine.memory_limit or 0) / 2**30:.1f} GiB; use --recompute, a smaller --depth or "
+            "a shorter --context-length"
         )
     fits = largest
-    if device_type == "cpu":
+    if machine.device_type == "cpu":
         fits = min(fits, max(1, CPU_TOKENS // sequence_length))
     rows, micro_batches, total = _batch(
         batching.device_batch_size,

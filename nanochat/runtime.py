@@ -24,7 +24,7 @@ from rich.console import Console
 from torch.distributed.rendezvous import rendezvous
 
 from nanochat.errors import UserError
-from nanochat.hardware import machine_memory, tune_cpu
+from nanochat.hardware import Machine, machine_memory, tune_cpu
 
 T = TypeVar("T")
 
@@ -104,6 +104,10 @@ class Runtime:
                 result.append(build())
             self.barrier()
         return result[0]
+
+    def machine(self) -> Machine:
+        """What plans are made for; all ranks call it."""
+        return Machine(self.device.type, self.dtype, self.world_size, self.memory_limit())
 
     def memory_limit(self) -> int | None:
         """Bytes that every rank may plan with, None where that is not known; all ranks call it.

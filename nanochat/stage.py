@@ -21,7 +21,7 @@ from nanochat.eval.losses import evaluate_bpb, evaluate_roles, mixture_bpb
 from nanochat.fp8 import check_fp8, convert_to_fp8
 from nanochat.gpt import GPT
 from nanochat.log import RunLog
-from nanochat.memory import memory_advice
+from nanochat.memory import Shape, memory_advice
 from nanochat.optim import Optimizer, parameter_rules
 from nanochat.plan import Plan, context_schedule, make_plan
 from nanochat.runtime import Runtime, best_dtype
@@ -230,11 +230,7 @@ def set_up(
         batching=batching,
         duration=cfg.duration,
         learning=cfg.learning,
-        sequence_length=T,
-        world_size=runtime.world_size,
-        device_type=runtime.device.type,
-        dtype=runtime.dtype,
-        memory_limit=runtime.memory_limit(),
+        machine=runtime.machine(),
         rows_in_epochs=make_loader(1).num_rows,
         schedule=context_schedule(cfg) if isinstance(cfg, BaseConfig) else (),
     )
@@ -277,15 +273,10 @@ def assemble(
         check_fp8(runtime.device, runtime.dtype)
     runtime.memory_advice = memory_advice(
         model.config,
-        rows=plan.device_batch_size,
+        Shape(plan.device_batch_size, plan.sequence_length, model.recompute),
+        runtime.machine(),
         rows_per_step=plan.device_batch_size * plan.micro_batches,
         fits=plan.largest_device_batch_size,
-        limit=runtime.memory_limit(),
-        sequence_length=plan.sequence_length,
-        world_size=plan.world_size,
-        dtype=runtime.dtype,
-        device_type=runtime.device.type,
-        recompute=model.recompute,
     )
     rules = parameter_rules(
         model,

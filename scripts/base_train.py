@@ -14,9 +14,9 @@ from nanochat.cli import launch
 from nanochat.config import BaseConfig
 from nanochat.data.loader import DataLoader
 from nanochat.data.sources import HeldOut, Source, parse_shares, text_sources
-from nanochat.gpt import GPT, config_from_depth
+from nanochat.gpt import GPT
 from nanochat.infer.engine import Engine, SamplingParams
-from nanochat.plan import context_schedule
+from nanochat.plan import model_config
 from nanochat.runtime import Runtime, seed_everything
 from nanochat.stage import Stage, set_up
 from nanochat.tokenizer import Tokenizer
@@ -48,16 +48,7 @@ def sample_texts(
 def main(cfg: BaseConfig, runtime: Runtime) -> Stage[DataLoader]:
     seed_everything(cfg.run.seed)
     tokenizer = Tokenizer.load()
-    config = config_from_depth(
-        cfg.depth,
-        tokenizer.vocab_size,
-        aspect_ratio=cfg.aspect_ratio,
-        head_dim=cfg.head_dim,
-        kv_heads=cfg.kv_heads,
-        context_length=context_schedule(cfg)[-1][0],
-        window_pattern=cfg.window_pattern,
-        portable=cfg.portable,
-    )
+    config = model_config(cfg, tokenizer.vocab_size)
     model = GPT(config, runtime.dtype).init_weights(cfg.run.seed).to(runtime.device)
     stage = set_up(
         "base",

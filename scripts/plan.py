@@ -35,16 +35,17 @@ from nanochat.config import (
 from nanochat.data.hub import NAMED
 from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig, config_from_depth, extend_context
-from nanochat.hardware import PEAK_FLOPS
+from nanochat.hardware import PEAK_FLOPS, Machine
 from nanochat.log import duration_text
 from nanochat.memory import (
     LEARNING,
+    Shape,
     cache_memory,
     decoder_memory,
     estimate_memory,
     parameter_counts,
 )
-from nanochat.plan import DEFAULT_RATIO, Plan, context_schedule, make_plan
+from nanochat.plan import DEFAULT_RATIO, Plan, context_schedule, make_plan, model_config
 from nanochat.runtime import DTYPES, Runtime, single
 
 GPU_MEMORY = {
@@ -166,16 +167,7 @@ def sampling_memory(cfg: RlPlan, model: GPTConfig, dtype: torch.dtype) -> dict[s
 
 def job_of(cfg: AnyPlan, world_size: int, dtype: torch.dtype) -> Job:
     if isinstance(cfg, Config):
-        model = config_from_depth(
-            cfg.depth,
-            cfg.hardware.vocab_size,
-            aspect_ratio=cfg.aspect_ratio,
-            head_dim=cfg.head_dim,
-            kv_heads=cfg.kv_heads,
-            context_length=context_schedule(cfg)[-1][0],
-            window_pattern=cfg.window_pattern,
-            portable=cfg.portable,
-        )
+        model = model_config(cfg, cfg.hardware.vocab_size)
         return Job(model, "", cfg.batching, cfg.duration, cfg.learning)
     model, about = model_of(cfg)
     if isinstance(cfg, RlPlan):
@@ -220,30 +212,19 @@ def main(cfg: AnyPlan, runtime: Runtime) -> dict[str, Any]:
     if cfg.run.dtype != "auto":
         dtype = DTYPES[cfg.run.dtype]
     job = job_of(cfg, world_size, dtype)
-    T = job.model.context_length
     gigabytes = hardware.gpu_memory or GPU_MEMORY[hardware.gpu]
     limit = int(0.9 * gigabytes * 1e9) if gigabytes else single().memory_limit()
+    machine = Machine(device_type, dtype, world_size, limit)
     plan = make_plan(
         job.model,
         batching=job.batching,
         duration=job.duration,
         learning=job.learning,
-        sequence_length=T,
-        world_size=world_size,
-        device_type=device_type,
-        dtype=dtype,
-        memory_limit=limit,
+        machine=machine,
         schedule=context_schedule(cfg) if isinstance(cfg, Config) else (),
     )
-    memory = estimate_memory(
-        job.model,
-        rows=plan.device_batch_size,
-        sequence_length=T,
-        world_size=world_size,
-        dtype=dtype,
-        device_type=device_type,
-        recompute=job.batching.recompute,
-    )
+    shape = Shape(plan.device_batch_size, plan.sequence_length, job.batching.recompute)
+    memory = estimate_memory(job.model, shape, machine)
     total = memory.pop("total")
     always = total - sum(memory[kind] for kind in LEARNING)
     for phase, kinds in job.other_memory.items():

@@ -22,7 +22,8 @@ from nanochat.cli import is_out_of_memory
 from nanochat.config import Learning
 from nanochat.data.loader import Batch
 from nanochat.gpt import GPT, GPTConfig, config_from_depth
-from nanochat.memory import RUNTIME, estimate_memory
+from nanochat.hardware import Machine
+from nanochat.memory import RUNTIME, Shape, estimate_memory
 from nanochat.optim import Hypers, Optimizer, parameter_rules
 from nanochat.runtime import Runtime, best_dtype
 from nanochat.train import LossScale, train_step
@@ -133,14 +134,7 @@ def test_the_memory_estimate() -> None:
         data = batch(step, config=config, rows=16)
         train_step(model, optimizer, [data], Hypers(0.1), rank)
     measured = torch.cuda.max_memory_allocated() - before
-    estimate = estimate_memory(
-        config,
-        rows=16,
-        sequence_length=1024,
-        world_size=1,
-        dtype=torch.bfloat16,
-        device_type="cuda",
-    )
+    estimate = estimate_memory(config, Shape(16, 1024), Machine("cuda", torch.bfloat16))
     assert estimate["total"] - RUNTIME["cuda"] == pytest.approx(measured, rel=0.2)
 
 

@@ -17,6 +17,7 @@ from nanochat.data.sources import Source, open_store
 from nanochat.data.store import TokenStore
 from nanochat.eval.losses import evaluate_bpb
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.hardware import Machine
 from nanochat.optim import Optimizer, parameter_rules
 from nanochat.plan import make_plan
 from nanochat.tokenizer import Tokenizer
@@ -155,10 +156,7 @@ def golden_run(folder: Path) -> list[float]:
         batching=Batching(device_batch_size=4, total_batch_size=256),
         duration=Duration(num_steps=8),
         learning=Learning(lr_scale=0.2, embedding_lr=0.1),
-        sequence_length=32,
-        world_size=1,
-        device_type="cpu",
-        dtype=torch.float32,
+        machine=Machine("cpu", torch.float32),
     )
     rules = parameter_rules(
         model, plan.learning, width=32, lr_scale=plan.lr_scale, weight_decay=plan.weight_decay

@@ -22,18 +22,19 @@ from nanochat.cli import is_out_of_memory, launch
 from nanochat.config import BaseConfig
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, config_from_depth
-from nanochat.hardware import machine_memory
+from nanochat.hardware import Machine, machine_memory
 from nanochat.infer import decoder
-from nanochat.memory import estimate_memory, largest_batch, memory_advice, saved_for_backward
+from nanochat.memory import (
+    Shape,
+    estimate_memory,
+    largest_batch,
+    memory_advice,
+    saved_for_backward,
+)
 from nanochat.runtime import Runtime
 
 CONFIG = config_from_depth(3, 300, aspect_ratio=16, head_dim=16, context_length=64)
-SHAPE: dict[str, Any] = {
-    "sequence_length": 64,
-    "world_size": 1,
-    "dtype": torch.float32,
-    "device_type": "cpu",
-}
+CPU = Machine("cpu", torch.float32)
 
 
 def really_saved(config: GPTConfig, B: int, T: int, dtype: torch.dtype) -> int:
@@ -60,31 +61,34 @@ def test_what_is_kept_is_counted_exactly(portable: bool, dtype: torch.dtype) -> 
     config = config_from_depth(
         3, 300, aspect_ratio=16, head_dim=16, kv_heads=1, context_length=64, portable=portable
     )
-    counted = saved_for_backward(config, 2, 48, dtype, "blocked", recompute=False)
+    counted = saved_for_backward(config, Shape(2, 48), dtype, "blocked")
     assert counted == really_saved(config, 2, 48, dtype)
 
 
 def test_estimate() -> None:
-    one, eight = (estimate_memory(CONFIG, rows=rows, **SHAPE) for rows in (1, 8))
+    one, eight = (estimate_memory(CONFIG, Shape(rows, 64), CPU) for rows in (1, 8))
     assert eight["activations"] == pytest.approx(8 * one["activations"], rel=1e-6)
     assert {k for k in one if one[k] != eight[k]} == {"activations", "total"}
     assert one["total"] == sum(one.values()) - one["total"]
     parameters = sum(p.numel() for p in memory.meta_model(CONFIG).parameters())
     assert one["weights"] == one["gradients"] == 4 * parameters
-    again = estimate_memory(CONFIG, rows=8, recompute=True, **SHAPE)
+    again = estimate_memory(CONFIG, Shape(8, 64, True), CPU)
     assert again["activations"] < 0.7 * eight["activations"]
-    sharded = estimate_memory(CONFIG, rows=8, **{**SHAPE, "world_size": 4})
+    sharded = estimate_memory(CONFIG, Shape(8, 64), replace(CPU, world_size=4))
     assert sharded["optimizer shard"] == eight["optimizer shard"] // 4
-    on_gpu = estimate_memory(CONFIG, rows=8, **{**SHAPE, "device_type": "cuda"})
+    on_gpu = estimate_memory(CONFIG, Shape(8, 64), replace(CPU, device_type="cuda"))
     assert on_gpu["checkpoint copy"] == 0, "in the host's memory"
     assert on_gpu["activations"] < eight["activations"], "no probabilities, no masks"
 
 
 def test_advice_names_what_to_set() -> None:
-    shape = {**SHAPE, "rows": 16, "rows_per_step": 48, "recompute": False}
-    limit = estimate_memory(CONFIG, rows=8, **SHAPE)["total"]
-    assert largest_batch(CONFIG, limit=limit, **SHAPE) == 8
-    text = memory_advice(CONFIG, fits=8, limit=limit, **shape)
+    def advice(fits: int, limit: int | None, rows: int = 16, recompute: bool = False) -> str:
+        machine, shape = replace(CPU, memory_limit=limit), Shape(rows, 64, recompute)
+        return memory_advice(CONFIG, shape, machine, rows_per_step=48, fits=fits)
+
+    limit = estimate_memory(CONFIG, Shape(8, 64), CPU)["total"]
+    assert largest_batch(CONFIG, replace(CPU, memory_limit=limit), 64) == 8
+    text = advice(8, limit)
     for part in (
         "--device-batch-size 16 with rows of 64 tokens was planned to need",
         "8 rows fit",
@@ -93,12 +97,9 @@ def test_advice_names_what_to_set() -> None:
     ):
         assert part in text
     # What fits by the plan and failed nevertheless is not proposed again; only divisors are.
-    assert "set --device-batch-size 12 (" in memory_advice(CONFIG, fits=64, limit=2**40, **shape)
-    assert "set --device-batch-size 12 (" in memory_advice(CONFIG, fits=4096, limit=None, **shape)
-    single = {**shape, "rows": 1, "recompute": True}
-    assert "set a smaller model or shorter rows" in memory_advice(
-        CONFIG, fits=8, limit=limit, **single
-    )
+    assert "set --device-batch-size 12 (" in advice(64, 2**40)
+    assert "set --device-batch-size 12 (" in advice(4096, None)
+    assert "set a smaller model or shorter rows" in advice(8, limit, 1, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,7 +12,8 @@ from nanochat import plan as plan_module
 from nanochat.config import Batching, Duration, Learning
 from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig, config_from_depth
-from nanochat.memory import estimate_memory
+from nanochat.hardware import Machine
+from nanochat.memory import Shape, estimate_memory
 from nanochat.plan import Plan, make_plan, scaled_batch_size, scaled_lr, scaled_weight_decay
 
 CONFIG = config_from_depth(2, 300, aspect_ratio=16, head_dim=16, context_length=64)
@@ -32,11 +33,7 @@ def plan(
         batching=Batching(**(batching or {})),
         duration=Duration(**(duration if duration is not None else {"num_steps": 10})),
         learning=Learning(**(learning or {})),
-        sequence_length=config.context_length,
-        world_size=world_size,
-        device_type="cpu",
-        dtype=torch.float32,
-        memory_limit=memory_limit,
+        machine=Machine("cpu", torch.float32, world_size, memory_limit),
         rows_in_epochs=lambda epochs: rows * epochs,
     )
 
@@ -111,10 +108,7 @@ def test_epochs_need_the_data() -> None:
             batching=Batching(),
             duration=Duration(epochs=1),
             learning=Learning(),
-            sequence_length=64,
-            world_size=1,
-            device_type="cpu",
-            dtype=torch.float32,
+            machine=Machine("cpu", torch.float32),
         )
 
 
@@ -179,14 +173,7 @@ def test_auto_rows_are_the_most_that_fit_and_divide() -> None:
     batch = {"total_batch_size": 64 * 12}
     assert plan(batch).device_batch_size == 12
     needed = {
-        rows: estimate_memory(
-            CONFIG,
-            rows=rows,
-            sequence_length=64,
-            world_size=1,
-            dtype=torch.float32,
-            device_type="cpu",
-        )["total"]
+        rows: estimate_memory(CONFIG, Shape(rows, 64), Machine("cpu", torch.float32))["total"]
         for rows in (1, 4, 8)
     }
     assert needed[1] < needed[4] < needed[8]

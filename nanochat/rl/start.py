@@ -170,11 +170,7 @@ def open_stage(
         ),
         duration=Duration(num_steps=num_steps),
         learning=cfg.learning,
-        sequence_length=T,
-        world_size=runtime.world_size,
-        device_type=runtime.device.type,
-        dtype=runtime.dtype,
-        memory_limit=runtime.memory_limit(),
+        machine=runtime.machine(),
     )
     model.recompute = cfg.recompute
     return assemble(

@@ -35,6 +35,7 @@ from nanochat.data.store import LongDocuments
 from nanochat.errors import UserError
 from nanochat.eval.long_context import losses_by_position
 from nanochat.gpt import GPT, GPTConfig, config_from_depth, extend_context
+from nanochat.hardware import Machine
 from nanochat.infer.engine import Engine, SamplingParams
 from nanochat.kv_cache import KVCache
 from nanochat.plan import Phase, Plan, context_schedule, make_plan
@@ -311,10 +312,7 @@ def make(text: str, **duration: Any) -> Plan:
         batching=Batching(total_batch_size=2048),
         duration=Duration(**duration),
         learning=Learning(),
-        sequence_length=config.context_length,
-        world_size=2,
-        device_type="cpu",
-        dtype=torch.float32,
+        machine=Machine("cpu", torch.float32, 2),
         rows_in_epochs=lambda epochs: 100 * epochs,
         schedule=stages,
     )

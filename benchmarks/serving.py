@@ -55,7 +55,7 @@ MALFORMED = [
     b'{"messages": []}',
     b'{"messages": [{"role": "robot", "content": "x"}]}',
     b'{"messages": [{"role": "user", "content": "x"}], "n": 10000}',
-    b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 100000000}',
+    b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": -1}',
     b'{"messages": [{"role": "user", "content": "x"}], "temperature": -1}',
     b'{"messages": [{"role": "user", "content": "x"}], "model": "none"}',
     b'{"messages": ' + b"[" * 5000,

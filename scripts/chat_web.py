@@ -25,6 +25,7 @@ from nanochat.infer.decoder import Decoder
 from nanochat.infer.engine import Engine, SamplingParams, python_tool
 from nanochat.runtime import Runtime
 from nanochat.serve.app import create_app
+from nanochat.serve.guard import PromptConnection
 from nanochat.serve.service import Limits, Served, Service
 
 
@@ -149,10 +150,14 @@ def serve(cfg: Config, runtime: Runtime, models: Sequence[Served], listener: soc
     runtime.print(f"serving {', '.join(cfg.source)} at http://{shown}:{port}  (Ctrl-C ends)")
     if not local and cfg.api_key is None:
         runtime.print("anyone who reaches this address can use it: consider --api-key")
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
+    config = uvicorn.Config(
+        app,
+        http=PromptConnection,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=3,
     )
-    server.run(sockets=[listener])
+    uvicorn.Server(config).run(sockets=[listener])
 
 
 def main(cfg: Config, runtime: Runtime) -> None:

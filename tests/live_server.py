@@ -13,6 +13,7 @@ from tiny_models import Scripted, scripted, tiny_model, tiny_tokenizer
 from nanochat.infer.engine import Engine
 from nanochat.kv_cache import KVCache
 from nanochat.serve.app import create_app
+from nanochat.serve.guard import PromptConnection
 from nanochat.serve.service import Limits, Served, Service
 from scripts.chat_web import listen
 
@@ -64,7 +65,10 @@ def running(service: Service, **settings: Any) -> Iterator[str]:
     listener = listen("127.0.0.1", 0)
     server = uvicorn.Server(
         uvicorn.Config(
-            create_app(service, **settings), log_level="critical", timeout_graceful_shutdown=1
+            create_app(service, **settings),
+            http=PromptConnection,
+            log_level="critical",
+            timeout_graceful_shutdown=1,
         )
     )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

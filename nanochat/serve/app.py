@@ -1,8 +1,8 @@
 """The chat server: OpenAI's HTTP interface over the decoding engine, and the web page.
 
 The event loop checks input (`protocol`), hands prompts to the engine's thread (`service`), and
-turns what comes out into responses. Answers may carry a `notice`: it tells that the oldest turns
-did not fit into the context.
+turns what comes out into responses. Answers may carry a `notice`: the oldest turns did not fit into
+the context, or more tokens were asked for than it has.
 """
 
 import asyncio
@@ -35,6 +35,7 @@ from nanochat.serve.protocol import (
     token_entries,
     usage,
 )
+from nanochat.serve.refusals import refusal
 from nanochat.serve.service import ApiError, ClientGone, Job, Served, Service
 
 UI = Path(__file__).with_name("ui")
@@ -136,9 +137,7 @@ def create_app(
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        param = ".".join(str(at) for at in first["loc"][1:])
-        return ApiError(400, f"{param or 'body'}: {first['msg']}", param=param or None).response()
+        return refusal(error.errors(), error.body).response()
 
     @app.exception_handler(Exception)
     async def failure(request: Request, error: Exception) -> Response:
@@ -156,21 +155,20 @@ def create_app(
     def samples(body: Sampling, prompts: int) -> int:
         n = body.n or 1
         if n * prompts > limits.max_samples:
-            raise ApiError(
-                400, f"{n * prompts} samples are more than {limits.max_samples}", param="n"
-            )
+            words = f"{n * prompts} samples are more than {limits.max_samples}"
+            raise ApiError(400, words, param="n" if n > 1 else "prompt")
         return n
 
-    def answer_length(served: Served, asked: int | None) -> int:
+    def answer_length(served: Served, asked: int | None) -> tuple[int, str]:
+        """Tokens that the answer may have at most, and a notice where more were asked for."""
         context = served.engine.context_length
         if asked is not None and asked > context:
-            raise ApiError(
-                400,
-                f"max_tokens {asked} is more than the context of {context} tokens",
-                "context_length_exceeded",
-                "max_tokens",
-            )
-        return asked or min(limits.max_tokens, context)
+            return context, f"max_tokens {asked} is more than the context of {context} tokens"
+        return asked or min(limits.max_tokens, context), ""
+
+    def add_notice(head: dict[str, Any], *notices: str) -> None:
+        if any(notices):
+            head["notice"] = "; ".join(filter(None, notices))
 
     @app.post("/v1/chat/completions", response_model=None, responses=ANSWER)
     async def chat(body: ChatRequest, request: Request) -> Response | dict[str, Any]:
@@ -181,24 +179,28 @@ def create_app(
             )
         conversation = check_messages(body.messages, limits)
         n = samples(body, 1)
-        length = answer_length(served, body.max_completion_tokens or body.max_tokens)
+        length, clipped = answer_length(served, body.max_completion_tokens or body.max_tokens)
         top = (body.top_logprobs or 0) if body.logprobs else 0
         params = body.params(limits, length, top)
         engine = served.engine
         room = engine.context_length - min(length, engine.context_length // 2)
-        conversation, notice = await asyncio.to_thread(
-            truncate_chat, conversation, engine.tokenizer, room, served.system
-        )
-        prompt = engine.tokenizer.render_for_completion(conversation, served.system)
-        job = service.open(served, [engine.prepare(prompt, params, n, streaming=bool(body.stream))])
+        try:
+            conversation, cut = await asyncio.to_thread(
+                truncate_chat, conversation, engine.tokenizer, room, served.system
+            )
+            prompt = engine.tokenizer.render_for_completion(conversation, served.system)
+            streaming = bool(body.stream)
+            requests = [engine.prepare(prompt, params, n, streaming=streaming)]
+        except UserError as error:
+            raise ApiError(400, str(error), param="messages") from None
+        job = service.open(served, requests)
         head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
             "created": int(time.time()),
             "model": served.name,
         }
-        if notice:
-            head["notice"] = notice
+        add_notice(head, clipped, cut)
         if body.stream:
             want_usage = body.stream_options is not None and body.stream_options.include_usage
             chunks = chat_chunks(job, head, bool(body.logprobs), want_usage)
@@ -227,17 +229,14 @@ def create_app(
     async def complete(body: CompletionRequest, request: Request) -> Response | dict[str, Any]:
         served = find_model(body.model)
         engine = served.engine
-        if body.echo:
-            raise ApiError(400, "echo is not supported", param="echo")
         prompts = as_prompts(body.prompt)
         n = samples(body, len(prompts))
         if sum(len(p) for p in prompts) > limits.max_characters:
             raise ApiError(
                 400, f"the prompt is longer than {limits.max_characters}", param="prompt"
             )
-        params = body.params(
-            limits, answer_length(served, body.max_tokens or 16), body.logprobs or 0
-        )
+        length, clipped = answer_length(served, body.max_tokens or 16)
+        params = body.params(limits, length, body.logprobs or 0)
 
         def encode() -> list[list[int]]:
             return [
@@ -246,19 +245,21 @@ def create_app(
             ]
 
         ids = await asyncio.to_thread(encode)
-        job = service.open(
-            served,
-            [
+        try:
+            requests = [
                 engine.prepare(prompt, params, n, index=i, streaming=bool(body.stream))
                 for i, prompt in enumerate(ids)
-            ],
-        )
+            ]
+        except UserError as error:
+            raise ApiError(400, str(error), param="prompt") from None
+        job = service.open(served, requests)
         head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": served.name,
         }
+        add_notice(head, clipped)
         if body.stream:
             want_usage = body.stream_options is not None and body.stream_options.include_usage
             return EventStream(

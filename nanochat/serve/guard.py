@@ -7,8 +7,50 @@ from collections.abc import Collection
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nanochat.serve.service import ApiError, Service
+
+
+class PromptConnection(H11Protocol):
+    """A connection that ends where no whole request head comes in time.
+
+    uvicorn itself waits for ever for a connection's first bytes, and for the rest of a head.
+    """
+
+    head_seconds = 30.0
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)  # type: ignore[arg-type]
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._unwatch()
+
+    def _watch(self) -> None:
+        """The clock runs from a head's first byte, and further bytes do not set it back."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._unwatch()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(self.head_seconds, self._too_late)
+
+    def _unwatch(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _too_late(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(
+                b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+            )
+            self.transport.close()
 
 
 class Guard:
@@ -60,6 +102,8 @@ class Guard:
         except ApiError as error:
             await error.response()(scope, receive, answer)
             return
+        if scope["method"] == "HEAD":  # the server leaves out the body
+            scope = {**scope, "method": "GET"}
         await self.app(scope, self._bounded(receive), answer)
 
     def _check(self, method: str, path: str, headers: dict[bytes, bytes]) -> None:
@@ -71,8 +115,9 @@ class Guard:
                     400, f"unknown host {name!r}; start the server with --allow-host {name}"
                 )
         if self.api_key is not None and (path.startswith("/v1/") or path == "/metrics"):
-            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-            if not hmac.compare_digest(given, self.api_key.encode()):
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            right = hmac.compare_digest(given.strip(), self.api_key.encode())
+            if scheme.lower() != b"bearer" or not right:  # a scheme's name has no case (RFC 9110)
                 raise ApiError(
                     401,
                     "wrong or missing API key; send it as Authorization: Bearer KEY",

@@ -8,34 +8,99 @@ output come as `delta.part`.
 import json
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from itertools import accumulate
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from nanochat.conversation import validate
+from nanochat.errors import UserError
 from nanochat.infer import engine as decoding
 from nanochat.infer.engine import Completion, Event, SamplingParams
 from nanochat.serve.service import ApiError, Job, Limits, Served
 
+
+def _whole_text(value: Any) -> Any:
+    """Text whose lone surrogates, which JSON can spell and UTF-8 cannot, are U+FFFD."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value
+
+
+Text = Annotated[str, BeforeValidator(_whole_text)]
+SomeText = Annotated[Text, Field(min_length=1)]
+Stop = Annotated[Text, Field(min_length=1, max_length=200)]
 Count = Annotated[int, Field(ge=1)]
 TokenId = Annotated[int, Field(ge=0)]
 Neutral = Annotated[float, Field(ge=0, le=0)]
+Nothing = Annotated[list[Any], Field(max_length=0)]
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text"]
+    text: Text
 
 
 class Part(BaseModel):
     model_config = ConfigDict(strict=True)
 
     type: Literal["text", "python", "python_output"]
-    text: str
+    text: Text
 
 
-class ChatMessage(BaseModel):
+class UserMessage(BaseModel):
     model_config = ConfigDict(strict=True)
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, Field(min_length=1)] | Annotated[list[Part], Field(min_length=1)]
+    role: Literal["user"]
+    content: SomeText | Annotated[list[TextPart], Field(min_length=1)]
+
+
+class SystemMessage(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    role: Literal["system", "developer"]
+    content: Text | list[TextPart]
+
+
+class AssistantMessage(BaseModel):
+    """What this server answered: `content`, or better `parts`, where the calls are too."""
+
+    model_config = ConfigDict(strict=True)
+
+    role: Literal["assistant"]
+    content: Text | list[Part] | None = None
+    parts: list[Part] | None = None
+    tool_calls: Nothing | None = None
+    function_call: None = None
+
+    def said(self) -> list[dict[str, str]]:
+        """The parts, as far as there is something to read in them.
+
+        An answer may be empty, and an untrained model writes outputs that follow no call.
+        """
+        parts = self.content if isinstance(self.content, list) else self.parts or []
+        if isinstance(self.content, str):
+            written = "".join(part.text for part in parts if part.type == "text")
+            if not parts or written != self.content:  # a client that knows no parts edited it
+                parts = [Part(type="text", text=self.content)]
+        kept: list[dict[str, str]] = []
+        for part in parts:
+            call = bool(kept) and kept[-1]["type"] == "python"
+            if call if part.type == "python_output" else part.text:
+                kept.append(part.model_dump())
+        return kept
+
+
+ChatMessage = Annotated[UserMessage | SystemMessage | AssistantMessage, Field(discriminator="role")]
+
+
+class TextFormat(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text"]
 
 
 class StreamOptions(BaseModel):
@@ -50,34 +115,39 @@ class Sampling(BaseModel):
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
-    model: str | None = None
+    model: Text | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=1_000_000)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0.01, le=100)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: (
-        Annotated[str, Field(min_length=1, max_length=200)]
-        | Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=16)]
-        | None
-    ) = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     n: Count | None = None
     max_tokens: Count | None = None
     frequency_penalty: Neutral | None = None
     presence_penalty: Neutral | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    response_format: TextFormat | None = None
+    structured_outputs: None = None
+    guided_json: None = None
+    guided_regex: None = None
+    guided_choice: None = None
+    guided_grammar: None = None
+    grammar: None = None
+    json_schema: None = None
 
     def params(self, limits: Limits, max_tokens: int, top_logprobs: int) -> SamplingParams:
         def chosen(value: Any, default: Any) -> Any:
             return default if value is None else value
 
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        greedy = self.top_p == 0  # nothing but the most likely token
         return SamplingParams(
-            temperature=chosen(self.temperature, limits.temperature),
-            top_p=chosen(self.top_p, 1.0),
+            temperature=0.0 if greedy else chosen(self.temperature, limits.temperature),
+            top_p=self.top_p or 1.0,
             top_k=max(0, chosen(self.top_k, limits.top_k)),
             min_p=chosen(self.min_p, 0.0),
             repetition_penalty=chosen(self.repetition_penalty, 1.0),
@@ -93,57 +163,77 @@ class ChatRequest(Sampling):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    functions: Annotated[list[Any], Field(max_length=0)] | None = None
+    tools: Nothing | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    functions: Nothing | None = None
+    function_call: Literal["none", "auto"] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    audio: None = None
+    web_search_options: None = None
+    reasoning_effort: Literal["none"] | None = None
+    verbosity: Literal["medium"] | None = None
+    store: Literal[False] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tools_not_to_be_called(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for choice, tools in (("tool_choice", "tools"), ("function_call", "functions")):
+                if values.get(choice) == "none" and isinstance(values.get(tools), list):
+                    values = {**values, tools: None}
+        return values
 
 
 class CompletionRequest(Sampling):
     prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1)]
+        Text
+        | Annotated[list[Text], Field(min_length=1)]
         | Annotated[list[TokenId], Field(min_length=1)]
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
     )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    echo: bool | None = None
+    echo: Literal[False] | None = None
     suffix: Annotated[str, Field(max_length=0)] | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
 
 
-def check_messages(messages: list[ChatMessage], limits: Limits) -> dict[str, Any]:
-    """The conversation; ApiError or UserError where it is too large or makes no sense."""
+def check_messages(messages: Sequence[ChatMessage], limits: Limits) -> dict[str, Any]:
+    """The conversation; ApiError where it is too large or makes no sense.
+
+    Empty messages of system and assistant are left out: the schema of conversations has no place
+    for them, and clients send back what they were answered.
+    """
+
+    def wrong(words: str) -> ApiError:
+        return ApiError(400, words, param="messages")
+
     if len(messages) > limits.max_messages:
-        raise ApiError(
-            400, f"{len(messages)} messages are more than {limits.max_messages}", param="messages"
-        )
+        raise wrong(f"{len(messages)} messages are more than {limits.max_messages}")
     plain: list[dict[str, Any]] = []
     for message in messages:
-        role = "system" if message.role == "developer" else message.role
-        content = message.content
-        plain.append(
-            {
-                "role": role,
-                "content": content
-                if isinstance(content, str)
-                else [part.model_dump() for part in content],
-            }
-        )
+        content: Any = message.content
+        if isinstance(message, AssistantMessage):
+            content = message.said()
+        elif not isinstance(content, str):
+            content = [part.model_dump() for part in content if part.text]
+        if content or message.role == "user":
+            role = "system" if message.role == "developer" else message.role
+            plain.append({"role": role, "content": content})
     characters = sum(
-        len(m.content) if isinstance(m.content, str) else sum(len(p.text) for p in m.content)
-        for m in messages
+        len(m["content"])
+        if isinstance(m["content"], str)
+        else sum(len(p["text"]) for p in m["content"])
+        for m in plain
     )
     if characters > limits.max_characters:
-        raise ApiError(
-            400,
-            f"{characters} characters are more than {limits.max_characters}",
-            param="messages",
-        )
+        raise wrong(f"{characters} characters are more than {limits.max_characters}")
+    if messages[-1].role == "assistant":
+        raise wrong("the last message is the assistant's; end with the user's")
     conversation = {"messages": plain}
-    validate(conversation, "messages")
-    if plain[-1]["role"] == "assistant":
-        raise ApiError(
-            400, "the last message is the assistant's; end with the user's", param="messages"
-        )
+    try:
+        validate(conversation, "messages")
+    except UserError as error:
+        raise wrong(str(error)) from None
     return conversation
 
 

@@ -27,6 +27,7 @@ from nanochat.errors import UserError
 from nanochat.infer.engine import Engine, SamplingParams
 from nanochat.runtime import single
 from nanochat.serve.app import UI
+from nanochat.serve.guard import PromptConnection
 from nanochat.serve.service import Served
 from scripts import chat_web
 
@@ -241,7 +242,165 @@ def test_the_openai_client(client: httpx.Client, url: str) -> None:
         api.chat.completions.create(model="broken", messages=HI)
 
 
+def test_answers_may_be_sent_back(client: httpx.Client) -> None:
+    """Empty ones too: a model, or a stop string, may end an answer before it begins."""
+    (choice,) = chat(client, model="caller", stop="s").json()["choices"]
+    assert choice["message"]["content"] == ""
+    (called,) = chat(client, model="caller").json()["choices"]
+    answers: list[dict[str, Any]] = [choice["message"], called["message"]]
+    answers += [{"role": "assistant", "content": empty} for empty in ("", None, [])]
+    answers += [{"role": "assistant", "tool_calls": None, "refusal": None}]
+    answers += [
+        {"role": "assistant", "content": "", "parts": [{"type": t, "text": ""}]}
+        for t in ("python", "python_output", "text")
+    ]
+    lengths = []
+    for answer in answers:
+        for system in ({"role": "system", "content": ""}, {"role": "developer", "content": []}):
+            response = client.post(
+                "/v1/chat/completions",
+                json={"messages": [system, *HI, answer, *HI], "model": "caller"},
+            )
+            assert response.is_success, response.text
+            lengths.append(response.json()["usage"]["prompt_tokens"])
+    tokenizer = tiny_tokenizer()
+    full = {"role": "assistant", "content": called["message"]["parts"]}
+    prompts = [{"messages": [*HI, *between, *HI]} for between in ([], [full])]
+    empty, whole = (len(tokenizer.render_for_completion(prompt)) for prompt in prompts)
+    # The calls of an answer are in its parts, and the model reads them again.
+    assert lengths == [empty, empty, whole, whole, *[empty] * (len(lengths) - 4)]
+    edited = {**called["message"], "content": "said 46"}
+    response = client.post("/v1/chat/completions", json={"messages": [*HI, edited, *HI]})
+    assert empty < response.json()["usage"]["prompt_tokens"] < whole
+
+
+def test_an_answer_longer_than_the_context_is_clipped(client: httpx.Client) -> None:
+    for field in ("max_tokens", "max_completion_tokens"):
+        answer = chat(client, model="random", **{field: 1024}).json()
+        assert "max_tokens 1024 is more than the context of 96 tokens" in answer["notice"]
+        assert answer["usage"]["total_tokens"] <= 96
+    fields = {"model": "base", "prompt": "the king", "max_tokens": 1024}
+    answer = client.post("/v1/completions", json=fields).json()
+    assert "context of 96" in answer["notice"]
+    assert answer["usage"]["total_tokens"] <= 96
+    assert "context of 96" in stream(client, max_tokens=1024)[0]["notice"]
+    assert "notice" not in chat(client, max_tokens=96).json()
+    long = [{"role": "user", "content": "the sea"}] * 40
+    notice = chat(client, messages=long, max_tokens=1024).json()["notice"]
+    assert "context of 96 tokens; the oldest" in notice
+
+
+def test_top_p_0_is_greedy(client: httpx.Client) -> None:
+    def text(**fields: Any) -> Any:
+        return chat(client, model="random", max_tokens=12, **fields).json()["choices"][0]["message"]
+
+    assert text(top_p=0, temperature=1, seed=1) == text(temperature=0)
+
+
+def test_what_asks_for_nothing_is_accepted(client: httpx.Client) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    for fields in (
+        {"tools": [tool], "tool_choice": "none"},
+        {"functions": [tool], "function_call": "none"},
+        {"tools": [], "tool_choice": "auto"},
+        {"response_format": {"type": "text"}},
+        {"modalities": ["text"], "audio": None, "store": False, "verbosity": "medium"},
+        {"logit_bias": {}, "presence_penalty": 0, "parallel_tool_calls": True, "user": "me"},
+    ):
+        response = chat(client, max_tokens=2, **fields)
+        assert response.is_success, response.text
+
+
 # Bad requests
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format.type", "cannot be held"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.type", "cannot be held"),
+        ({"guided_json": {}}, "guided_json", "cannot be held"),
+        ({"tool_choice": "required"}, "tool_choice", "calls no tools"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice", "calls no tools"),
+        ({"tools": [{}]}, "tools", '"tool_choice": "none"'),
+        ({"functions": [{}]}, "functions", '"function_call": "none"'),
+        ({"modalities": ["text", "audio"]}, "modalities", "reads and writes text"),
+        ({"audio": {"voice": "x"}}, "audio", "reads and writes text"),
+        ({"web_search_options": {}}, "web_search_options", "searches nothing"),
+        ({"reasoning_effort": "high"}, "reasoning_effort", "no hidden reasoning"),
+        ({"store": True}, "store", "not stored"),
+        ({"logit_bias": {"5": 1.0}}, "logit_bias", "not supported"),
+        (
+            {"messages": [*HI, {"role": "assistant", "content": None, "tool_calls": [{}]}, *HI]},
+            "messages[1].tool_calls",
+            "calls no tools",
+        ),
+    ],
+)
+def test_what_is_not_supported_is_refused(
+    client: httpx.Client, fields: dict[str, Any], param: str, words: str
+) -> None:
+    response = chat(client, **fields)
+    is_error(response, 400, "is not supported", words)
+    error = response.json()["error"]
+    assert (error["param"].split("[1]")[0] if "modal" in param else error["param"]) == param
+    assert error["code"] == "unsupported_parameter"
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, IMAGE]}]},
+            "messages[0].content[1].type \"image_url\" is not supported; it must be 'text'",
+        ),
+        (
+            {"messages": [*HI, {"role": "tool", "tool_call_id": "a", "content": "5"}]},
+            "messages[1].role 'tool' is not supported; it must be one of 'user', 'system', "
+            "'developer', 'assistant'",
+        ),
+        ({"messages": [{"content": "a"}]}, "messages[0].role is required"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content is required"),
+        (
+            {"messages": [{"role": "user", "content": ""}]},
+            "messages[0].content must not be empty",
+        ),
+        (
+            {"messages": [{"role": "user", "content": 5}]},
+            "messages[0].content must be a string or a list, not 5",
+        ),
+        ({"messages": "hi"}, 'messages must be a list, not "hi"'),
+        ({"messages": None}, "messages must be a list, not null"),
+        ({"temperature": 101}, "temperature must be at most 100, not 101"),
+        ({"temperature": "hot"}, 'temperature must be a number, not "hot"'),
+        ({"n": 1.5}, "n must be a whole number, not 1.5"),
+        ({"stream": "yes"}, 'stream must be true or false, not "yes"'),
+        (
+            {"stop": ["a", ""]},
+            "stop[1] must be a string of 1 to 200 characters, or a list of at most 16 of them",
+        ),
+    ],
+)
+def test_errors_speak_of_fields(client: httpx.Client, fields: dict[str, Any], message: str) -> None:
+    error = chat(client, **fields).json()["error"]
+    assert error["message"] == message
+    assert message.startswith(error["param"] + " ")
+
+
+def test_errors_of_bodies_that_are_no_object(client: httpx.Client) -> None:
+    for body, words in ((b"{", "not JSON"), (b"", "JSON object"), (b"[]", "JSON object")):
+        headers = {"content-type": "application/json"}
+        response = client.post("/v1/chat/completions", content=body, headers=headers)
+        is_error(response, 400, words)
+        assert response.json()["error"]["param"] is None
+    response = client.post("/v1/completions", json={"prompt": ["a", [1]]})
+    is_error(response, 400, "must be a string, a list of token ids, or a list of strings")
+    for prompt, param in ((["a"] * 20, "prompt"), ("sea " * 300, "prompt")):
+        response = client.post("/v1/completions", json={"prompt": prompt})
+        assert response.json()["error"]["param"] == param
 
 
 @pytest.mark.parametrize(
@@ -252,20 +411,18 @@ def test_the_openai_client(client: httpx.Client, url: str) -> None:
         ({"messages": [{"role": "robot", "content": "hi"}]}, "role"),
         ({"messages": [{"role": "user"}]}, "content"),
         ({"messages": [{"role": "user", "content": ""}]}, "content"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "content"),
         ({"messages": [{"role": "user", "content": [{"type": "python", "text": "1"}]}]}, "python"),
         ({"messages": [*HI, {"role": "assistant", "content": "a"}]}, "last message"),
         ({"messages": HI * 300}, "300 messages"),
         ({"messages": [{"role": "user", "content": "x" * 200_001}]}, "200001 characters"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p must be at least 0, not -0.1"),
         ({"n": 0}, "n"),
         ({"n": 17}, "17 samples"),
         ({"n": True}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": 5000}, "context"),
-        ({"max_completion_tokens": 5000}, "context"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens must be at least 1, not -1"),
         ({"stop": [""]}, "stop"),
         ({"seed": 2**70}, "seed"),
         ({"seed": 10**600}, "seed"),
@@ -308,19 +465,28 @@ def test_malformed_bodies(client: httpx.Client, body: bytes) -> None:
 
 
 def test_lone_surrogates(client: httpx.Client) -> None:
-    """JSON can spell half a character; UTF-8 cannot, and nothing falls over it."""
-    for fields in (
-        rb'"messages": [{"role": "user", "content": "a\ud800"}]',
-        rb'"messages": [{"role": "user", "content": "hi"}], "stop": "\udfff", "stream": true',
-        rb'"messages": [{"role": "user", "content": "hi"}], "model": "\ud800"',
-        rb'"prompt": "\ud800"',
+    """JSON can spell half a character: it is read as U+FFFD, as the tokenizer reads it."""
+    headers = {"content-type": "application/json"}
+    for fields, path, status in (
+        (rb'"messages": [{"role": "user", "content": "half \ud83d"}]', "chat/completions", 200),
+        (
+            rb'"messages": [{"role": "user", "content": [{"type": "text", "text": "\udc00"}]}]',
+            "chat/completions",
+            200,
+        ),
+        (
+            rb'"messages": [{"role": "user", "content": "hi"}], "stop": "\udfff", "stream": true',
+            "chat/completions",
+            200,
+        ),
+        (rb'"messages": [{"role": "user", "content": "a"}], "model": "\ud800"', "completions", 400),
+        (rb'"prompt": "a", "model": "\ud800"', "completions", 404),
+        (rb'"prompt": "\ud800", "max_tokens": 2', "completions", 200),
+        (rb'"prompt": ["\ud83d\ude42"], "max_tokens": 2', "completions", 200),
+        (rb'"prompt": "a", "seed": "\ud800"', "completions", 400),
     ):
-        for path in ("chat/completions", "completions"):
-            headers = {"content-type": "application/json"}
-            response = client.post(f"/v1/{path}", content=b"{%s}" % fields, headers=headers)
-            if not response.is_success:
-                assert response.status_code in (400, 404)
-                is_error(response, response.status_code)
+        response = client.post(f"/v1/{path}", content=b"{%s}" % fields, headers=headers)
+        assert response.status_code == status, response.text
 
 
 def test_completion_prompts_that_make_no_sense(client: httpx.Client) -> None:
@@ -330,6 +496,16 @@ def test_completion_prompts_that_make_no_sense(client: httpx.Client) -> None:
     is_error(client.post("/v1/completions", json={"prompt": ["a"] * 20}), 400, "20 samples")
     is_error(client.post("/v1/completions", json={"prompt": "a", "echo": True}), 400, "echo")
     assert client.post("/v1/completions", json={"prompt": ""}).is_success  # just <|bos|>
+
+
+def test_head_is_get_without_a_body(client: httpx.Client) -> None:
+    for path in ("/", "/app.js", "/health", "/v1/models", "/metrics", "/openapi.json"):
+        head = client.head(path)
+        assert (head.status_code, head.content) == (200, b""), path
+        assert head.headers["content-type"] == client.get(path).headers["content-type"]
+    assert client.head("/").headers["content-length"] == client.get("/").headers["content-length"]
+    assert client.head("/nothing").status_code == 404
+    assert client.head("/v1/chat/completions").status_code == 405
 
 
 def test_unknown_paths_and_methods(client: httpx.Client) -> None:
@@ -360,6 +536,28 @@ def test_bodies_that_never_end() -> None:
             assert connection.recv(1000).startswith(b"HTTP/1.1 408")
 
 
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: "])
+@pytest.mark.parametrize("after_a_request", [False, True])
+def test_request_heads_that_never_end(
+    url: str, monkeypatch: pytest.MonkeyPatch, sent: bytes, after_a_request: bool
+) -> None:
+    monkeypatch.setattr(PromptConnection, "head_seconds", 0.4)
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        if after_a_request:
+            if not sent:
+                return  # a connection that is kept alive ends by uvicorn's own clock
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert connection.recv(4000).startswith(b"HTTP/1.1 200")
+        for byte in sent:  # none of them sets the clock back
+            connection.sendall(bytes([byte]))
+            time.sleep(0.002)
+        answer = connection.recv(4000)
+        while not answer.startswith(b"HTTP/1.1 408"):
+            assert answer, "closed without a word"
+            answer = connection.recv(4000)
+
+
 def test_no_traceback_reaches_a_client(client: httpx.Client) -> None:
     is_error(chat(client, model="broken"), 500, "failed")
     with client.stream(
@@ -380,6 +578,10 @@ def test_the_api_key() -> None:
             for path in ("/v1/models", "/metrics"):
                 is_error(httpx.get(url + path, headers=headers), 401, "API key")
             is_error(httpx.post(f"{url}/v1/completions", headers=headers), 401)
+        for scheme in ("bearer", "BEARER", "Bearer "):
+            right = {"Authorization": f"{scheme} s3cret"}
+            assert httpx.get(f"{url}/v1/models", headers=right).is_success
+        is_error(httpx.get(f"{url}/v1/models", headers={"Authorization": "s3cret"}), 401)
         right = {"Authorization": "Bearer s3cret"}
         assert httpx.get(f"{url}/v1/models", headers=right).is_success
         assert httpx.get(f"{url}/health").is_success
@@ -427,9 +629,11 @@ def test_the_page_is_all_of_one_piece(client: httpx.Client) -> None:
     assert "unsafe" not in page.headers["content-security-policy"]
     for link in re.findall(r'(?:src|href)="([^"#]+)"', page.text):
         assert client.get(link).is_success, link
+        assert not link.startswith("/"), link  # a proxy may serve the page below a prefix
     for file in UI.iterdir():
         text = file.read_text(encoding="utf-8")
         assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)", text), file
+        assert not re.findall(r"""["'`]/(v1|health|[a-z]+\.(?:js|css|svg))""", text), file
         assert "innerHTML" not in text
         assert "insertAdjacentHTML" not in text
         assert "document.write" not in text

@@ -302,7 +302,7 @@ async function answer() {
   let saved = Date.now();
   let done = false;
   try {
-    const response = await fetch("/v1/chat/completions", {
+    const response = await fetch("v1/chat/completions", {
       method: "POST", headers: headers(), body: JSON.stringify(body), signal: controller.signal,
     });
     if (!response.ok) throw new Error(await explain(response));
@@ -402,7 +402,7 @@ function edit(index, node) {
 async function loadModels() {
   const select = $("model");
   try {
-    const response = await fetch("/v1/models", { headers: headers() });
+    const response = await fetch("v1/models", { headers: headers() });
     if (!response.ok) throw new Error(await explain(response));
     models = (await response.json()).data.filter((model) => model.chat);
     if (!models.length) throw new Error("This server offers no chat model.");

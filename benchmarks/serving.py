@@ -338,16 +338,18 @@ def serve(arguments: argparse.Namespace) -> None:
     from scripts import chat_web
 
     cfg = chat_web.Config(
-        source=(arguments.source or "random",), port=0, max_slots=arguments.max_slots
+        access=chat_web.Access(port=0),
+        load=chat_web.Load(max_slots=arguments.max_slots),
+        source=(arguments.source or "random",),
     )
     started = runtime.start("cpu", arguments.dtype)
-    listener = chat_web.listen(cfg.host, cfg.port)
+    listener = chat_web.listen(cfg.access.host, cfg.access.port)
     if arguments.source:
         models = chat_web.load(cfg, started)
     else:
         tokenizer = made_up_tokenizer(4096)
         model = random_model(arguments.depth, tokenizer, False, started.dtype)
-        engine = Engine(Decoder(model), tokenizer, max_slots=cfg.max_slots)
+        engine = Engine(Decoder(model), tokenizer, max_slots=cfg.load.max_slots)
         models = [Served("random", engine)]
     chat_web.serve(cfg, started, models, listener)
 

@@ -12,13 +12,13 @@ Examples:
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import uvicorn
 
 from nanochat.checkpoint_manager import load_model, system_style
-from nanochat.cli import Group, launch
+from nanochat.cli import launch
 from nanochat.config import Computing, Decoding, Tools
 from nanochat.errors import UserError
 from nanochat.infer.decoder import Decoder
@@ -30,8 +30,8 @@ from nanochat.serve.service import Limits, Served, Service
 
 
 @dataclass(frozen=True)
-class Access(Group):
-    """Where it listens, and who may ask."""
+class Access:
+    """Where the server listens, and who may ask."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all of this machine's."""
@@ -46,11 +46,11 @@ class Access(Group):
 
 
 @dataclass(frozen=True)
-class Answer(Group):
-    """What requests get that don't say otherwise."""
+class Answer:
+    """What a request gets that does not say otherwise."""
 
     temperature: float = 0.6
-    """Of sampling; 0 always takes the most likely token."""
+    """Sampling temperature; 0 always takes the most likely token."""
     top_k: int = 50
     """Sample among the k most likely tokens; 0 = all."""
     max_tokens: int = 512
@@ -58,8 +58,8 @@ class Answer(Group):
 
 
 @dataclass(frozen=True)
-class Load(Group):
-    """How much it does at once."""
+class Load:
+    """How much the server does at once."""
 
     max_slots: int = 32
     """Samples decoded at once."""
@@ -68,17 +68,23 @@ class Load(Group):
 
 
 @dataclass(frozen=True)
-class Config(Access, Answer, Load, Tools, Decoding, Computing):
+class Config:
+    access: Access = field(default_factory=Access)
+    answer: Answer = field(default_factory=Answer)
+    load: Load = field(default_factory=Load)
+    tools: Tools = field(default_factory=Tools)
+    decoding: Decoding = field(default_factory=Decoding)
+    run: Computing = field(default_factory=Computing)
     source: tuple[str, ...] = ("sft",)
     """Models to offer, the first by default: stages, stage/tag, or checkpoint folders."""
 
 
 def check(cfg: Config) -> None:
     """UserError for values that make no sense: no client is to blame for them later."""
-    SamplingParams(temperature=cfg.temperature, top_k=cfg.top_k, max_tokens=cfg.max_tokens)
-    if cfg.max_queue < 0:
-        raise UserError(f"--max-queue {cfg.max_queue} must be at least 0 (0 lets nobody wait)")
-    if cfg.api_key is not None and not cfg.api_key.strip():
+    SamplingParams(**vars(cfg.answer))
+    if cfg.load.max_queue < 0:
+        raise UserError(f"--max-queue {cfg.load.max_queue} must be at least 0 (0 lets nobody wait)")
+    if cfg.access.api_key is not None and not cfg.access.api_key.strip():
         raise UserError("the --api-key is empty; give one, or leave the flag out to ask for none")
 
 
@@ -86,15 +92,16 @@ def load(cfg: Config, runtime: Runtime) -> list[Served]:
     """The models to offer."""
     if not cfg.source:
         raise UserError("--source needs at least one model")
-    tool = python_tool(cfg.sandbox) if cfg.python_tool else cfg.tools
+    tools = cfg.tools
+    tool = python_tool(tools.sandbox) if tools.python_tool else tools.tools
     models = []
     for source in cfg.source:
         model, tokenizer, meta = load_model(source, device=runtime.device, dtype=runtime.dtype)
-        decoder = Decoder(model, cfg.quantize, cfg.cuda_graphs)
+        decoder = Decoder(model, cfg.decoding.quantize, cfg.decoding.cuda_graphs)
         models.append(
             Served(
                 name=source,
-                engine=Engine(decoder, tokenizer, max_slots=cfg.max_slots, tools=tool),
+                engine=Engine(decoder, tokenizer, max_slots=cfg.load.max_slots, tools=tool),
                 chat=meta.get("stage") != "base",
                 system=system_style(meta),
                 parameters=sum(model.num_parameters().values()),
@@ -134,21 +141,17 @@ def leave_a_processor(runtime: Runtime) -> None:
 def serve(cfg: Config, runtime: Runtime, models: Sequence[Served], listener: socket.socket) -> None:
     """Answer on this socket until Ctrl-C."""
     leave_a_processor(runtime)
-    local = cfg.host in ("127.0.0.1", "localhost", "::1")
+    access = cfg.access
+    local = access.host in ("127.0.0.1", "localhost", "::1")
     hosts = None
     if local:
-        hosts = ("127.0.0.1", "localhost", "[::1]", *(name.lower() for name in cfg.allow_host))
-    limits = Limits(
-        temperature=cfg.temperature,
-        top_k=cfg.top_k,
-        max_tokens=cfg.max_tokens,
-        max_queue=cfg.max_queue,
-    )
-    app = create_app(Service(models, limits), api_key=cfg.api_key, cors=cfg.cors, hosts=hosts)
+        hosts = ("127.0.0.1", "localhost", "[::1]", *(name.lower() for name in access.allow_host))
+    limits = Limits(**vars(cfg.answer), max_queue=cfg.load.max_queue)
+    app = create_app(Service(models, limits), api_key=access.api_key, cors=access.cors, hosts=hosts)
     port = listener.getsockname()[1]
-    shown = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
+    shown = f"[{access.host}]" if ":" in access.host else access.host
     runtime.print(f"serving {', '.join(cfg.source)} at http://{shown}:{port}  (Ctrl-C ends)")
-    if not local and cfg.api_key is None:
+    if not local and access.api_key is None:
         runtime.print("anyone who reaches this address can use it: consider --api-key")
     config = uvicorn.Config(
         app,
@@ -163,7 +166,7 @@ def serve(cfg: Config, runtime: Runtime, models: Sequence[Served], listener: soc
 def main(cfg: Config, runtime: Runtime) -> None:
     check(cfg)
     # First the port: to hear that it is taken should not take as long as loading a model.
-    listener = listen(cfg.host, cfg.port)
+    listener = listen(cfg.access.host, cfg.access.port)
     serve(cfg, runtime, load(cfg, runtime), listener)
 
 

@@ -760,28 +760,28 @@ def test_the_load_benchmark_at_a_tiny_size(service: Service, url: str) -> None:
 def test_flags() -> None:
     config = parse(chat_web.Config, ["--source", "sft", "base", "--port", "0"])
     assert config.source == ("sft", "base")
-    assert config.host == "127.0.0.1"
-    assert config.cors == ()
+    assert config.access.host == "127.0.0.1"
+    assert config.access.cors == ()
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"api_key": ""}, "--api-key is empty"),
-        ({"api_key": " "}, "--api-key is empty"),
-        ({"temperature": -1.0}, "temperature -1.0"),
-        ({"top_k": -5}, "top_k -5"),
-        ({"max_tokens": 0}, "max_tokens 0"),
-        ({"max_queue": -1}, "--max-queue -1"),
+        (["--api-key="], "--api-key is empty"),
+        (["--api-key", " "], "--api-key is empty"),
+        (["--temperature=-1"], "temperature -1.0"),
+        (["--top-k=-5"], "top_k -5"),
+        (["--max-tokens", "0"], "max_tokens 0"),
+        (["--max-queue=-1"], "--max-queue -1"),
     ],
 )
 def test_flags_that_make_no_sense(
-    flags: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+    flags: list[str], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Refused before a model is loaded."""
     monkeypatch.setattr(chat_web, "load", lambda *_: pytest.fail("loaded"))
     with pytest.raises(UserError, match=re.escape(words)):
-        chat_web.main(chat_web.Config(port=0, **flags), single())
+        chat_web.main(parse(chat_web.Config, ["--port", "0", *flags]), single())
 
 
 def test_a_port_that_is_taken() -> None:
@@ -817,7 +817,7 @@ def test_what_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         return tiny_model(torch.bfloat16), tiny_tokenizer(), metas[source]
 
     monkeypatch.setattr(chat_web, "load_model", load_model)
-    config = chat_web.Config(source=("sft", "base"), max_slots=3)
+    config = chat_web.Config(load=chat_web.Load(max_slots=3), source=("sft", "base"))
     sft, base = chat_web.load(config, single(dtype=torch.bfloat16))
     assert (sft.chat, sft.system, sft.engine.max_slots) == (True, "merge", 3)
     assert (base.chat, base.system) == (False, "tokens")

@@ -124,29 +124,35 @@ class HubTask(Task):
 def load_hub(repo_id: str, config: str | None, split: str, where: str) -> tuple[Any, str]:
     """A `datasets.Dataset` and its fingerprint, from `NANOCHAT_HUB_DIR/<repo_id>` or the hub.
 
-    The prepared copy lies under NANOCHAT_BASE_DIR, like every artifact, unless HF_HOME or
-    HF_DATASETS_CACHE say otherwise. Raises UserError when it cannot be had or has no rows.
+    A folder needs the files of the wanted split only. The prepared copy lies under
+    NANOCHAT_BASE_DIR, like every artifact, unless HF_HOME or HF_DATASETS_CACHE say otherwise.
+    Raises UserError when the data set cannot be had or has no rows.
     """
     import datasets  # takes seconds to import, and the tasks that generate their rows need it not
 
     source = hub_source(repo_id)
     cache: Path | None = base_dir() / "datasets"
     state = ""
+    arguments: dict[str, Any] = {"path": source, "name": config}
     hidden = datasets.are_progress_bars_disabled()
     if source != repo_id:
         # `datasets` 5.2 does not see that a file of such a folder changed and would serve the old
         # rows: the prepared copy is kept per state of the folder.
         state = _folder_state(Path(source))
         cache = base_dir() / "datasets" / state
+        # It also wants the files of every split that the README names, used or not.
+        files = _split_files(Path(source), config, split, where)
+        kind = {".jsonl": "json"}.get(files[0].suffix, files[0].suffix[1:])
+        arguments = {"path": kind, "data_files": {split: [str(file) for file in files]}}
         datasets.disable_progress_bars()  # a folder is read in no time
     elif os.environ.get("HF_HOME") or os.environ.get("HF_DATASETS_CACHE"):
         cache = None
     try:
         cache_dir = str(cache) if cache else None
-        rows = datasets.load_dataset(source, config, split=split, cache_dir=cache_dir)
+        rows = datasets.load_dataset(**arguments, split=split, cache_dir=cache_dir)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if source != repo_id:
-            remedy = "the folder must be laid out like the data set's repository"
+            remedy = "download or write that file again"
         elif os.environ.get("NANOCHAT_HUB_DIR"):
             remedy = f"NANOCHAT_HUB_DIR has no folder {repo_id}"
         else:
@@ -164,6 +170,59 @@ def load_hub(repo_id: str, config: str | None, split: str, where: str) -> tuple[
     if len(rows) == 0:
         raise UserError(f"{where}: {source} (config {config}) has no rows in its split {split}")
     return rows, rows._fingerprint + state
+
+
+def _split_files(folder: Path, config: str | None, split: str, where: str) -> list[Path]:
+    """The files of one split in a copy of a data set's repository, sorted; never empty.
+
+    The README's list of files decides where it has the config, else their names do: a part of the
+    path, or the beginning of the file's name, is the split (`main/test-00000-of-00001.parquet`).
+    """
+    patterns = _card_patterns(folder, config).get(split, [])
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    inside = folder / config if config and (folder / config).is_dir() else folder
+    data = sorted(
+        path
+        for path in inside.rglob("*")
+        if path.suffix in (".parquet", ".jsonl", ".json", ".csv")
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not found:
+        found = {
+            path
+            for path in data
+            if split in path.relative_to(inside).parts
+            or re.match(rf"{re.escape(split)}(?![A-Za-z0-9])", path.name)
+        }
+    files = sorted(path for path in found if path.is_file())
+    kinds = sorted({path.suffix for path in files})
+    if len(kinds) > 1:
+        raise UserError(f"{where}: the files of the split {split} in {inside} mix {kinds}")
+    if not files:
+        names = ", ".join(str(path.relative_to(folder)) for path in data[:5]) or "no data file"
+        wanted = patterns[0] if patterns else f"{config or 'data'}/{split}-00000-of-00001.parquet"
+        raise UserError(
+            f"{where}: {folder} has no file of the split {split} (config {config}); it has {names}"
+            f"; put that split's file there, such as {wanted}"
+        )
+    return files
+
+
+def _card_patterns(folder: Path, config: str | None) -> dict[str, list[str]]:
+    """Patterns of each split's files, by the settings on top of the data set's README."""
+    import yaml
+
+    try:
+        head = (folder / "README.md").read_text(encoding="utf-8").split("---\n")[1]
+        configs = yaml.safe_load(head)["configs"]
+        files = next(c for c in configs if c["config_name"] == (config or "default"))["data_files"]
+        return {
+            entry["split"]: [entry["path"]] if isinstance(entry["path"], str) else entry["path"]
+            for entry in files
+        }
+    # Whatever else a README says or lacks: the files' names decide.
+    except (OSError, ValueError, LookupError, TypeError, StopIteration, yaml.YAMLError):
+        return {}
 
 
 def _folder_state(folder: Path) -> str:

@@ -511,12 +511,31 @@ def test_what_cannot_be_loaded_says_why_and_what_would_help(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ):
     put_rows(home, "openai/gsm8k", "main", "train", [{"question": "?", "answer": "#### 1"}])
-    with pytest.raises(UserError, match=r"gsm8k/nope: .*Unknown split"):
+    with pytest.raises(UserError, match=r"gsm8k/nope: .*no file of the split nope"):
         GSM8K("nope")
     with pytest.raises(UserError, match="NANOCHAT_HUB_DIR has no folder HuggingFaceTB"):
         SmolTalk("train")
     monkeypatch.delenv("NANOCHAT_HUB_DIR")
     with pytest.raises(UserError, match="set NANOCHAT_HUB_DIR=D"):
+        GSM8K("train")
+
+
+@pytest.mark.parametrize("card", ["path", "paths", "none", "other"])
+def test_a_folder_needs_the_files_of_the_wanted_split_only(home: Path, card: str):
+    """The README names the files of all splits, and only one of them was copied."""
+    rows = [{"question": "?", "answer": "#### 1"}]
+    for split in ("train", "test"):
+        put_rows(home, "openai/gsm8k", "main", split, rows * 3)
+    folder = home / "hub/openai/gsm8k"
+    (folder / "main" / "train-0.parquet").unlink()
+    readme = (folder / "README.md").read_text()
+    if card == "paths":
+        readme = readme.replace("main/test-*", "[main/test-*]")
+    elif card != "path":
+        readme = "" if card == "none" else readme.replace("main", "other")
+    (folder / "README.md").write_text(readme)
+    assert len(GSM8K("test")) == 3
+    with pytest.raises(UserError, match=r"no file of the split train .*it has main/test-0\.parquet"):
         GSM8K("train")
 
 

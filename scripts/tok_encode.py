@@ -41,6 +41,8 @@ def main(cfg: Config, runtime: Runtime) -> dict[Split, TokenStore]:
         raise UserError(f"workers {cfg.workers} must be 0 (one for each CPU) or more")
     tokenizer = Tokenizer.load()
     corpus = open_corpus(cfg.corpus, cfg.bad_rows)
+    for note in corpus.notes():
+        runtime.print(note)
     stores: dict[Split, TokenStore] = {}
     splits: tuple[Split, Split] = ("val", "train")  # the quick one first: it shows mistakes early
     for split in splits:

@@ -81,6 +81,8 @@ def main(cfg: Config, runtime: Runtime) -> Tokenizer | None:
         if getattr(cfg, name) < 1:
             raise UserError(f"{name} {getattr(cfg, name)} must be at least 1")
     corpus = open_corpus(cfg.corpus, cfg.bad_rows)
+    for note in corpus.notes():
+        runtime.print(note)
     shards = corpus.shards("train")
     settings = {
         "corpus": corpus.name,

@@ -61,6 +61,10 @@ class Corpus(ABC):
         """Where `scripts.tok_encode` puts the token store of a split."""
         return paths.stores_dir() / f"{self.name}-{split}"
 
+    def notes(self) -> list[str]:
+        """Lines for a person: what is read, what is left out, what is cut."""
+        return []
+
     def _skip(self, where: str, problem: str) -> None:
         """A row without usable text: an error, or one more that is left out."""
         if self.bad_rows == "error":

@@ -12,6 +12,7 @@ import re
 import threading
 import zipfile
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -36,18 +37,18 @@ def _endpoint() -> str | None:
     return (os.environ.get("HF_ENDPOINT") or "").rstrip("/") or None
 
 
-def list_files(repository: str, extensions: tuple[str, ...]) -> list[str]:
-    """The names of a data set's files with one of the extensions, sorted."""
+def list_files(repository: str, wanted: Callable[[str], bool]) -> list[str]:
+    """The names of a data set's files that are wanted, sorted."""
     from huggingface_hub import HfApi
 
     try:
         files = HfApi(endpoint=_endpoint()).list_repo_files(repository, repo_type="dataset")
     except Exception as error:  # the client's errors differ by version and transport
         raise UserError(f"the files of {repository} cannot be listed: {_line(error)}") from error
-    files = sorted(file for file in files if Path(file).suffix in extensions)
+    files = sorted(file for file in files if wanted(file))
     if not files:
         raise UserError(
-            f"{repository} has no {', '.join(extensions)} file; choose another data set"
+            f"{repository} has no text, .jsonl or .parquet file; choose another data set"
         )
     return files
 

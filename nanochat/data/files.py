@@ -1,19 +1,39 @@
-"""Corpora of one's own: .txt, .jsonl and .parquet files, read a piece at a time."""
+"""Corpora of one's own: text, JSON and parquet files, read a piece at a time."""
 
+import gzip
 import hashlib
+import io
 import json
+import os
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from nanochat.data.corpus import BadRows, Corpus, Shard, Split
 from nanochat.errors import UserError
 from nanochat.paths import safe_name
 
-EXTENSIONS = (".txt", ".jsonl", ".parquet")
+Kind = Literal["text", "lines", "json", "parquet"]
+KINDS: dict[str, Kind] = {
+    ".txt": "text",
+    ".md": "text",
+    ".jsonl": "lines",
+    ".ndjson": "lines",
+    ".json": "json",
+    ".parquet": "parquet",
+}
+"""How a file is read, by the end of its name in small letters. All but parquet files may be
+compressed: `.gz` or `.zst` follows then."""
+_COMPRESSED = (".gz", ".zst")
+EXPECTED = f"{', '.join(KINDS)} (all but .parquet also with {' or '.join(_COMPRESSED)})"
+
 _SECTION = 8_192  # bytes of a section of a long text file, at least
+_LONGEST = 4 * _SECTION  # bytes after which a section ends at any line end, or inside a line
 _WHOLE = 65_536  # bytes up to which a text file is one document
+_HEAD = 1 << 20  # bytes of a .json file that tell what is in it
 _VAL_ONE_IN = 20
 _TXT_SHARD = "txt"
 
@@ -26,15 +46,26 @@ class Row(NamedTuple):
     number: int
     value: "str | Problem"
     position: int
-    """Bytes of the file read so far (a fair guess for parquet)."""
+    """Bytes of the file on the disk read so far (a fair guess for parquet)."""
+
+
+def kind_of(name: str) -> Kind | None:
+    """How the file of that name is read; None if it is not."""
+    name = name.lower()
+    plain = next((name[: -len(end)] for end in _COMPRESSED if name.endswith(end)), name)
+    kind = KINDS.get(os.path.splitext(plain)[1])
+    return None if kind == "parquet" and plain != name else kind
 
 
 class FolderCorpus(Corpus):
-    """The .txt, .jsonl and .parquet files of a folder and its sub-folders, or one such file.
+    """The text, JSON and parquet files of a folder and its sub-folders, or one such file.
 
-    Documents: a .txt file (one of more than 64 KiB is cut into sections of about 8,000 bytes
-    at blank lines), a line of a .jsonl file, a row of a .parquet file; the text is in the field or
-    column `column`. Rows with nothing but white space are left out.
+    Documents: a text file (one of more than 64 KiB, or one that is all there is, is cut into
+    sections of about 8,000 bytes at blank lines, and lines without an end are cut at word ends), a
+    line of a .jsonl file, an object of the list in a .json file (which may also hold lines), a row
+    of a .parquet file; the text is in the field or column `column`. Rows with nothing but white
+    space are left out. Links are followed, hidden files and folders are not read, and `notes` says
+    what else was left out.
 
     Split: a hash of (file name, row) sends one document in twenty to val, so it stays the same when
     files are added. In a corpus so small that one split would get nothing, the document with the
@@ -53,51 +84,108 @@ class FolderCorpus(Corpus):
             digest = hashlib.sha256(resolved.encode()).hexdigest()[:8]
             name = f"{safe_name(root.resolve().stem)}-{digest}"
         self.name = name if column == "text" else f"{name}-{safe_name(column)}"
-        self._files = {path.relative_to(self._base).as_posix(): path for path in self._find()}
+        self._ignored: dict[str, str] = {}
+        self._files: dict[str, Path] = {}
+        self._kinds: dict[str, Kind] = {}
+        self._find()
         if not self._files:
+            found = f" ({_listed(self._ignored)})" if self._ignored else ""
             raise UserError(
-                f"{root} has no {', '.join(EXTENSIONS)} file; put some text in or name another "
-                "folder with --corpus"
+                f"{root} has no file to read{found}: expected {EXPECTED}; put some text in or name "
+                "another folder with --corpus"
             )
+        self._alone = len(self._files) == 1
         self._forced: dict[tuple[str, int], Split] | None = None
 
-    @property
-    def _base(self) -> Path:
-        return self.root.parent if self.root.is_file() else self.root
-
-    def _find(self) -> list[Path]:
+    def _find(self) -> None:
+        """Fill `_files` and `_kinds` with what is read, `_ignored` with why the rest is not."""
         if self.root.is_file():
-            if self.root.suffix not in EXTENSIONS:
+            kind = kind_of(self.root.name)
+            if kind is None:
                 raise UserError(
                     f"{self.root} has the extension '{self.root.suffix}'; expected one of "
-                    f"{', '.join(EXTENSIONS)}"
+                    f"{EXPECTED}"
                 )
-            return [self.root]
-        return sorted(
-            path
-            for path in self.root.rglob("*")
-            if path.suffix in EXTENSIONS
-            and path.is_file()
-            and not any(part.startswith(".") for part in path.relative_to(self.root).parts)
-        )
+            if kind == "json":
+                kind = "lines" if _json_layout(self.root, self.column) == "lines" else "json"
+            self._files, self._kinds = {self.root.name: self.root}, {self.root.name: kind}
+            return
+        for path in sorted(self._walk()):
+            name = path.relative_to(self.root).as_posix()
+            kind = kind_of(name)
+            if not path.is_file():
+                self._ignored[name] = "no file behind the link"
+            elif kind is None:
+                self._ignored[name] = "another kind of file"
+            elif kind == "json" and (layout := _json_layout(path, self.column)) != "lines":
+                if layout != "list":
+                    self._ignored[name] = layout
+                else:
+                    self._files[name], self._kinds[name] = path, "json"
+            else:
+                self._files[name] = path
+                self._kinds[name] = "lines" if kind == "json" else kind
+        readme = next((name for name in self._files if name.lower() == "readme.md"), None)
+        if readme and set(self._kinds.values()) != {"text"}:
+            del self._files[readme], self._kinds[readme]
+            self._ignored[readme] = "it describes the data"
+
+    def _walk(self) -> Iterator[Path]:
+        """All files but hidden ones; a folder that several links lead to is entered once."""
+        seen = {self.root.resolve()}
+        for folder, folders, files in os.walk(self.root, followlinks=True, onerror=_raise):
+            here = Path(folder)
+            for name in sorted(folders):
+                target = (here / name).resolve()
+                if name.startswith(".") or target in seen:
+                    folders.remove(name)
+                    if not name.startswith("."):
+                        shown = (here / name).relative_to(self.root).as_posix()
+                        self._ignored[shown] = "a folder that is read already"
+                seen.add(target)
+            folders.sort()
+            yield from (here / name for name in files if not name.startswith("."))
+
+    def notes(self) -> list[str]:
+        """How many files are read, what was ignored and why, and where long lines are cut."""
+        count = len(self._files)
+        notes = [f"{self.root}: {count} file{'s' * (count != 1)} read"]
+        if self._ignored:
+            notes[0] += f", {len(self._ignored)} ignored: {_listed(self._ignored)}"
+        cuts, returns = {}, {}
+        for name, path in self._files.items():
+            if self._kinds[name] != "text":
+                continue
+            if _returns_only(_head(path, _WHOLE)):
+                returns[name] = "read as line feeds"
+            count = sum(section.inside_a_line for section in self._sections(path))
+            if count:
+                cuts[name] = f"{count} cut{'s' * (count != 1)}"
+        if returns:
+            notes.append(f"lines end with carriage returns: {_listed(returns)}")
+        if cuts:
+            notes.append(f"long lines are cut at word ends into documents: {_listed(cuts)}")
+        return notes
 
     def shards(self, split: Split) -> list[Shard]:
-        """One for each .jsonl and .parquet file, one for all .txt files together."""
+        """One for each JSON and parquet file, one for all text files together."""
         shards = []
         for shard, names in self._groups().items():
             stats = [(name, self._files[name].stat()) for name in names]
             content = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-            text = json.dumps([self.column, _VAL_ONE_IN, _SECTION, _WHOLE, content])
-            fingerprint = hashlib.sha256(text.encode()).hexdigest()
+            settings: list[Any] = [self.column, _VAL_ONE_IN, _SECTION, _WHOLE]
+            if shard == _TXT_SHARD:
+                settings += [_LONGEST, self._alone]
+            fingerprint = hashlib.sha256(json.dumps([*settings, content]).encode()).hexdigest()
             shards.append(Shard(shard, fingerprint, sum(stat.st_size for _, stat in stats)))
         return shards
 
     def _groups(self) -> dict[str, list[str]]:
-        """Shard name -> file names. Thousands of small .txt files are no thousands of shards."""
-        texts = [name for name in self._files if name.endswith(".txt")]
+        """Shard name -> file names. Thousands of small text files are no thousands of shards."""
+        texts = [name for name in self._files if self._kinds[name] == "text"]
         groups = {_TXT_SHARD: texts} if texts else {}
         for name in self._files:
-            if not name.endswith(".txt"):
+            if self._kinds[name] != "text":
                 safe = safe_name(name)
                 digest = hashlib.sha256(name.encode()).hexdigest()[:8]
                 groups[name if safe == name else f"{safe}-{digest}"] = [name]
@@ -107,19 +195,54 @@ class FolderCorpus(Corpus):
         before = 0
         for name in self._groups()[shard]:
             path = self._files[name]
-            for row in self._rows(path, partial(self._in, split, name)):
+            for row in self._rows(name, partial(self._in, split, name)):
                 if isinstance(row.value, Problem):
-                    self._skip(f"{path} {_row_name(path, row.number)}", row.value)
+                    self._skip(f"{path} {self._row_name(name, row.number)}", row.value)
                 elif row.value.strip():
                     yield row.value, before + row.position
             before += path.stat().st_size
 
-    def _rows(self, path: Path, wanted: Callable[[int], bool]) -> Iterator[Row]:
-        if path.suffix == ".parquet":
+    def _rows(self, name: str, wanted: Callable[[int], bool]) -> Iterator[Row]:
+        path, kind = self._files[name], self._kinds[name]
+        if kind == "parquet":
             return (row for row in read_parquet(path, self.column) if wanted(row.number))
-        if path.suffix == ".jsonl":
-            return _read_jsonl(path, self.column, wanted)
-        return _read_txt(path, wanted)
+        if kind == "json":
+            return (row for row in _read_json(path, self.column) if wanted(row.number))
+        if kind == "lines":
+            return _read_lines(path, self.column, wanted)
+        return (
+            Row(section.number, _decoded(section.raw, section.number == 0), section.position)
+            for section in self._sections(path)
+            if wanted(section.number)
+        )
+
+    def _sections(self, path: Path) -> "Iterator[_Section]":
+        small = len(_head(path, _WHOLE + 1)) <= _WHOLE
+        if small and not self._alone:
+            return _sections(path, None)
+        return _sections(path, _SECTION if small else _LONGEST)
+
+    def _row_name(self, name: str, index: int) -> str:
+        """How a person finds the row: lines are counted from 1, the rest from 0."""
+        kind = self._kinds[name]
+        if kind == "lines":
+            return f"line {index + 1}"
+        return f"section {index}" if kind == "text" else f"row {index}"
+
+    def _row_numbers(self, name: str) -> Iterator[int]:
+        """The numbers of a file's rows, without reading more of it than asked for.
+
+        Blank lines of a .jsonl file are no rows: nothing could be read from one.
+        """
+        path, kind = self._files[name], self._kinds[name]
+        if kind == "parquet":
+            yield from range(_open_parquet(path).metadata.num_rows)
+        elif kind == "json":
+            yield from (row.number for row in _read_json(path, self.column))
+        elif kind == "lines":
+            yield from (index for index, line, _ in _lines(path) if line.strip())
+        else:
+            yield from (section.number for section in self._sections(path))
 
     def _in(self, split: Split, name: str, row: int) -> bool:
         if self._forced is None:
@@ -131,8 +254,8 @@ class FolderCorpus(Corpus):
         """Documents whose split is not that of their hash: only where a split would be empty."""
         keys = []
         seen = set()
-        for name, path in self._files.items():
-            for row in _count_rows(path):
+        for name in self._files:
+            for row in self._row_numbers(name):
                 key = _split_hash(name, row)
                 keys.append((key, name, row))
                 seen.add(key % _VAL_ONE_IN == 0)
@@ -141,10 +264,24 @@ class FolderCorpus(Corpus):
         if len(keys) < 2:
             raise UserError(
                 f"{self.root} holds {len(keys)} document{'s' * (len(keys) != 1)}, at least 2 are "
-                "needed: one to train on, one to validate on; add more text"
+                "needed: one to train on, one to validate on; add more text (a text file that is "
+                f"all there is becomes several documents from {2 * _SECTION:,} bytes on)"
             )
         _, name, row = max(keys) if seen == {True} else min(keys)
         return {(name, row): "train" if seen == {True} else "val"}
+
+
+def _raise(error: OSError) -> None:
+    raise UserError(f"{error.filename} cannot be read ({error.strerror}); make it readable")
+
+
+def _listed(reasons: dict[str, str], most: int = 5) -> str:
+    """`a.pdf, b.doc (another kind of file), c.txt (no file behind the link), 3 more`."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in list(reasons.items())[:most]:
+        by_reason.setdefault(reason, []).append(name)
+    parts = [f"{', '.join(names)} ({reason})" for reason, names in by_reason.items()]
+    return ", ".join(parts + [f"{len(reasons) - most} more"] * (len(reasons) > most))
 
 
 def _split_hash(name: str, row: int) -> int:
@@ -152,55 +289,114 @@ def _split_hash(name: str, row: int) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _row_name(path: Path, index: int) -> str:
-    """How a person finds the row: lines are counted from 1, the rest from 0."""
-    if path.suffix == ".jsonl":
-        return f"line {index + 1}"
-    return f"section {index}" if path.suffix == ".txt" else f"row {index}"
+# Bytes
 
 
-def _count_rows(path: Path) -> Iterator[int]:
-    """The indices of a file's rows, without reading more of it than asked for.
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
+    """The uncompressed bytes of a file, and a function: how much of it has been read.
 
-    Blank lines of a .jsonl file are no rows: nothing could be read from one.
+    UserError where a compressed file is cut off or damaged.
     """
-    if path.suffix == ".parquet":
-        yield from range(_open_parquet(path).metadata.num_rows)
-    elif path.suffix == ".jsonl":
-        with path.open("rb") as file:
-            for index, line in enumerate(file):
-                if line.strip():
-                    yield index
-    else:
-        for index, _, _ in _sections(path):
-            yield index
+    import pyarrow as pa
+
+    name = path.name.lower()
+    with path.open("rb") as raw:
+        stream: Any = raw
+        if name.endswith(".gz"):
+            stream = gzip.GzipFile(fileobj=raw)
+        elif name.endswith(".zst"):
+            stream = io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd"))
+        try:
+            yield stream, raw.tell
+        except (EOFError, zlib.error, pa.ArrowException, OSError) as error:
+            if stream is raw:
+                raise
+            raise UserError(
+                f"{path} is not a complete compressed file ({error}); download or write it again"
+            ) from error
 
 
-def _sections(path: Path) -> Iterator[tuple[int, bytes, int]]:
-    """(index, bytes, position): the documents of a text file, joined they are the file.
+def _head(path: Path, size: int) -> bytes:
+    with _opened(path) as (stream, _):
+        return stream.read(size)
 
-    A section ends at the first blank line after `_SECTION` bytes, at any line end after four times
-    as many.
+
+def _returns_only(head: bytes) -> bool:
+    """Whether a file that begins like this ends its lines with carriage returns alone."""
+    return b"\r" in head[:-1] and b"\n" not in head
+
+
+def _line_reader(path: Path, stream: BinaryIO) -> Callable[[int], bytes]:
+    """`readline(limit)` of the stream; a file with only carriage returns gets line feeds."""
+    if not _returns_only(_head(path, _WHOLE)):
+        return stream.readline
+    text = io.TextIOWrapper(stream, "latin-1", newline=None)  # any byte is a character of latin-1
+    return lambda limit: text.readline(limit).encode("latin-1")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes, int]]:
+    """(index, line, position) of each line of a file."""
+    with _opened(path) as (stream, position):
+        readline = _line_reader(path, stream)
+        for index, line in enumerate(iter(lambda: readline(-1), b"")):
+            yield index, line, position()
+
+
+class _Section(NamedTuple):
+    """A document of a text file; joined they are the file."""
+
+    number: int
+    raw: bytes
+    position: int
+    inside_a_line: bool
+    """Whether it ends where its line goes on."""
+
+
+def _sections(path: Path, longest: int | None) -> Iterator[_Section]:
+    """The documents of a text file, all of it with `longest` None.
+
+    A section ends at the first blank line after `_SECTION` bytes, at any line end after `longest`,
+    and at the last word end within `longest` of a line that is longer than that.
     """
-    whole = path.stat().st_size <= _WHOLE
-    index = position = size = 0
+    ends = _SECTION if longest else _WHOLE + 1
+    longest = longest or _WHOLE + 1
+    index = size = 0
     lines: list[bytes] = []
-    with path.open("rb") as file:
-        for line in file:
+    rest = b""
+    with _opened(path) as (stream, position):
+        readline = _line_reader(path, stream)
+        while True:
+            line = rest + readline(longest - len(rest))
+            if not line:
+                break
+            inside = len(line) >= longest and not line.endswith(b"\n")
+            end = _word_end(line) if inside else len(line)
+            line, rest = line[:end], line[end:]
             lines.append(line)
             size += len(line)
-            position += len(line)
-            if not whole and ((size >= _SECTION and not line.strip()) or size >= 4 * _SECTION):
-                yield index, b"".join(lines), position
+            if inside or (size >= ends and not line.strip()) or size >= longest:
+                yield _Section(index, b"".join(lines), position(), inside)
                 index, size, lines = index + 1, 0, []
-    if lines:
-        yield index, b"".join(lines), position
+        if lines:
+            yield _Section(index, b"".join(lines), position(), False)
 
 
-def _read_txt(path: Path, wanted: Callable[[int], bool]) -> Iterator[Row]:
-    for index, raw, position in _sections(path):
-        if wanted(index):
-            yield Row(index, _decoded(raw, index == 0), position)
+_ENDS = [b" ", b"\t", b"\r", *(end.encode() for end in "\u3000\u3002\uff01\uff1f\uff0c\u3001")]
+
+
+def _word_end(line: bytes) -> int:
+    """Where to cut: behind the last space (or East Asian mark), else between two characters."""
+    end = max(line.rfind(mark) + len(mark) if mark in line else 0 for mark in _ENDS)
+    if end == 0:
+        end = len(line)
+        # Up to three bytes that continue a UTF-8 character, and the one that begins it.
+        for back in range(1, min(4, end - 1) + 1):
+            first = line[-back]
+            if first & 0xC0 != 0x80:
+                needed = 1 + (first >= 0xC0) + (first >= 0xE0) + (first >= 0xF0)
+                return end if back >= needed else end - back
+    return end
 
 
 def _decoded(raw: bytes, first: bool) -> "str | Problem":
@@ -214,23 +410,66 @@ def _decoded(raw: bytes, first: bool) -> "str | Problem":
         )
 
 
-def _read_jsonl(path: Path, column: str, wanted: Callable[[int], bool]) -> Iterator[Row]:
-    position = 0
-    with path.open("rb") as file:
-        for index, line in enumerate(file):
-            position += len(line)
-            if line.strip() and wanted(index):
-                yield Row(index, _json_text(line, column, index == 0), position)
+def parse_json(line: bytes, first: bool = False) -> Any:
+    """The value in UTF-8 JSON; UserError says whether the encoding or the JSON is wrong.
 
-
-def _json_text(line: bytes, column: str, first: bool) -> "str | Problem":
+    `first` is whether a byte order mark may stand in front.
+    """
     text = _decoded(line, first)
     if isinstance(text, Problem):
-        return text
+        raise UserError(text)
     try:
-        row = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        return Problem(f"not valid JSON ({error})")
+        raise UserError(f"not valid JSON ({error})") from None
+
+
+# JSON
+
+
+def _read_lines(path: Path, column: str, wanted: Callable[[int], bool]) -> Iterator[Row]:
+    for index, line, position in _lines(path):
+        if line.strip() and wanted(index):
+            try:
+                value = _field(parse_json(line, index == 0), column)
+            except UserError as error:
+                value = Problem(error)
+            yield Row(index, value, position)
+
+
+def _read_json(path: Path, column: str) -> Iterator[Row]:
+    """The objects of the list that the file holds; all of it is in memory."""
+    with _opened(path) as (stream, _):
+        data = stream.read()
+    size = path.stat().st_size
+    try:
+        rows = parse_json(data, first=True)
+    except UserError as error:
+        yield Row(0, Problem(error), size)
+        return
+    for index, row in enumerate(rows if isinstance(rows, list) else [rows]):
+        yield Row(index, _field(row, column), size * (index + 1) // max(1, len(rows)))
+
+
+def _json_layout(path: Path, column: str) -> str:
+    """ "list" or "lines" of objects with the field `column`, else why the file has no rows."""
+    text = _head(path, _HEAD).decode("utf-8-sig", errors="replace").lstrip()
+    layout = "list" if text.startswith("[") else "lines"
+    first = text[1:].lstrip() if layout == "list" else text
+    try:
+        row, end = json.JSONDecoder().raw_decode(first)
+    except RecursionError:
+        return "no list of objects"
+    except ValueError:  # reading it will say what is wrong, if it is not just longer than the head
+        return layout if first.startswith("{") else "no list of objects"
+    if layout == "lines" and "\n" in first[:end].strip():
+        return "one object over several lines"
+    if not isinstance(row, dict):
+        return "no list of objects"
+    return layout if column in row else f"no field '{column}'"
+
+
+def _field(row: object, column: str) -> "str | Problem":
     if not isinstance(row, dict):
         return Problem(f"{_kind(row)}; expected an object with a field '{column}'")
     if column not in row:

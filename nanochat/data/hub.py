@@ -2,7 +2,8 @@
 
     open_corpus("bbe")               the embedded corpus (a package, no download)
     open_corpus("climbmix")          a named corpus, as far as it has been downloaded
-    open_corpus("./books")           a folder (or one file) of .txt, .jsonl, .parquet
+    open_corpus("./books")           a folder (or one file) of .txt, .md, .jsonl, .json,
+                                     .parquet; .gz and .zst too
     open_corpus("./books:content")   the same, the text being in another column
     open_corpus("org/name:content")  a data set on the hub, downloaded before
 
@@ -26,7 +27,7 @@ from pathlib import Path
 from nanochat import paths
 from nanochat.data.corpus import BadRows, Corpus, EmbeddedCorpus, Shard, Split, bbe_chapters
 from nanochat.data.download import fetch_files, fetch_url, list_files
-from nanochat.data.files import EXTENSIONS, FolderCorpus, Problem, read_parquet
+from nanochat.data.files import FolderCorpus, Problem, kind_of, read_parquet
 from nanochat.errors import UserError
 
 
@@ -113,6 +114,11 @@ def _hub_folder(repository: str) -> Path | None:
     return source if source != Path(repository) and source.is_dir() else None
 
 
+def _is_data(name: str) -> bool:
+    """Whether a data set's file holds documents: not its README, nor the .json of its settings."""
+    return kind_of(name) is not None and not name.lower().endswith((".md", ".json"))
+
+
 def _hub_name(repository: str) -> str:
     return repository.replace("/", "--")
 
@@ -186,9 +192,9 @@ def download(spec: str, num_shards: int, workers: int = 4) -> list[Path]:
         raise UserError(f"'{spec}' cannot be downloaded; expected {', '.join(NAMED)} or ORG/NAME")
     local = _hub_folder(repository)
     if local is not None:
-        return sorted(path for path in local.rglob("*") if path.suffix in EXTENSIONS)
+        return sorted(path for path in local.rglob("*") if _is_data(path.name))
     if not files:
-        files = list_files(repository, EXTENSIONS)[:num_shards]
+        files = list_files(repository, _is_data)[:num_shards]
 
     missing = [file for file in files if not (folder / file).exists()]
     if missing:

@@ -163,7 +163,7 @@ def test_all_kinds_of_files(tmp_path: Path) -> None:
     write_parquet(folder / "deep" / "b.parquet", rows, row_group_size=7)
     for i in range(40):
         (folder / f"{i}.txt").write_text(f"file {i}\n")
-    (folder / "notes.md").write_text("not text for training")
+    (folder / "notes.doc").write_text("not text for training")
     (folder / ".partial").mkdir()
     (folder / ".partial" / "c.jsonl").write_text("broken")
     train, val = (documents(folder, split) for split in SPLITS)
@@ -252,6 +252,132 @@ def test_long_text_without_blank_lines_is_cut_at_line_ends(tmp_path: Path) -> No
     assert sorted("".join(sections).splitlines()) == sorted(text.splitlines())
 
 
+def compressed(data: bytes, end: str) -> bytes:
+    """As `gzip` or `zstd` would write it, in two members: `cat a.gz b.gz` is a .gz file too."""
+    half = len(data) // 2
+    if end == ".gz":
+        return gzip.compress(data[:half]) + gzip.compress(data[half:])
+    codec = pa.Codec("zstd")
+    return b"".join(codec.compress(part, asbytes=True) for part in (data[:half], data[half:]))
+
+
+@pytest.mark.parametrize("end", ["", ".gz", ".zst", ".GZ"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("{}.TXT", "text {}"),
+        ("{}.md", "text {}"),
+        ("{}.Jsonl", '{{"text": "text {}"}}'),
+        ("{}.ndjson", '{{"text": "text {}"}}\n'),
+        ("{}.json", '{{"text": "text {}", "id": {{}}}}\n'),
+        ("{}.json", '\ufeff[{{"id": 0, "text": "text {}"}}]'),
+        ("{}.json", '[\n  {{\n  "text": "text {}"\n  }}\n]\n'),
+    ],
+)
+def test_files_are_read_whatever_their_names(
+    tmp_path: Path, name: str, content: str, end: str
+) -> None:
+    for i in range(3):
+        data = content.format(i).encode()
+        data = compressed(data, end.lower()) if end else data
+        (tmp_path / (name.format(i) + end)).write_bytes(data)
+    corpus = open_corpus(str(tmp_path))
+    found = [text for split in SPLITS for text in corpus.documents(split)]
+    assert sorted(found) == ["text 0", "text 1", "text 2"]
+    assert corpus.notes() == [f"{tmp_path}: 3 files read"]
+
+
+def test_what_is_not_read_is_named(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", ["x"] * 30)
+    (tmp_path / "README.md").write_text("About these data.")
+    (tmp_path / "cover.jpg").write_bytes(b"")
+    (tmp_path / "state.json").write_text('{"rows": 30}')
+    (tmp_path / "b.txt").symlink_to(tmp_path / "gone.txt")
+    (tmp_path / ".gitattributes").write_text("")
+    [note] = open_corpus(str(tmp_path)).notes()
+    assert note == (
+        f"{tmp_path}: 1 file read, 4 ignored: b.txt (no file behind the link), cover.jpg "
+        "(another kind of file), state.json (no field 'text'), README.md (it describes the data)"
+    )
+    for i in range(9):
+        (tmp_path / f"{i}.pdf").write_bytes(b"")
+    assert open_corpus(str(tmp_path)).notes()[0].endswith("(another kind of file), 8 more")
+
+
+def test_a_readme_among_texts_is_a_text(tmp_path: Path) -> None:
+    for name in ("README.md", "a.txt"):
+        (tmp_path / name).write_text(name)
+    assert sorted(everything(tmp_path)[0]) == ["README.md", "a.txt"]
+
+
+def test_linked_folders_are_read_once(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / "elsewhere" / name).mkdir(parents=True)
+        (tmp_path / "elsewhere" / name / "a.txt").write_text(name)
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "all").symlink_to(tmp_path / "elsewhere")
+    (corpus / "again").symlink_to(tmp_path / "elsewhere" / "one")
+    (tmp_path / "elsewhere" / "up").symlink_to(corpus)
+    assert sorted(everything(corpus)[0]) == ["one", "two"]
+    [note] = open_corpus(str(corpus)).notes()
+    assert "2 files read, 2 ignored: " in note
+    assert "(a folder that is read already)" in note
+
+
+@pytest.mark.parametrize("end", [".gz", ".zst"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_compressed_file_that_was_cut_off(tmp_path: Path, name: str, end: str) -> None:
+    data = "".join(
+        json.dumps({"text": hashlib.sha256(bytes([i])).hexdigest()}) + "\n" for i in b"x" * 99
+    )
+    (tmp_path / (name + end)).write_bytes(compressed(data.encode(), end)[:-9])
+    with pytest.raises(UserError, match=rf"{name}{end} is not a complete compressed file"):
+        everything(tmp_path)
+
+
+@pytest.mark.parametrize("size", [20_000, 200_000])
+def test_a_line_without_an_end_is_cut_at_word_ends(tmp_path: Path, size: int) -> None:
+    """As in text8, which is one line of 100 MB."""
+    text = ("the king said to his men " * size)[:size]
+    (tmp_path / "text8.txt").write_text(text)
+    corpus = open_corpus(str(tmp_path / "text8.txt"))
+    found = [text for split in SPLITS for text in corpus.documents(split)]
+    assert len(found) == -(-size // (8192 if size < 65536 else 32_768)) >= 3
+    assert sum(map(len, found)) == size
+    assert all(
+        document.startswith(("the ", "king ", "said ", "to ", "his ", "men ")) for document in found
+    )
+    assert corpus.notes()[1] == (
+        f"long lines are cut at word ends into documents: text8.txt ({len(found) - 1} cuts)"
+    )
+
+
+@pytest.mark.parametrize("character", ["é", "王", "🙂"])
+def test_a_line_without_spaces_is_cut_between_characters(tmp_path: Path, character: str) -> None:
+    for shift in range(4):
+        text = "x" * shift + character * 30_000
+        (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+        found = everything(tmp_path)[0]
+        assert len(found) > 1
+        assert sorted("".join(found)) == sorted(text)
+
+
+def test_carriage_returns_alone_end_lines(tmp_path: Path) -> None:
+    paragraph = "A line of some length, in a paragraph of three.\r" * 3 + "\r"
+    text = "".join(f"{i} {paragraph}" for i in range(1000))
+    (tmp_path / "old.txt").write_bytes(text.encode())
+    (tmp_path / "old.jsonl").write_bytes(b'{"text": "0 x"}\r{"text": "1 y"}\r')
+    found = everything(tmp_path)[0]
+    assert {"0 x", "1 y"} <= set(found)
+    sections = sorted(set(found) - {"0 x", "1 y"}, key=lambda s: int(s.split()[0]))
+    assert "".join(sections) == text.replace("\r", "\n")
+    assert len(sections) > 10
+    assert open_corpus(str(tmp_path)).notes()[1:] == [
+        "lines end with carriage returns: old.txt (read as line feeds)"
+    ]
+
+
 def test_column_in_the_name(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", ["x"] * 30, field="body")
     write_parquet(tmp_path / "b.parquet", ["y"] * 30, column="body")
@@ -323,12 +449,12 @@ def test_unknown_corpus(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no folder org/name.*nanochat\.data\.hub org/name"):
         open_corpus("org/name")
     (tmp_path / "a.doc").write_text("x")
-    with pytest.raises(UserError, match=r"'\.doc'; expected one of \.txt, \.jsonl, \.parquet"):
+    with pytest.raises(UserError, match=r"'\.doc'; expected one of \.txt, \.md, \.jsonl"):
         open_corpus(str(tmp_path / "a.doc"))
 
 
 def test_empty_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has no \.txt, \.jsonl, \.parquet file"):
+    with pytest.raises(UserError, match=r"has no file to read: expected \.txt, \.md"):
         open_corpus(str(tmp_path))
 
 

@@ -52,15 +52,23 @@ def make_layout(
     windows: tuple[int, ...],
     backend: str,
     device: torch.device,
+    boundaries: torch.Tensor | None = None,
 ) -> Layout:
     """Build the layout of a (B, T) batch.
 
     doc_ids: (B, T), equal within a document and non-decreasing along T; None: a row is a document.
     windows: the distinct window sizes in use; a query sees itself and the window-1 tokens before.
+    boundaries: `document_boundaries` of doc_ids where they are known; to find them in doc_ids on a
+    GPU is to wait for it.
     """
     B, T = shape
     if backend == "varlen":
-        return Layout(backend, {}, _boundaries(doc_ids, B, T, device), T)
+        if boundaries is None and doc_ids is None:
+            boundaries = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=device)
+        elif boundaries is None and doc_ids is not None:
+            ends = document_boundaries(doc_ids)
+            boundaries = pad_boundaries(ends, padded_documents(len(ends) - 1, B * T))
+        return Layout(backend, {}, boundaries, T)
     one_document = doc_ids is None or bool((doc_ids == doc_ids[:, :1]).all())
     masks: dict[int, torch.Tensor | None] = {}
     position = torch.arange(T, device=device)
@@ -79,19 +87,32 @@ def make_layout(
     return Layout(backend, masks)
 
 
-def _boundaries(doc_ids: torch.Tensor | None, B: int, T: int, device: torch.device) -> torch.Tensor:
-    """Cumulative document lengths, padded with B*T to a power of two (empty documents are free).
+def document_boundaries(doc_ids: torch.Tensor) -> torch.Tensor:
+    """doc_ids (B, T) -> (documents + 1,) int32: where each begins in the flattened rows, and B*T.
 
-    The padding keeps the number of shapes a compiled graph meets small: one, as long as documents
-    are longer than 128 tokens on average.
+    >>> document_boundaries(torch.tensor([[0, 0, 1], [0, 0, 0]]))
+    tensor([0, 2, 3, 6], dtype=torch.int32)
     """
-    if doc_ids is None:
-        return torch.arange(0, B * T + 1, T, dtype=torch.int32, device=device)
-    starts = torch.ones(B, T, dtype=torch.bool, device=device)
+    starts = torch.ones_like(doc_ids, dtype=torch.bool)
     starts[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
     offsets = starts.flatten().nonzero().flatten().to(torch.int32)
-    size = 1 << max(64, B * T // 128, offsets.numel()).bit_length()
-    return F.pad(offsets, (0, size + 1 - offsets.numel()), value=B * T)
+    return F.pad(offsets, (0, 1), value=doc_ids.numel())
+
+
+def padded_documents(documents: int, tokens: int) -> int:
+    """Documents that a batch's boundaries get room for: a power of two, one for each shape.
+
+    At least 64, and one for 512 tokens: text from the web stays below that, so that a compiled
+    graph meets one shape. Attention kernels start blocks for empty documents too, so more room than
+    that costs time.
+    """
+    return 1 << (max(64, tokens // 512, documents) - 1).bit_length()
+
+
+def pad_boundaries(boundaries: torch.Tensor, documents: int) -> torch.Tensor:
+    """Empty documents at the end, up to that many of them: (documents + 1,)."""
+    missing = documents + 1 - len(boundaries)
+    return torch.cat([boundaries, boundaries[-1:].expand(missing)])
 
 
 def attend(

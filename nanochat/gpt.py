@@ -328,10 +328,15 @@ class GPT(nn.Module):
             total += int(12 * self.config.n_head * self.config.head_dim * keys)
         return total
 
-    def make_layout(self, doc_ids: torch.Tensor | None, shape: Sequence[int]) -> Layout:
+    def make_layout(
+        self,
+        doc_ids: torch.Tensor | None,
+        shape: Sequence[int],
+        boundaries: torch.Tensor | None = None,
+    ) -> Layout:
         backend = self.backend or choose_backend(self.device, self.compute_dtype)
         windows = tuple(self.config.window(i) for i in range(self.config.n_layer))
-        return make_layout(doc_ids, (shape[0], shape[1]), windows, backend, self.device)
+        return make_layout(doc_ids, (shape[0], shape[1]), windows, backend, self.device, boundaries)
 
     def _rotary(self, positions: torch.Tensor) -> dict[bool, tuple[torch.Tensor, torch.Tensor]]:
         """Windowed? -> cosines and sines (..., 1, D/2) in the compute dtype."""
@@ -456,15 +461,17 @@ class GPT(nn.Module):
         targets: torch.Tensor,
         doc_ids: torch.Tensor | None = None,
         temperature: float = 1.0,
+        boundaries: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Negative log-likelihood (B, T) float32 in nats; 0 where the target is -1.
 
         Under softmax(logits / temperature): reinforcement learning scores its samples as they were
         drawn. The head runs in chunks and again in the backward pass, so that (B*T, V) logits never
         exist at once. Longer rows than the context, and a temperature so low that exponentials of
-        float32 overflow, raise UserError.
+        float32 overflow, raise UserError. `boundaries` are those of a Batch: with them
+        nothing waits for a GPU.
         """
-        layout = self._loss_layout(inputs, doc_ids, temperature)
+        layout = self._loss_layout(inputs, doc_ids, temperature, boundaries)
         return self.token_losses(inputs, targets, layout, temperature)
 
     def weighted_loss(
@@ -474,17 +481,22 @@ class GPT(nn.Module):
         weights: torch.Tensor,
         doc_ids: torch.Tensor | None = None,
         temperature: float = 1.0,
+        boundaries: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """sum(weights * nll), a scalar: what training minimises. All arguments (B, T).
 
         Equal to `(weights * nll(...)).sum()`, but as the weights are known beforehand, the gradient
         of the logits is computed beside them: the head is not run again in the backward pass.
         """
-        layout = self._loss_layout(inputs, doc_ids, temperature)
+        layout = self._loss_layout(inputs, doc_ids, temperature, boundaries)
         return self.summed_loss(inputs, targets, weights, layout, temperature)
 
     def _loss_layout(
-        self, inputs: torch.Tensor, doc_ids: torch.Tensor | None, temperature: float
+        self,
+        inputs: torch.Tensor,
+        doc_ids: torch.Tensor | None,
+        temperature: float,
+        boundaries: torch.Tensor | None,
     ) -> Layout:
         self._check_length(inputs.shape[1], None)
         if not 2 * self.config.softcap / MAX_EXPONENT <= temperature < math.inf:
@@ -492,7 +504,7 @@ class GPT(nn.Module):
                 f"temperature {temperature} of the loss must be at least "
                 f"{2 * self.config.softcap / MAX_EXPONENT:g} and finite"
             )
-        return self.make_layout(doc_ids, inputs.shape)
+        return self.make_layout(doc_ids, inputs.shape, boundaries)
 
     def _summed_loss(
         self,

@@ -127,7 +127,9 @@ def train_step(
     divisor = max(targets if divisor is None else divisor, 1)
     for batch in batches:
         weights = batch.weights / (divisor / scale)
-        loss = model.weighted_loss(batch.inputs, batch.targets, weights, batch.doc_ids, temperature)
+        loss = model.weighted_loss(
+            batch.inputs, batch.targets, weights, batch.doc_ids, temperature, batch.boundaries
+        )
         loss.backward()
         total += loss.detach() / scale
 

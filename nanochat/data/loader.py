@@ -10,14 +10,16 @@ B batch, T time (the sequence length; a row holds T + 1 tokens), W ranks.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nanochat.attention import document_boundaries, pad_boundaries, padded_documents
 from nanochat.data.order import MixtureOrder, make_key
 from nanochat.data.packing import count_rows, pack_window
 from nanochat.data.sources import Source
@@ -45,24 +47,64 @@ class Batch:
     roles: Tensor | None = None
     """(B, T) int8: the target's role (`tokenizer.ROLE_NAMES`), whatever its weight; -1 where there
     is no target or its store has no roles. Only with `with_roles=True`."""
+    boundaries: Tensor | None = None
+    """(N,) int32: `attention.document_boundaries` of doc_ids; nobody has to ask a GPU for them."""
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; from pinned memory and without waiting on CUDA."""
         if device.type == "cpu":
             return self
+        if device.type == "cuda":
+            pinned = self.pinned()
+            return pinned._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._each(lambda tensor: tensor.to(device))
 
-        def move(tensor: Tensor) -> Tensor:
-            if device.type == "cuda":
-                return tensor.pin_memory().to(device, non_blocking=True)
-            return tensor.to(device)
+    def pinned(self) -> "Batch":
+        """The batch in memory that a GPU reads from without a wait."""
+        return self._each(lambda tensor: tensor if tensor.is_pinned() else tensor.pin_memory())
 
-        return Batch(
-            inputs=move(self.inputs),
-            targets=move(self.targets),
-            weights=move(self.weights),
-            doc_ids=move(self.doc_ids),
-            roles=None if self.roles is None else move(self.roles),
-        )
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors = {name: value for name, value in vars(self).items() if value is not None}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
+
+
+@dataclass(frozen=True)
+class _Position:
+    """What has been read: a place in the order of rows."""
+
+    epoch: int = 0
+    window: int = 0
+    row: int = 0
+    cuts: tuple[tuple[int, int], ...] = ()
+    """(sequence length, rows read) of each length the present window had before this one."""
+    consumed: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
+    """(sources, 2): documents begun, targets."""
+
+
+class _Ahead(threading.Thread):
+    """A micro-batch in the making.
+
+    A daemon, so that a run that ends, or fails, does not wait for it.
+    """
+
+    def __init__(self, make: Callable[[_Position], tuple[Batch, _Position]], at: _Position):
+        super().__init__(name="next batch", daemon=True)
+        self._work, self._from = make, at
+        self._made: tuple[Batch, _Position] | BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._made = self._work(self._from)
+        except BaseException as error:  # raised where the batch is asked for
+            self._made = error
+
+    def result(self) -> tuple[Batch, _Position]:
+        """The micro-batch and the position after it, or what making them failed with."""
+        self.join()
+        if self._made is None or isinstance(self._made, BaseException):
+            raise self._made or RuntimeError("the thread was ended")
+        return self._made
 
 
 class _Window:
@@ -134,6 +176,9 @@ class DataLoader:
     `window` is the number of documents packed together, up to twice that many so that an epoch
     divides evenly; by default 1,024, or more where documents are so short that these would fill
     few rows.
+
+    With `prefetch`, the default on CUDA, a thread makes the next micro-batch while the present one
+    is trained on. Everything that tells a position means the micro-batches handed out.
     """
 
     def __init__(
@@ -149,6 +194,7 @@ class DataLoader:
         epochs: int | None = None,
         device: torch.device = torch.device("cpu"),
         with_roles: bool = False,
+        prefetch: bool | None = None,
     ):
         _check(sources, batch_size, sequence_length, rank, world_size, window, epochs)
         self.sources = list(sources)
@@ -169,11 +215,12 @@ class DataLoader:
         self.window = window or self._default_window()
         self._rows_of_epoch: dict[int, int] = {}
         self._packed: tuple[int, int, int, _Window] | None = None
-        self._epoch = self._window = self._row = 0
-        self._cuts: list[list[int]] = []
-        """[sequence length, rows read] of each length the present window had before this one."""
-        self._consumed = np.zeros((len(self.sources), 2), dtype=np.int64)
-        self._settle()
+        self._documents = 0
+        """Documents that the boundaries of a micro-batch have room for; it never shrinks."""
+        self._prefetch = device.type == "cuda" if prefetch is None else prefetch
+        self._ahead: _Ahead | None = None
+        start = _Position(consumed=np.zeros((len(self.sources), 2), dtype=np.int64))
+        self._at = self._settled(start)
 
     def _default_window(self) -> int:
         """Documents that fill 256 rows on average, a power of two from 1,024 to 65,536."""
@@ -203,11 +250,11 @@ class DataLoader:
             lengths[chosen] = source.store.lengths(documents[chosen])
         return sources, documents, lengths
 
-    def _current(self) -> _Window:
-        place = self._epoch, self._window, len(self._cuts)
+    def _rows_of(self, at: _Position) -> _Window:
+        place = at.epoch, at.window, len(at.cuts)
         if self._packed is None or self._packed[:3] != place:
-            sources, documents, lengths = self._located(self._epoch, self._window)
-            key = make_key(self.seed, -2, self._epoch, self._window)
+            sources, documents, lengths = self._located(at.epoch, at.window)
+            key = make_key(self.seed, -2, at.epoch, at.window)
             numbers = np.arange(len(lengths))
             parts = np.stack([numbers, np.zeros_like(numbers), lengths], axis=1)
 
@@ -215,31 +262,35 @@ class DataLoader:
                 capacity = sequence_length + 1
                 return _Window(sources, documents, parts, capacity, key, len(self.sources))
 
-            for number, (sequence_length, rows_read) in enumerate(self._cuts, start=1):
+            for number, (sequence_length, rows_read) in enumerate(at.cuts, start=1):
                 parts = packed(sequence_length).rest(rows_read)
-                key = make_key(self.seed, -2, self._epoch, self._window, number)
+                key = make_key(self.seed, -2, at.epoch, at.window, number)
             self._packed = *place, packed(self.sequence_length)
         return self._packed[3]
 
-    def _settle(self) -> None:
+    def _settled(self, at: _Position) -> _Position:
         """Go on to the next window while there is no row left in this one."""
-        while not self.finished:
-            if self._window >= self._num_windows(self._epoch):
-                self._epoch, self._window = self._epoch + 1, 0
-            elif self._row >= len(self._current()):
-                self._window, self._row, self._cuts = self._window + 1, 0, []
+        while not self._ends_at(at):
+            if at.window >= self._num_windows(at.epoch):
+                at = replace(at, epoch=at.epoch + 1, window=0)
+            elif at.row >= len(self._rows_of(at)):
+                at = replace(at, window=at.window + 1, row=0, cuts=())
             else:
-                return
+                break
+        return at
+
+    def _ends_at(self, at: _Position) -> bool:
+        return self.epochs is not None and at.epoch >= self.epochs
 
     @property
     def epoch(self) -> int:
         """The epoch of the next row, from 0."""
-        return self._epoch
+        return self._at.epoch
 
     @property
     def finished(self) -> bool:
         """Whether `epochs` epochs have been read: only empty rows follow."""
-        return self.epochs is not None and self._epoch >= self.epochs
+        return self._ends_at(self._at)
 
     def num_rows(self, epochs: int) -> int:
         """Rows of the first `epochs` epochs, exact. Packs lengths only; cached for each epoch."""
@@ -262,14 +313,16 @@ class DataLoader:
         place; nothing happens where both are as they were.
         """
         _check(self.sources, batch_size, sequence_length, self.rank, self.world_size, None, None)
+        self._drop_ahead()
         self.batch_size = batch_size
         if sequence_length == self.sequence_length:
             return
-        if self._row:
-            self._cuts.append([self.sequence_length, self._row])
-        self.sequence_length, self._row = sequence_length, 0
+        at = self._at
+        if at.row:
+            at = replace(at, cuts=(*at.cuts, (self.sequence_length, at.row)), row=0)
+        self.sequence_length = sequence_length
         self._packed, self._rows_of_epoch = None, {}
-        self._settle()
+        self._at = self._settled(at)
 
     # Batches
 
@@ -280,33 +333,49 @@ class DataLoader:
 
     def __next__(self) -> Batch:
         """The next micro-batch of this rank."""
-        return self._gather(self._advance()).to(self.device)
+        ahead, self._ahead = self._ahead, None
+        batch, self._at = self._make(self._at) if ahead is None else ahead.result()
+        if self._prefetch:
+            self._ahead = _Ahead(self._make, self._at)
+        return batch.to(self.device)
+
+    def _make(self, at: _Position) -> tuple[Batch, _Position]:
+        """The micro-batch at a position, in host memory, and the position after it."""
+        rows, after = self._advance(at)
+        batch = self._gather(rows)
+        return batch.pinned() if self.device.type == "cuda" else batch, after
+
+    def _drop_ahead(self) -> None:
+        """Forget what the thread made: another position, or another shape, comes next."""
+        if self._ahead is not None:
+            self._ahead.join()  # its failure, if any, was not asked for
+            self._ahead = None
 
     def peek(self) -> list[list[list[int]]]:
         """What the next micro-batch is made of; the position stays.
 
         For each row its pieces: [number of the source, document, start, stop].
         """
-        state = self.state_dict()
-        rows = self._advance()
-        self.load_state_dict(state)
-        return rows
+        self._drop_ahead()
+        return self._advance(self._at)[0]
 
-    def _advance(self) -> list[list[list[int]]]:
-        """Go on by one micro-batch of all ranks; this rank's rows of it, as pieces."""
+    def _advance(self, at: _Position) -> tuple[list[list[list[int]]], _Position]:
+        """This rank's rows, as pieces, of the micro-batch of all ranks at a position.
+
+        And the position after it.
+        """
         mine: list[list[list[int]]] = []
         needed = self.batch_size * self.world_size
         done = 0
-        while done < needed and not self.finished:
-            window = self._current()
-            stop = min(self._row + needed - done, len(window))
-            first = self._row + (self.rank - done) % self.world_size
+        while done < needed and not self._ends_at(at):
+            window = self._rows_of(at)
+            stop = min(at.row + needed - done, len(window))
+            first = at.row + (self.rank - done) % self.world_size
             mine += [window.row(row) for row in range(first, stop, self.world_size)]
-            self._consumed += window.taken[stop] - window.taken[self._row]
-            done += stop - self._row
-            self._row = stop
-            self._settle()
-        return mine
+            consumed = at.consumed + window.taken[stop] - window.taken[at.row]
+            done += stop - at.row
+            at = self._settled(replace(at, row=stop, consumed=consumed))
+        return mine, at
 
     def _gather(self, rows: list[list[list[int]]]) -> Batch:
         """Read the tokens of `rows` and fill up with empty rows."""
@@ -332,12 +401,16 @@ class DataLoader:
                     roles[b, begin + 1 : end] = role
             documents[b, end:] = len(pieces)
         weights = np.ascontiguousarray(weights[:, 1:])
+        doc_ids = torch.from_numpy(np.ascontiguousarray(documents[:, :-1]))
+        ends = document_boundaries(doc_ids)
+        self._documents = max(self._documents, padded_documents(len(ends) - 1, doc_ids.numel()))
         return Batch(
             inputs=torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
             targets=torch.from_numpy(np.where(weights > 0, tokens[:, 1:], -1)),
             weights=torch.from_numpy(weights),
-            doc_ids=torch.from_numpy(np.ascontiguousarray(documents[:, :-1])),
+            doc_ids=doc_ids,
             roles=torch.from_numpy(np.ascontiguousarray(roles[:, 1:])) if self.with_roles else None,
+            boundaries=pad_boundaries(ends, self._documents),
         )
 
     # Position
@@ -351,7 +424,7 @@ class DataLoader:
         """
         return {
             name: {"documents": int(documents), "tokens": int(tokens)}
-            for name, (documents, tokens) in zip(self.names, self._consumed, strict=True)
+            for name, (documents, tokens) in zip(self.names, self._at.consumed, strict=True)
         }
 
     def _identity(self) -> dict[str, Any]:
@@ -371,11 +444,11 @@ class DataLoader:
     def state_dict(self) -> dict[str, Any]:
         """The position, JSON-able and the same on all ranks; independent of batch and ranks."""
         return {
-            "epoch": self._epoch,
-            "window": self._window,
-            "row": self._row,
-            "cuts": [list(cut) for cut in self._cuts],
-            "consumed": self._consumed.tolist(),
+            "epoch": self._at.epoch,
+            "window": self._at.window,
+            "row": self._at.row,
+            "cuts": [list(cut) for cut in self._at.cuts],
+            "consumed": self._at.consumed.tolist(),
             **self._identity(),
         }
 
@@ -387,10 +460,15 @@ class DataLoader:
                     f"the checkpoint's data position is for {key} = {state[key]}, this run has "
                     f"{here}; resume with the same data settings, or start a new run"
                 )
-        self._epoch, self._window, self._row = state["epoch"], state["window"], state["row"]
-        self._cuts = [list(cut) for cut in state.get("cuts", [])]
-        self._consumed = np.array(state["consumed"], dtype=np.int64)
-        self._settle()
+        self._drop_ahead()
+        at = _Position(
+            state["epoch"],
+            state["window"],
+            state["row"],
+            tuple((length, rows) for length, rows in state.get("cuts", [])),
+            np.array(state["consumed"], dtype=np.int64),
+        )
+        self._at = self._settled(at)
 
 
 def _check(

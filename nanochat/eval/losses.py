@@ -76,7 +76,7 @@ def evaluate_bpb(
     # nats squared, nats times bytes and bytes squared
     totals = torch.zeros(8, dtype=torch.float64)
     for batch in batches:
-        nll = model.nll(batch.inputs, batch.targets, batch.doc_ids)
+        nll = model.nll(batch.inputs, batch.targets, batch.doc_ids, boundaries=batch.boundaries)
         nll, targets = nll.cpu().double(), batch.targets.cpu()  # not every device has float64
         valid = targets >= 0
         size = torch.where(valid, token_bytes.cpu()[targets.clamp(min=0)], 0)
@@ -152,7 +152,8 @@ def evaluate_roles(model: GPT, batches: Iterable[Batch], runtime: Runtime) -> di
     totals = torch.zeros(len(ROLE_NAMES) + 1, 2, dtype=torch.float64)  # nats, targets
     for batch in batches:
         assert batch.roles is not None
-        nll = model.nll(batch.inputs, batch.targets, batch.doc_ids).cpu().double()
+        nll = model.nll(batch.inputs, batch.targets, batch.doc_ids, boundaries=batch.boundaries)
+        nll = nll.cpu().double()
         roles = batch.roles.cpu()
         chosen = [roles == role for role in range(len(ROLE_NAMES))]
         for row, where in enumerate([*chosen, (batch.weights == 1).cpu() & (roles >= 0)]):

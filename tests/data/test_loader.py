@@ -7,11 +7,13 @@ import pytest
 import torch
 from stores import make_store, numbered_store
 
+from nanochat.attention import make_layout
 from nanochat.data.loader import Batch, DataLoader
 from nanochat.data.sources import Source
 from nanochat.errors import UserError
 
 FIELDS = ("inputs", "targets", "weights", "doc_ids", "roles")
+CPU = torch.device("cpu")
 
 
 def one_row(source: Source, sequence_length: int) -> Batch:
@@ -84,7 +86,7 @@ def test_to_keeps_every_field(tmp_path: Path) -> None:
     batch = one_row(Source(make_store(tmp_path / "s", [[1, 2, 3]])), sequence_length=4)
     assert batch.to(torch.device("cpu")) is batch
     moved = batch.to(torch.device("meta"))
-    for name in FIELDS:
+    for name in (*FIELDS, "boundaries"):
         assert getattr(moved, name).device.type == "meta"
 
 
@@ -259,3 +261,90 @@ def test_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             DataLoader(sources, batch_size=1, sequence_length=2)
+
+
+# Documents as boundaries
+
+
+def test_boundaries_are_those_of_the_documents(tmp_path: Path) -> None:
+    store = numbered_store(tmp_path / "s", [5, 9, 3, 17, 2, 30] * 20)
+    loader = DataLoader([Source(store)], batch_size=4, sequence_length=32)
+    for _ in range(5):
+        batch = next(loader)
+        assert batch.boundaries is not None
+        found = make_layout(batch.doc_ids, (4, 32), (0,), "varlen", CPU).boundaries
+        assert found is not None
+        assert batch.boundaries.tolist() == found.tolist()
+        given = make_layout(None, (4, 32), (0,), "varlen", CPU, batch.boundaries).boundaries
+        assert given is batch.boundaries
+
+
+def test_boundaries_of_web_text_have_one_small_shape_that_never_shrinks(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "web", [[7] * 700] * 400)
+    loader = DataLoader([Source(store)], batch_size=32, sequence_length=2048)
+    shapes = {len(b.boundaries) for _ in range(3) if (b := next(loader)).boundaries is not None}
+    assert shapes == {129}, "90 documents in 65,536 tokens"
+    short = numbered_store(tmp_path / "s", [2] * 600 + [30] * 300)
+    loader = DataLoader([Source(short)], batch_size=16, sequence_length=32, window=8)
+    sizes = [len(b.boundaries) for _ in range(60) if (b := next(loader)).boundaries is not None]
+    assert sizes == sorted(sizes)
+    assert {size - 1 for size in sizes} <= {64, 128, 256, 512}
+
+
+# The thread that makes the next micro-batch
+
+
+def fields_of(batch: Batch) -> list[object]:
+    return [getattr(batch, name).tolist() for name in ("inputs", "targets", "weights", "doc_ids")]
+
+
+def test_prefetching_changes_neither_batches_nor_positions(tmp_path: Path) -> None:
+    store = numbered_store(tmp_path / "s", [5, 9, 3, 17, 2, 30] * 10)
+    plain, ahead = (
+        DataLoader([Source(store)], batch_size=2, sequence_length=8, prefetch=prefetch, window=16)
+        for prefetch in (False, True)
+    )
+    states = []
+    for step in range(40):
+        if step in (11, 25):
+            for loader in (plain, ahead):
+                loader.set_rows(8 if step == 25 else 16, 2)
+        assert ahead.state_dict() == plain.state_dict()
+        assert ahead.consumed == plain.consumed
+        states.append(ahead.state_dict())
+        if step % 7 == 0:
+            assert ahead.peek() == plain.peek()
+        assert fields_of(next(ahead)) == fields_of(next(plain))
+    for loader in (plain, ahead):
+        loader.load_state_dict(states[30])
+    assert fields_of(next(ahead)) == fields_of(next(plain))
+
+
+def test_prefetching_ends_with_the_data(tmp_path: Path) -> None:
+    store = numbered_store(tmp_path / "s", [5] * 23)
+    counts = [
+        sum(
+            1
+            for _ in DataLoader(
+                [Source(store)], batch_size=2, sequence_length=8, epochs=2, prefetch=prefetch
+            )
+        )
+        for prefetch in (False, True)
+    ]
+    assert counts[0] == counts[1] > 2
+
+
+def test_a_failure_while_prefetching_is_raised_where_the_batch_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = numbered_store(tmp_path / "s", [5] * 23)
+    loader = DataLoader([Source(store)], batch_size=2, sequence_length=8, prefetch=True)
+    next(loader)
+    loader.peek()  # nothing is under way now
+
+    def fail(*arguments: object) -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(type(store), "ids", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(loader)

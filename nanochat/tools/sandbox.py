@@ -7,18 +7,19 @@ them on). What is promised and what is not: `docs/sandbox.md`.
 
 import codecs
 import contextlib
+import errno
 import json
 import math
 import os
 import secrets
 import signal
+import stat
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias
@@ -44,7 +45,7 @@ class ExecutionResult:
 
     stdout, stderr: decoded, each at most `output_limit` bytes of what was written.
     returncode: the exit status; −n if signal n ended it (SIGKILL when a limit did).
-    limit: which limit the program was killed for, if one.
+    limit: which limit the program was killed for, if one; "disk" also where it had ended.
     finished: its last statement was reached. A grader should ask for `ok and finished`: a program
         that calls `exit(0)` before the checks is ok and not finished.
     layers: the active ones of `LAYERS`; inactive: the others, each with the reason.
@@ -93,7 +94,7 @@ def run_python(
 
     timeout: wall seconds from the program's first statement.
     memory_bytes: of address space; an interpreter with numpy takes about 150 MiB.
-    disk_bytes: of files in its folder, together and each.
+    disk_bytes: of files in its folder, together and each; unlinked ones that it has open count.
     output_limit: bytes of stdout and of stderr; this process never holds more.
     mode: "strict" runs nothing and raises UserError unless every layer is active; "best-effort"
         runs with those there are, which the result names.
@@ -113,6 +114,9 @@ def run_python(
     folder = Path(tempfile.mkdtemp(prefix="nanochat-sandbox-"))
     try:
         (folder / "program.py").write_bytes(code.encode("utf-8", "replace"))
+        standard_input = folder / "standard input"
+        standard_input.write_bytes(stdin.encode("utf-8", "replace"))
+        given_bytes = _disk_use(folder)
         job: dict[str, Any] = {
             "token": secrets.token_hex(16),
             "parent": os.getpid(),
@@ -124,10 +128,13 @@ def run_python(
             "disk_bytes": disk_bytes,
             "open_files": MAX_OPEN_FILES,
         }
-        with _input(stdin) as standard_input:
+        # A file: a pipe would need someone to feed it while the program runs.
+        with open(standard_input, "rb") as file:
+            with contextlib.suppress(PermissionError):  # Windows keeps it while it is open
+                standard_input.unlink()
             process = subprocess.Popen(
                 [sys.executable, "-I", "-B", "-X", "utf8", str(_CHILD), json.dumps(job)],
-                stdin=standard_input,
+                stdin=file,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 bufsize=0,
@@ -135,7 +142,7 @@ def run_python(
                 env=_environment(folder),
                 start_new_session=True,
             )
-            return _supervise(process, job, folder, timeout, output_limit)
+            return _supervise(process, job, folder, given_bytes, timeout, output_limit)
     finally:
         _remove(folder)
 
@@ -150,10 +157,14 @@ def _supervise(
     process: "subprocess.Popen[bytes]",
     job: dict[str, Any],
     folder: Path,
+    given_bytes: float,
     timeout: float,
     output_limit: int,
 ) -> ExecutionResult:
-    """Watch the process until it ends or passes a limit, make sure it is dead, read its report."""
+    """Watch the process until it ends or passes a limit, make sure it is dead, read its report.
+
+    given_bytes: what `_disk_use` said of the folder before the program began.
+    """
     assert process.stdout is not None
     assert process.stderr is not None
     mark = str(job["token"]).encode()
@@ -161,6 +172,7 @@ def _supervise(
     stderr = _Reader(process.stderr, output_limit + _REPORT_BYTES, mark)
     began = time.monotonic()
     limit: Limit | None = None
+    allowed_bytes = given_bytes + job["disk_bytes"]
     try:
         while limit is None and not _ended(process):
             started = stderr.marked_at
@@ -172,7 +184,10 @@ def _supervise(
                 limit = "time"
             elif _threads(process.pid) > MAX_THREADS:
                 limit = "threads"
-            elif _over_disk_limit(folder, job["disk_bytes"]):
+            elif (
+                _disk_use(folder) + _held_bytes(process.pid, folder, job["disk_bytes"])
+                > allowed_bytes
+            ):
                 limit = "disk"
             else:
                 # The end of a program's output is nearly always its own end.
@@ -207,6 +222,8 @@ def _supervise(
     errors += late
     if limit is None and (stdout.overflowed or len(errors) > output_limit):
         limit = "output"
+    if limit is None and _disk_use(folder) > allowed_bytes:
+        limit = "disk"
     return ExecutionResult(
         stdout=_text(bytes(stdout.data), output_limit),
         stderr=_text(errors, output_limit),
@@ -281,21 +298,65 @@ def _threads(pid: int) -> int:
         return 0
 
 
-def _over_disk_limit(folder: Path, disk_bytes: int) -> bool:
-    """Whether the folder holds too many bytes or files; looks at a bounded number of them."""
+def _disk_use(folder: Path) -> float:
+    """Bytes of what the folder holds; infinite for more than `MAX_FILES` files.
+
+    Infinite also for a folder that cannot be looked into, because of its mode or because it is
+    nested deeper than a path can be long.
+    """
     size = count = 0
     pending = [str(folder)]
     while pending:
-        # The program is at work here: anything may vanish or be unreadable.
-        with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:
-            for entry in entries:
-                count += 1
-                size += entry.stat(follow_symlinks=False).st_size
-                if count > MAX_FILES or size > disk_bytes:
-                    return True
-                if entry.is_dir(follow_symlinks=False):
-                    pending.append(entry.path)
-    return False
+        # The program is at work here: anything may vanish.
+        try:
+            with os.scandir(pending.pop()) as entries:
+                for entry in entries:
+                    count += 1
+                    if count > MAX_FILES:
+                        return math.inf
+                    with contextlib.suppress(FileNotFoundError):
+                        size += _bytes(entry.stat(follow_symlinks=False))
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.ENAMETOOLONG):
+                return math.inf
+    return size
+
+
+def _bytes(status: os.stat_result) -> int:
+    """The length of a file or the space it takes on the disk, whichever is more."""
+    return max(status.st_size, 512 * getattr(status, "st_blocks", 0))
+
+
+def _held_bytes(pid: int, folder: Path, file_bytes: int) -> int:
+    """Bytes of the unlinked files that a process has open or mapped; 0 where /proc does not say.
+
+    The size of one that is mapped and not open cannot be seen: it counts as `file_bytes`.
+    """
+    inside = os.fsencode(os.path.realpath(folder)) + b"/"
+    held: dict[int, int] = {}  # by inode
+    with contextlib.suppress(OSError):
+        # All threads share their memory and open files; those that have ended, as the first may
+        # have, show neither.
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):
+                for entry in os.scandir(f"/proc/{pid}/task/{thread}/fd"):
+                    with contextlib.suppress(OSError):
+                        status = os.stat(entry.path)
+                        if stat.S_ISREG(status.st_mode) and status.st_nlink == 0:
+                            held[status.st_ino] = _bytes(status)
+                alive = False
+                with open(f"/proc/{pid}/task/{thread}/maps", "rb") as mappings:
+                    for line in mappings:
+                        alive = True
+                        if line.endswith(b" (deleted)\n"):
+                            inode, path = line.split(maxsplit=5)[4:]
+                            if path.startswith(inside):
+                                held.setdefault(int(inode), file_bytes)
+                if alive:
+                    break
+    return sum(held.values())
 
 
 def _remove(folder: Path) -> None:
@@ -324,18 +385,6 @@ def _remove(folder: Path) -> None:
                 os.rmdir(current)
     with contextlib.suppress(OSError):
         os.rmdir(folder)
-
-
-@contextlib.contextmanager
-def _input(text: str) -> Iterator[IO[bytes] | int]:
-    """Standard input as a file: a pipe would need someone to feed it while the program runs."""
-    if not text:
-        yield subprocess.DEVNULL
-        return
-    with tempfile.TemporaryFile() as file:
-        file.write(text.encode("utf-8", "replace"))
-        file.seek(0)
-        yield file
 
 
 def _environment(folder: Path) -> dict[str, str]:

@@ -27,7 +27,15 @@ install_into_venv
 
 profile="${SPEEDRUN_PROFILE:-}"
 if [ -z "$profile" ]; then
-    profile="$(python -c 'import torch; print("gpu" if torch.cuda.is_available() else "cpu")')"
+    profile="$(python -c '
+import sys
+from nanochat.errors import UserError
+from nanochat.runtime import choose_device
+try:
+    print("gpu" if choose_device("auto").type == "cuda" else "cpu")
+except UserError as error:
+    remedy = str(error).replace("--device cpu", "SPEEDRUN_PROFILE=cpu")
+    sys.exit(f"error: {remedy}")')"
 fi
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 mkdir -p "$NANOCHAT_BASE_DIR"

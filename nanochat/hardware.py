@@ -95,32 +95,56 @@ def tune_cpu(local_processes: int = 1) -> None:
         libc.mallopt(m_mmap_max, 0)
 
 
-PEAK_FLOPS = {
-    "H100": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H200": 989e12,
-    "H200 NVL": 835e12,
-    "GH200": 989e12,
-    "H800": 989e12,
-    "H800 PCIe": 756e12,
-    "B200": 2250e12,
-    "GB200": 2500e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "A10G": 70e12,
-    "4090": 165e12,
-    "3090": 71e12,
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU (vendors' data sheets)."""
+
+    teraflops: float
+    """Dense bf16 matmul peak; fp16 where the card has no bf16 (T4, V100)."""
+    gigabytes: float
+    """Memory, in units of 10^9 bytes."""
+    bandwidth: float
+    """Of that memory, in 10^9 bytes a second."""
+    price: float
+    """Rough US dollars for an hour of one card at a cloud; `plan --price-per-hour` says yours."""
+
+    @property
+    def peak(self) -> float:
+        """FLOP/s."""
+        return self.teraflops * 1e12
+
+
+GPUS = {
+    "H100": Gpu(989, 80, 3350, 3.0),
+    "H100 PCIe": Gpu(756, 80, 2000, 2.5),
+    "H100 NVL": Gpu(835, 94, 3900, 2.8),
+    "H200": Gpu(989, 141, 4800, 3.5),
+    "H200 NVL": Gpu(835, 141, 4800, 3.3),
+    "GH200": Gpu(989, 96, 4000, 2.0),
+    "H800": Gpu(989, 80, 3350, 2.5),
+    "H800 PCIe": Gpu(756, 80, 2000, 2.0),
+    "B200": Gpu(2250, 180, 8000, 5.5),
+    "GB200": Gpu(2500, 186, 8000, 6.5),
+    "MI300X": Gpu(1307, 192, 5300, 2.5),
+    "A100": Gpu(312, 80, 2039, 1.8),
+    "A800": Gpu(312, 80, 2039, 1.5),
+    "L40S": Gpu(362, 48, 864, 1.0),
+    "L40": Gpu(181, 48, 864, 0.9),
+    "L4": Gpu(121, 24, 300, 0.7),
+    "A10": Gpu(125, 24, 600, 0.8),
+    "A10G": Gpu(70, 24, 600, 1.0),
+    "5090": Gpu(209, 32, 1792, 0.7),
+    "4090": Gpu(165, 24, 1008, 0.5),
+    "3090": Gpu(71, 24, 936, 0.25),
+    "T4": Gpu(65, 16, 320, 0.35),
+    "V100": Gpu(125, 32, 900, 0.6),
 }
-"""Dense bf16 matmul peaks by device name (vendors' data sheets)."""
+"""By the name in the driver's name of the device. The A100 and the V100 also exist with half the
+memory: `plan --gpu-memory` says so, a run asks the card."""
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak, None where it is not known."""
+    """The device's dense bf16 peak in FLOP/s, None where it is not known."""
     if device.type != "cuda":
         return None
     return peak_of(torch.cuda.get_device_name(device))
@@ -130,8 +154,8 @@ def peak_of(name: str) -> float | None:
     """The peak of a device by its name: of the longest entry that is in it as whole words."""
     if "Laptop" in name:
         return None  # less than the card of the same name
-    found = [key for key in PEAK_FLOPS if re.search(rf"\b{re.escape(key)}\b", name)]
-    return PEAK_FLOPS[max(found, key=len)] if found else None
+    found = [key for key in GPUS if re.search(rf"\b{re.escape(key)}\b", name)]
+    return GPUS[max(found, key=len)].peak if found else None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

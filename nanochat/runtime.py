@@ -9,6 +9,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -291,6 +292,9 @@ def start(device: str = "auto", dtype: str = "auto") -> Runtime:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        # Batches of other lengths then leave no gaps. Read when the allocator is first used.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     chosen = choose_device(device, local_rank)
     if chosen.type == "cpu":
         tune_cpu(local_world_size)
@@ -320,8 +324,14 @@ def start(device: str = "auto", dtype: str = "auto") -> Runtime:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto` prefers CUDA, then Apple's MPS, then the CPU."""
+    """`auto` prefers CUDA, then Apple's MPS, then the CPU.
+
+    Raises UserError where the machine has a GPU that torch cannot use: training on the CPU instead
+    would be a costly surprise.
+    """
     has_mps = torch.backends.mps.is_available()
+    if name in ("auto", "cuda") and not torch.cuda.is_available() and (driver := _gpu_driver()):
+        raise UserError(_no_cuda(driver))
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
@@ -336,8 +346,59 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
                 f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible; "
                 "start torchrun with --nproc_per_node set to the number of GPUs"
             )
+        _check_architecture(local_rank)
         return torch.device("cuda", local_rank)
     return torch.device(name)
+
+
+OTHER_BUILD = (
+    "install torch's build for CUDA 12.6 (cu126 in its installation guide; drivers from 525, GPUs "
+    "from the GTX 900 and V100 on) into .venv"
+)
+
+
+def _gpu_driver() -> str | None:
+    """The NVIDIA driver's version, "of unknown version" where only a device is seen, else None.
+
+    None too where CUDA_VISIBLE_DEVICES hides all GPUs: then the CPU is what was asked for.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
+        return None
+    found = "of unknown version" if Path("/dev/nvidia0").exists() else None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):  # not installed, or it hangs
+        return found
+    lines = said.stdout.split("\n") if said.returncode == 0 else []
+    return lines[0].strip() if lines and lines[0].strip() else found
+
+
+def _no_cuda(driver: str) -> str:
+    """What to do where a driver is there and torch sees no CUDA."""
+    cuda = torch.version.cuda
+    has = f"this machine has an NVIDIA GPU (driver {driver}), which torch {torch.__version__} "
+    if cuda is None:
+        return (
+            f"{has}cannot use: it is built without CUDA. Install a build with CUDA 13 (driver 580 "
+            f"or later), or {OTHER_BUILD}. --device cpu trains on the CPU all the same"
+        )
+    needs = "580" if cuda.startswith("13") else "525"
+    return (
+        f"{has}cannot use: it is built for CUDA {cuda}, which needs driver {needs} or later. "
+        f"Update the driver, or {OTHER_BUILD}. --device cpu trains on the CPU all the same"
+    )
+
+
+def _check_architecture(index: int) -> None:
+    """Raise UserError where torch's build holds no code for the GPU."""
+    numbers = [int(name[3:].rstrip("af")) for name in torch.cuda.get_arch_list() if "sm_" in name]
+    major, minor = torch.cuda.get_device_capability(index)
+    if numbers and 10 * major + minor < min(numbers):
+        raise UserError(
+            f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, torch "
+            f"{torch.__version__} has code from {min(numbers) / 10:.1f} on: {OTHER_BUILD}"
+        )
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

@@ -35,7 +35,7 @@ from nanochat.config import (
 from nanochat.data.hub import NAMED
 from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig, config_from_depth, extend_context
-from nanochat.hardware import PEAK_FLOPS, Machine
+from nanochat.hardware import GPUS, Machine
 from nanochat.log import duration_text
 from nanochat.memory import (
     LEARNING,
@@ -48,12 +48,6 @@ from nanochat.memory import (
 from nanochat.plan import DEFAULT_RATIO, Plan, context_schedule, make_plan, model_config
 from nanochat.runtime import DTYPES, Runtime, single
 
-GPU_MEMORY = {
-    "cpu": 0.0, "h100": 80, "h200": 141, "h800": 80, "b200": 180, "a100": 80, "a800": 80,
-    "l40s": 48, "l4": 24, "a10": 24, "4090": 24, "3090": 24,
-}  # fmt: skip
-"""GB per device (vendors' data sheets)."""
-
 
 @dataclass(frozen=True)
 class Hardware:
@@ -62,15 +56,16 @@ class Hardware:
     gpus: int = 8
     """Ranks of the job."""
     gpu: Literal[
-        "cpu", "h100", "h200", "h800", "b200", "a100", "a800", "l40s", "l4", "a10", "4090", "3090"
-    ] = "h100"
+        "cpu", "h100", "h200", "h800", "gh200", "b200", "mi300x", "a100", "a800", "l40s", "l4",
+        "a10", "a10g", "5090", "4090", "3090", "t4", "v100",
+    ] = "h100"  # fmt: skip
     """Kind of GPU; cpu plans for this machine."""
     gpu_memory: float | None = None
     """GB per device, where it differs from the data sheet."""
     mfu: float = 0.4
     """Share of the peak that the run is expected to reach."""
-    price_per_hour: float = 3.0
-    """Of one device, for the cost."""
+    price_per_hour: float | None = None
+    """US dollars for one device, for the cost; by default a rough one for its kind."""
     vocab_size: int = 65536
     """Vocabulary of the tokenizer to come."""
     print: str | None = None
@@ -212,7 +207,8 @@ def main(cfg: AnyPlan, runtime: Runtime) -> dict[str, Any]:
     if cfg.run.dtype != "auto":
         dtype = DTYPES[cfg.run.dtype]
     job = job_of(cfg, world_size, dtype)
-    gigabytes = hardware.gpu_memory or GPU_MEMORY[hardware.gpu]
+    known = {name.lower(): card for name, card in GPUS.items()}.get(hardware.gpu)
+    gigabytes = hardware.gpu_memory or (known.gigabytes if known else 0)
     limit = int(0.9 * gigabytes * 1e9) if gigabytes else single().memory_limit()
     machine = Machine(device_type, dtype, world_size, limit)
     plan = make_plan(
@@ -240,13 +236,13 @@ def main(cfg: AnyPlan, runtime: Runtime) -> dict[str, Any]:
         "kv_cache_per_chat": cache_memory(job.model, dtype),
         "num_shards": _num_shards(cfg, plan.tokens) if isinstance(cfg, Config) else None,
         "hours": None,
+        "price": None,
         "cost": None,
     }
-    peaks = {name.lower(): peak for name, peak in PEAK_FLOPS.items()}
-    if hardware.gpu in peaks:
-        hours = plan.flops / (peaks[hardware.gpu] * world_size * hardware.mfu) / 3600
-        result["hours"] = hours
-        result["cost"] = hours * world_size * hardware.price_per_hour
+    if known:
+        hours = plan.flops / (known.peak * world_size * hardware.mfu) / 3600
+        price = known.price if hardware.price_per_hour is None else hardware.price_per_hour
+        result |= {"hours": hours, "price": price, "cost": hours * world_size * price}
     if hardware.print is not None:
         if hardware.print not in result:
             raise UserError(f"--print {hardware.print}: choose one of {', '.join(result)}")
@@ -299,7 +295,7 @@ def show(cfg: AnyPlan, plan: Plan, result: dict[str, Any], runtime: Runtime) -> 
         runtime.print(
             f"expected: {what}{duration_text(3600 * result['hours'])} at {100 * hardware.mfu:.0f} %"
             f" of the peak of {hardware.gpus} x {hardware.gpu}, cost {result['cost']:,.2f} at "
-            f"{hardware.price_per_hour:g} per device and hour"
+            f"{result['price']:g} per device and hour"
         )
 
 

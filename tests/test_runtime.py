@@ -1,9 +1,12 @@
 """The runtime: devices, dtypes, threads, signals, and the frame around a script."""
 
 import os
+import shutil
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,9 +50,65 @@ def test_devices() -> None:
 def test_more_ranks_than_gpus_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90a", "compute_90"])
+    capabilities = {0: (7, 0), 1: (9, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla V100")
+    with pytest.raises(UserError, match=r"V100 has compute capability 7.0, .* from 7.5 on: .*12.6"):
+        choose_device("auto", 0)
     assert choose_device("auto", 1) == torch.device("cuda", 1)
     with pytest.raises(UserError, match="local rank 2 has no GPU: 2 visible"):
         choose_device("auto", 2)
+
+
+def fake_driver(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose nvidia-smi tells of an old driver."""
+    program = folder / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 535.104.05\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands for a program")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
+def test_a_gpu_that_torch_cannot_use_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_driver(tmp_path, monkeypatch)
+    for name in ("auto", "cuda"):
+        with pytest.raises(UserError, match=r"driver 535\.104\.05.*CUDA 12\.6.*--device cpu"):
+            choose_device(name)
+    assert choose_device("cpu").type == "cpu"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(UserError, match=r"built for CUDA 13\.0, which needs driver 580 or later"):
+        choose_device("auto")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert choose_device("auto").type in ("cpu", "mps")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
+def test_speedrun_does_not_train_a_toy_on_a_gpu_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_driver(tmp_path, monkeypatch)
+    project = Path(__file__).parents[1]
+    copy = tmp_path / "project"
+    (copy / "scripts").mkdir(parents=True)
+    shutil.copy(project / "speedrun.sh", copy)
+    (copy / "scripts" / "setup.sh").write_text("install_into_venv() { :; }\n")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("PYTHONPATH", str(project))
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.delenv("SPEEDRUN_PROFILE", raising=False)
+    run = subprocess.run(["bash", "speedrun.sh"], cwd=copy, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stdout == ""
+    assert run.stderr.startswith("error: this machine has an NVIDIA GPU (driver 535.104.05)")
+    assert run.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -193,6 +252,10 @@ def test_interrupt_exits_as_the_shell_expects(monkeypatch: pytest.MonkeyPatch) -
         ("NVIDIA GeForce RTX 4090", 165),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA A1000", None),
+        ("Tesla T4", 65),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("NVIDIA GeForce RTX 5090", 209),
+        ("AMD Instinct MI300X", 1307),
     ],
 )
 def test_a_device_is_known_by_its_whole_name(name: str, teraflops: int | None) -> None:

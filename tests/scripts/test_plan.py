@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import tiny_runs
@@ -11,8 +11,9 @@ import tiny_runs
 from nanochat.cli import parse
 from nanochat.config import BaseConfig, MidConfig, RlConfig, SftConfig
 from nanochat.errors import UserError
+from nanochat.hardware import GPUS
 from nanochat.runtime import single
-from scripts.plan import CONFIGS, main, stage_asked_for
+from scripts.plan import CONFIGS, Hardware, main, stage_asked_for
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,16 @@ def test_every_line_that_is_promised(capsys: pytest.CaptureFixture[str]) -> None
     assert result["hours"] == pytest.approx(result["flops"] / (989e12 * 8 * 0.4) / 3600)
     assert result["cost"] == pytest.approx(result["hours"] * 8 * 3)
     assert result["device_batch_size"] <= result["largest_device_batch_size"]
+
+
+def test_every_kind_of_gpu_is_in_the_table() -> None:
+    names = get_args(get_type_hints(Hardware)["gpu"])
+    assert set(names) - {"cpu"} <= {name.lower() for name in GPUS}
+    for name in ("t4", "5090"):
+        result = plan(f"--depth 4 --gpus 1 --gpu {name}")
+        assert result["memory_limit"] == int(0.9e9 * {"t4": 16, "5090": 32}[name])
+        assert result["price"] > 0
+    assert plan("--depth 4 --gpus 1 --gpu t4 --price-per-hour 2")["price"] == 2
 
 
 def test_less_memory_means_fewer_rows() -> None:

@@ -5,8 +5,11 @@
 
 A plain string is one text part. Only assistants have `python` parts (a tool call) and
 `python_output` parts (its result, directly after the call). Turns need not alternate: consecutive
-messages of one role are turns of their own. Other keys beside these are ignored, so a task can
-keep its answer next to the messages.
+messages of one role are turns of their own. A task can keep its answer next to the messages.
+
+A message may also have `"weight": 0` or `"train": false`: the model sees it and is never trained on
+it. With 1 and true it counts as usual. A `name` is accepted and not shown to the model. Any other
+key of a message is an error, unless it is null: it might have said what to train on.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +19,9 @@ from nanochat.errors import UserError
 
 ROLES = ("system", "user", "assistant")
 PART_TYPES = ("text", "python", "python_output")
+
+
+_KEYS = ("role", "content", "weight", "train", "name")
 
 
 def _shown(value: object) -> str:
@@ -30,6 +36,11 @@ def parts(message: Mapping[str, Any]) -> list[dict[str, str]]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     return [{"type": part["type"], "text": part["text"]} for part in content]
+
+
+def is_trained(message: Mapping[str, Any]) -> bool:
+    """Whether a valid message may be trained on at all: no `"weight": 0`, no `"train": false`."""
+    return message.get("weight") in (None, 1) and message.get("train") in (None, True)
 
 
 def validate(conversation: object, where: str, last_role: str | None = None) -> None:
@@ -60,6 +71,19 @@ def validate(conversation: object, where: str, last_role: str | None = None) -> 
         for key in ("role", "content"):
             if key not in message:
                 fail(f"message {i} has no '{key}'", "every message needs role and content")
+        for key, value in message.items():
+            if value is not None and key not in _KEYS:
+                fail(
+                    f"message {i} has the key '{key}', which means nothing here",
+                    f"a message has {', '.join(_KEYS)}; remove the key, and write "
+                    '"weight": 0 in a message that is not to be trained on',
+                )
+        for key, known in (("weight", "0 or 1"), ("train", "true or false")):
+            value = message.get(key)
+            if value is not None and not (
+                value in (0, 1) and (key == "weight" or value is bool(value))
+            ):
+                fail(f"message {i} has the {key} {_shown(value)}", f"expected {known}")
         role, content = message["role"], message["content"]
         if role not in ROLES:
             fail(f"message {i} has the role {_shown(role)}", f"expected one of {', '.join(ROLES)}")

@@ -26,7 +26,7 @@ import numpy as np
 import rustbpe
 import tiktoken
 
-from nanochat.conversation import parts
+from nanochat.conversation import is_trained, parts
 from nanochat.errors import UserError
 from nanochat.paths import atomic_folder, tokenizer_dir
 
@@ -52,6 +52,8 @@ SystemStyle = Literal["tokens", "merge"]
 # What a token is, for losses by role (`Tokenizer.render_roles`).
 ROLE_NAMES = ("special", "system", "user", "assistant", "tool_call", "tool_output")
 SPECIAL, SYSTEM, USER, ASSISTANT, TOOL_CALL, TOOL_OUTPUT = range(len(ROLE_NAMES))
+IGNORED = len(ROLE_NAMES)
+"""The role of all tokens of a message that is never trained on (`conversation.is_trained`)."""
 
 _RANKS_FILE = "tokenizer.tiktoken"
 _META_FILE = "tokenizer_config.json"
@@ -280,23 +282,30 @@ class Tokenizer:
 
         yield _Span([special["<|bos|>"]], 0, SPECIAL)
         for message in messages:
-            role = message["role"]
-            yield _Span([special[f"<|{role}_start|>"]], 0, SPECIAL)
-            for part in parts(message):
-                ids = self.encode(part["text"])
-                if part["type"] == "python":
-                    yield _Span([special["<|python_start|>"]], 1, SPECIAL)
-                    yield _Span(ids, 1, TOOL_CALL)
-                    yield _Span([special["<|python_end|>"]], 1, SPECIAL)
-                elif part["type"] == "python_output":
-                    yield _Span([special["<|output_start|>"]], 0, SPECIAL)
-                    yield _Span(ids, 0, TOOL_OUTPUT)
-                    yield _Span([special["<|output_end|>"]], 0, SPECIAL)
-                else:
-                    yield _Span(ids, int(role == "assistant"), ROLE_NAMES.index(role))
-            yield _Span([special[f"<|{role}_end|>"]], int(role == "assistant"), SPECIAL)
+            spans = self._message_spans(message)
+            if is_trained(message):
+                yield from spans
+            else:
+                yield from (_Span(span.ids, 0, IGNORED) for span in spans)
         if completion:
             yield _Span([special["<|assistant_start|>"]], 0, SPECIAL)
+
+    def _message_spans(self, message: Mapping[str, Any]) -> Iterator[_Span]:
+        special, role = self._special, message["role"]
+        yield _Span([special[f"<|{role}_start|>"]], 0, SPECIAL)
+        for part in parts(message):
+            ids = self.encode(part["text"])
+            if part["type"] == "python":
+                yield _Span([special["<|python_start|>"]], 1, SPECIAL)
+                yield _Span(ids, 1, TOOL_CALL)
+                yield _Span([special["<|python_end|>"]], 1, SPECIAL)
+            elif part["type"] == "python_output":
+                yield _Span([special["<|output_start|>"]], 0, SPECIAL)
+                yield _Span(ids, 0, TOOL_OUTPUT)
+                yield _Span([special["<|output_end|>"]], 0, SPECIAL)
+            else:
+                yield _Span(ids, int(role == "assistant"), ROLE_NAMES.index(role))
+        yield _Span([special[f"<|{role}_end|>"]], int(role == "assistant"), SPECIAL)
 
     def render_roles(
         self,
@@ -304,7 +313,8 @@ class Tokenizer:
         max_tokens: int | None = None,
         system: SystemStyle = "tokens",
     ) -> tuple[list[int], list[int], list[int]]:
-        """`(ids, mask, roles)`, all of one length; `roles` are indices into `ROLE_NAMES`.
+        """`(ids, mask, roles)`, all of one length; `roles` are indices into `ROLE_NAMES`, `IGNORED`
+        in a message that is never trained on.
 
         The conversation must be valid (`conversation.validate`). `max_tokens` keeps the beginning.
         """
@@ -325,7 +335,8 @@ class Tokenizer:
         max_tokens: int | None = None,
         system: SystemStyle = "tokens",
     ) -> tuple[list[int], list[int]]:
-        """`(ids, mask)`; mask 1 on what the assistant must produce, 0 on everything else.
+        """`(ids, mask)`; mask 1 on what the assistant must produce, 0 on everything else and on
+        messages that are never trained on.
 
         The assistant produces its text, `<|assistant_end|>` and its tool calls with both their
         tokens; it does not produce `<|assistant_start|>` and what tools answer.
@@ -368,7 +379,7 @@ def _merge_system(messages: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
             pending += [part["text"] for part in parts(message)]
         elif message["role"] == "user" and pending:
             text = "".join(part["text"] for part in parts(message))
-            merged.append({"role": "user", "content": "\n\n".join([*pending, text])})
+            merged.append({**message, "content": "\n\n".join([*pending, text])})
             pending = []
         else:
             merged.append(message)

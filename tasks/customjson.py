@@ -22,6 +22,8 @@ class CustomJSON(Task):
     There is only a train split: hold rows out with `TaskSlice`.
     """
 
+    VERSION = 2
+
     def __init__(
         self,
         split: str = "train",

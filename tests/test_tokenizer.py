@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from nanochat.errors import UserError
 from nanochat.tokenizer import (
     ASSISTANT,
+    IGNORED,
     ROLE_NAMES,
     SPECIAL,
     SPLIT_PATTERN,
@@ -283,6 +284,22 @@ def test_roles(tokenizer: Tokenizer) -> None:
         (role == SPECIAL) == (i >= tokenizer.bos) for i, role in zip(ids, roles, strict=True)
     )
     assert ROLE_NAMES[TOOL_OUTPUT] == "tool_output"
+
+
+@pytest.mark.parametrize("key", [{"weight": 0}, {"train": False}])
+def test_messages_that_are_not_trained_on(tokenizer: Tokenizer, key: dict[str, Any]) -> None:
+    messages = [dict(message) for message in CONVERSATION["messages"]]
+    messages[2] |= key  # the answer with the tool call
+    plain, mask, roles = tokenizer.render_roles(CONVERSATION)
+    ids, ignoring, ignored = tokenizer.render_roles({"messages": messages})
+    assert ids == plain
+    of_it = tokenizer.decode([i for i, r in zip(ids, ignored, strict=True) if r == IGNORED])
+    assert of_it == (
+        "<|assistant_start|>It is <|python_start|>12 * 12<|python_end|>"
+        "<|output_start|>144<|output_end|>144.<|assistant_end|>"
+    )
+    for i, role in enumerate(ignored):
+        assert (ignoring[i], role) == ((0, IGNORED) if role == IGNORED else (mask[i], roles[i]))
 
 
 def test_pack_mask(tokenizer: Tokenizer) -> None:

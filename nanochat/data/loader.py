@@ -24,7 +24,7 @@ from nanochat.data.order import MixtureOrder, make_key
 from nanochat.data.packing import count_rows, pack_window
 from nanochat.data.sources import Source
 from nanochat.errors import UserError
-from nanochat.tokenizer import unpack_mask
+from nanochat.tokenizer import IGNORED, unpack_mask
 
 # The last rows of a window stay partly empty, about one row in all: with 256 rows or more in a
 # window that is under half a percent of padding. 2^16 documents bound the time to pack a window.
@@ -45,8 +45,8 @@ class Batch:
     weights: Tensor  # (B, T) float32; 0 where the target is -1
     doc_ids: Tensor  # (B, T) int32: 0, 1, 2.. within a row; padding is its last document
     roles: Tensor | None = None
-    """(B, T) int8: the target's role (`tokenizer.ROLE_NAMES`), whatever its weight; -1 where there
-    is no target or its store has no roles. Only with `with_roles=True`."""
+    """(B, T) int8: the target's role (`tokenizer.ROLE_NAMES`, `IGNORED`), whatever its weight; -1
+    where there is no target or its store has no roles. Only with `with_roles=True`."""
     boundaries: Tensor | None = None
     """(N,) int32: `attention.document_boundaries` of doc_ids; nobody has to ask a GPU for them."""
 
@@ -398,6 +398,7 @@ class DataLoader:
                     mask, role = unpack_mask(packed)
                     if source.prompt_weight != 1:
                         weights[b, begin + 1 : end] = np.where(mask, 1, source.prompt_weight)
+                    weights[b, begin + 1 : end][role == IGNORED] = 0
                     roles[b, begin + 1 : end] = role
             documents[b, end:] = len(pieces)
         weights = np.ascontiguousarray(weights[:, 1:])
@@ -500,12 +501,30 @@ def _check(
             raise UserError(
                 f"prompt_weight {source.prompt_weight} must be a finite number from 0 up"
             )
+        if not _has_targets(source):
+            raise UserError(
+                f"{source.name or source.store.name} has nothing to train on: no message in it is "
+                "the assistant's (or none but with weight 0); add some, leave it out, or train on "
+                "every token with --prompt-weight 1"
+            )
     # Documents of one token have no target: an endless loader would look for a row forever.
     if all(source.store.num_tokens == len(source.store) for source in sources):
         raise UserError(
             "no document has more than one token, so there is nothing to predict; "
             f"check the text behind {sources[0].store.folder}"
         )
+
+
+def _has_targets(source: Source) -> bool:
+    """Whether any token of conversations counts in the loss; text without a mask is not read."""
+    for document in range(len(source.store)):
+        packed = source.store.mask_bytes(document, 1)
+        if packed is None:
+            return True
+        mask, role = unpack_mask(packed)
+        if mask.any() or (source.prompt_weight > 0 and (role != IGNORED).any()):
+            return True
+    return False
 
 
 def _unique_names(sources: Sequence[Source]) -> list[str]:

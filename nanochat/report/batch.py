@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nanochat.data.loader import DataLoader
-from nanochat.tokenizer import ROLE_NAMES, Tokenizer
+from nanochat.tokenizer import IGNORED, ROLE_NAMES, Tokenizer
 
 Kind = Literal["trained", "partial", "prompt", "first"]
 
@@ -134,7 +134,9 @@ def build_view(
                     weight = float(batch.weights[b, target])
                     role = int(batch.roles[b, target])
                     kind = "trained" if weight == 1 else "partial" if weight else "prompt"
-                name = ROLE_NAMES[role] if role >= 0 else "text" if offset else "no target"
+                name = "text" if offset else "no target"
+                if role >= 0:
+                    name = "ignored" if role == IGNORED else ROLE_NAMES[role]
                 tokens.append(
                     Token(token, token_text(tokenizer, token), kind, weight, name)  # type: ignore[arg-type]
                 )

@@ -11,6 +11,7 @@ from nanochat.attention import make_layout
 from nanochat.data.loader import Batch, DataLoader
 from nanochat.data.sources import Source
 from nanochat.errors import UserError
+from nanochat.tokenizer import IGNORED
 
 FIELDS = ("inputs", "targets", "weights", "doc_ids", "roles")
 CPU = torch.device("cpu")
@@ -71,10 +72,28 @@ def test_prompt_weight_and_roles(
 
 def test_each_source_has_its_own_prompt_weight(tmp_path: Path) -> None:
     plain = make_store(tmp_path / "plain", [[1, 2, 3]])
-    chat = make_store(tmp_path / "chat", [[4, 5]], [[0, 0]])
+    chat = make_store(tmp_path / "chat", [[4, 5, 6]], [[0, 0, 1]])
     sources = [Source(plain, prompt_weight=0.0), Source(chat, prompt_weight=0.0)]
     batch = next(DataLoader(sources, batch_size=1, sequence_length=5))
-    assert batch.targets.tolist() == [[2, 3, -1, -1, -1]]  # text without a mask always counts
+    assert sorted(batch.targets[0].tolist()) == [-1, -1, 2, 3, 6]  # text without a mask counts
+
+
+@pytest.mark.parametrize("prompt_weight", [0.0, 0.5, 1.0])
+def test_ignored_messages_are_no_targets_in_any_stage(tmp_path: Path, prompt_weight: float) -> None:
+    mask, roles = np.array([0, 0, 0, 0, 1]), np.array([0, IGNORED, IGNORED, 2, 3])
+    store = make_store(tmp_path / "s", [[11, 12, 13, 14, 15]], [list(mask | roles << 1)])
+    batch = one_row(Source(store, prompt_weight=prompt_weight), sequence_length=4)
+    assert batch.weights.tolist() == [[0, 0, prompt_weight, 1]]
+    assert batch.targets.tolist() == [[-1, -1, 14 if prompt_weight else -1, 15]]
+
+
+def test_conversations_without_targets_are_refused(tmp_path: Path) -> None:
+    asked = make_store(tmp_path / "asked", [[1, 2, 3]] * 3, [[0, 2 << 1, 2 << 1]] * 3)
+    ignored = make_store(tmp_path / "ignored", [[1, 2]], [[0, IGNORED << 1]])
+    for source in (Source(asked, prompt_weight=0, name="asked"), Source(ignored, name="ignored")):
+        with pytest.raises(UserError, match=rf"{source.name} has nothing to train on: no message"):
+            DataLoader([source], batch_size=1, sequence_length=5)
+    DataLoader([Source(asked, prompt_weight=0.1)], batch_size=1, sequence_length=5)
 
 
 def test_roles_only_on_request(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
-"""Word problems of one to three steps, solved with the calculator tool in GSM8K's part format.
+"""Sums: word problems of one to three steps in GSM8K's part format, and plain ones (level 0).
 
 What is to be learned is to read a problem: which numbers matter, which operation each sentence
 means, and in what order. The sums are the calculator's: the model copies numbers into a call, the
 engine inserts the result, and the next step goes on from it.
+
+Level 0 has no story: `17+25=`, `What is 12 times 30?` (`tasks/sums.py`).
 
 A problem's *skeleton* is what happens in it and its numbers. The skeleton's hash decides the split,
 so no held-out problem is a training problem with other people, things or phrasing.
@@ -14,6 +16,7 @@ from random import Random
 from typing import Any
 
 from nanochat.errors import UserError
+from nanochat.tools.calculator import calculate
 from tasks.common import (
     Conversation,
     Task,
@@ -24,6 +27,8 @@ from tasks.common import (
     same_number,
     split_of,
 )
+from tasks.judges import judge, reference
+from tasks.sums import ask_sum, draw_sum
 
 # fmt: off
 PEOPLE = (
@@ -258,6 +263,7 @@ def ask(p: Problem, kind: str) -> None:
 class Arithmetic(Task):
     """Row i of a split: a pure function of (seed, level, split, i).
 
+    Level 0 has plain sums up to 1,000, in signs or words, asked in all ways (`tasks/asking.py`).
     Level 1 has 1-2 steps and numbers up to 99, level 2 has 1-3 steps and numbers up to 999, level 3
     has 2-3 steps, numbers up to 9999 and often one that does not matter.
     """
@@ -266,8 +272,8 @@ class Arithmetic(Task):
 
     def __init__(self, split: str, size: int | None = None, level: int = 1, seed: int = 0):
         super().__init__("arithmetic" if level == 1 else f"arithmetic-level{level}", split)
-        if level not in LEVELS:
-            raise UserError(f"arithmetic has no level {level}, only 1 to {max(LEVELS)}")
+        if level != 0 and level not in LEVELS:
+            raise UserError(f"arithmetic has no level {level}, only 0 to {max(LEVELS)}")
         self.size = check_generated("arithmetic", split, size)
         self.level = level
         self.seed = seed
@@ -280,6 +286,8 @@ class Arithmetic(Task):
 
     def row(self, index: int) -> Conversation:
         random = row_random("arithmetic", self.level, self.split, self.seed, index)
+        if self.level == 0:
+            return self.plain_sum(random)
         problem = make_problem(random, LEVELS[self.level])
         while split_of(repr(problem.skeleton)) != self.split:
             problem = make_problem(random, LEVELS[self.level])
@@ -300,10 +308,28 @@ class Arithmetic(Task):
             "skeleton": repr(problem.skeleton),
         }
 
+    def plain_sum(self, random: Random) -> Conversation:
+        """The call's hash decides the split, whatever words ask for it."""
+        shape, said, call = draw_sum(random, self.split)
+        check = {"sum": call}
+        return {
+            "messages": [
+                {"role": "user", "content": ask_sum(random, self.split, shape, said)},
+                {"role": "assistant", "content": reference(check)},
+            ],
+            "answer": calculate(call),
+            "skeleton": call,
+            "check": check,
+        }
+
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        if "check" in conversation:
+            return judge(conversation["check"], completion)
         return same_number(final_answer(completion), parse_number(conversation["answer"]))
 
     def well_formed(self, conversation: Conversation, completion: str) -> bool:
+        if "check" in conversation:
+            return parse_number(completion) is not None
         return final_answer(completion) is not None
 
 

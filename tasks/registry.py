@@ -15,9 +15,14 @@ from tasks.arc import ARC
 from tasks.arithmetic import Arithmetic
 from tasks.common import Task
 from tasks.customjson import CustomJSON
+from tasks.first_contact import FirstContact
+from tasks.followups import FollowUps
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
+from tasks.identity import Identity
+from tasks.ignorance import Ignorance
 from tasks.mmlu import MMLU
+from tasks.passages import Passages
 from tasks.passkey import Passkey
 from tasks.smoltalk import SmolTalk
 from tasks.specs import construct
@@ -29,9 +34,14 @@ TASKS: dict[str, tuple[Callable[..., Task], str | None]] = {
     "arc": (ARC, "subset"),
     "arithmetic": (Arithmetic, "size"),
     "customjson": (CustomJSON, "path"),
+    "first_contact": (FirstContact, None),
+    "followups": (FollowUps, "size"),
     "gsm8k": (GSM8K, None),
     "humaneval": (HumanEval, None),
+    "identity": (Identity, "size"),
+    "ignorance": (Ignorance, "size"),
     "mmlu": (MMLU, None),
+    "passages": (Passages, "size"),
     "passkey": (Passkey, "size"),
     "simplespelling": (SimpleSpelling, "size"),
     "smoltalk": (SmolTalk, None),

@@ -18,9 +18,13 @@ from nanochat.data.sources import (
 )
 from nanochat.errors import UserError
 from nanochat.tokenizer import Tokenizer
+from tasks.passages import store_texts
 from tasks.passkey import corpus_sentences
 from tasks.registry import build_mixture
 from tasks.spellingbee import words_path, write_words
+
+ABOUT_TEXTS = ("passages", "ignorance", "followups")
+"""Tasks that ask about the first corpus."""
 
 
 def task_sources(cfg: MidConfig, tokenizer: Tokenizer, split: str = "train") -> list[Source]:
@@ -31,6 +35,8 @@ def task_sources(cfg: MidConfig, tokenizer: Tokenizer, split: str = "train") -> 
         options = {"tokenizer": tokenizer, "sentences": sentences}
         if cfg.context_length is not None:
             options["length"] = cfg.context_length
+    if any(spec.split(":")[0] in ABOUT_TEXTS for spec in cfg.mix):
+        options["corpus_texts"] = store_texts(replayed(cfg, tokenizer)[0].store, tokenizer)
     if not cfg.mix:
         return []
     mixture, held_out = build_mixture(cfg.mix, cfg.run.seed, **options)
@@ -91,6 +97,8 @@ def note_words(cfg: MidConfig) -> None:
     name = (
         next(iter(parse_shares(cfg.corpus, "--corpus"))) if len(cfg.corpus) > 1 else cfg.corpus[0]
     )
-    if not words_path().is_file() and any("spelling" in spec for spec in cfg.mix):
+    if not words_path().is_file() and any(
+        "spelling" in spec or spec.split(":")[0] in ABOUT_TEXTS for spec in cfg.mix
+    ):
         with suppress(UserError):  # too few words: those of the embedded corpus stand in
             write_words(open_corpus(name))

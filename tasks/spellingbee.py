@@ -4,13 +4,13 @@ The tokenizer hands the model pieces, not letters, so it must learn the letters 
 Words of the train and test split are disjoint, hence a held-out word can be spelled only if its
 *pieces* were learned from other words. Four choices make that possible:
 
-- **Words stand in quotes in most prompts.** `Spell the word: banished` begins the word with a
-  space, and with their space most words are one token: 59 % of the embedded corpus' words at
+- **Held-out words stand in quotes in most prompts.** `Spell the word: banished` begins the word
+  with a space, and with their space most words are one token: 59 % of the embedded corpus' words at
   vocabulary 4096. Nobody can say which letters an unseen token has. In `"wisdom"` there is no
   space, so the word is cut into pieces that other words share (`w|isdom`; so are 97 %), for a quote
   after a space is a piece of its own to the split pattern. One prompt in twelve leaves the quotes
-  out all the same, since people do too, and an unseen token there counts against the model.
-  Capitals would not help, `Wisdom` starts sentences.
+  out all the same, and an unseen token there counts against the model. People mostly leave them
+  out, so half of the prompts in training do: that is how these tokens are learned.
 - **Letters are answered as `b a n i s h e d`.** A space and a letter are a token of their own for
   most letters, the others take two, whatever their neighbours are. `b-a-n` would take two tokens
   for all letters, and of `ban` or `b,a,n` a tokenizer may merge parts again.
@@ -43,86 +43,114 @@ from nanochat.data.hub import open_corpus
 from nanochat.data.order import Permutation, make_key
 from nanochat.errors import UserError
 from nanochat.paths import atomic_write, base_dir
+from tasks.asking import Ways, ask
 from tasks.common import (
     Conversation,
     Task,
     check_generated,
     digest,
     final_answer,
-    parse_number,
     row_random,
-    same_number,
     split_of,
 )
+from tasks.judges import judge, reference, spelled_letters
 
 MIN_LETTERS, MAX_LETTERS = 3, 15
 MADE_UP_SHARE = 0.5
 LIST_SHARE = 0.5
+BARE_SHARE, BARE_SHARE_HELD_OUT = 0.55, 1 / 12
+"""Of single words, those that stand in no quotes: in the split train, and in the others."""
 MAX_WORDS = 6
 
-# {word} stands in double quotes or single ones, {plain} as it is.
-SPELLING_PROMPTS = (
-    "Spell the word {word}.",
-    "Spell the word: {word}",
-    "Spell {word}.",
-    "Spell {word}",
-    "spell {word}",
-    "Spell out {word}.",
-    "Please spell {word}.",
-    "Please spell the word {word} for me.",
-    "Can you spell {word}?",
-    "Could you spell the word {word}?",
-    "How do you spell {word}?",
-    "How do I spell the word {word}?",
-    "How is {word} spelled?",
-    "How is the word {word} written?",
-    "What is the spelling of {word}?",
-    "What are the letters of {word}?",
-    "Which letters are in {word}, in order?",
-    "Write {word} letter by letter.",
-    "Say the letters of {word} one by one.",
-    "Give me the letters of the word {word}.",
-    "Take the word {word} to pieces, letter by letter.",
-    "Spell this word:\n{plain}",
-    "Spell the word: {plain}",
-    "How do you spell {plain}?",
+# {word} stands in quotes of any kind or in none, {plain} as it is. The whole messages among the
+# ways to train are as they were before there was a grammar (`tasks/asking.py`).
+SPELLING = Ways(
+    train=(
+        *("Spell the word {word}.", "Spell the word: {word}", "Spell {word}.", "Spell {word}"),
+        *("spell {word}", "Spell out {word}.", "Please spell {word}.", "Can you spell {word}?"),
+        *("Please spell the word {word} for me.", "How do you spell {word}?"),
+        *("What are the letters of {word}?", "Which letters are in {word}, in order?"),
+        *("Say the letters of {word} one by one.", "Spell this word:\n{plain}"),
+        *("Take the word {word} to pieces, letter by letter.", "Spell the word: {plain}"),
+        *("!spell {word}", "!spell {word}", "!spell (out|) (the word|) {word}"),
+        *("!spell: {word}", "!spell the word {word}", "!spell (this|this word|): {word}"),
+        "!(write|type) (out|down|) (the word|) {word} (letter by letter|one letter at a time)",
+        "!give me the (letters|spelling) of (the word|) {word}",
+        "!tell me (how to spell|the letters of|how you spell|the spelling of) (the word|) {word}",
+        "!show me (how to spell|the letters of|the spelling of) (the word|) {word}",
+        *("?how (do|would|can) (you|i|we|one) spell (the word|) {word}", "?how to spell {word}"),
+        *("?how is (the word|) {word} (spelled|spelt|written)", "?{word}, how is it spelled"),
+        "?what are the letters (of|in) (the word|) {word}",
+        "?what('s| is) the spelling of (the word|) {word}",
+        *("?which letters (are in|has|make up) {word}", "?what letters (does|do) {word} have"),
+        *(".(the|) spelling of {word}", ".(the|) letters (of|in) {word}", ".spelling: {word}"),
+        *(".{word}, letter by letter", ".{word} spelled (out|)", ".{word} in letters"),
+        *("!take {word} apart", "!(break|split|cut) {word} (up|) into (its|) letters"),
+    ),
+    held_out=(
+        "!say {word} letter (for|after) letter",
+        *("?what is the (correct|right) spelling for {word}", "!name each letter of {word}"),
+        *("?do you know how {word} is spelled", "!list (all|) the letters (of|in) {word}"),
+        *("?which letters do (i|you) need to write {word}", ".{word} in single letters"),
+        *("!help me (to|) spell {word}", "?how should (i|one) spell {word}"),
+        *("!read out the letters of {word}", ".how {word} is spelled"),
+    ),
 )
-# {words}: quoted, with commas between; {lines}: as they are, a line each.
-LIST_PROMPTS = (
-    "Spell {words}.",
-    "Spell the words {words}.",
-    "Spell the words: {words}",
-    "How do you spell {words}?",
-    "Can you spell {words}?",
-    "Please spell {words} for me.",
-    "Write {words} letter by letter.",
-    "Spell these words:\n{lines}",
-    "Spell the words:\n{lines}",
-    "How are these words spelled?\n{lines}",
+# {words}: with commas between; {lines}: as they are, a line each. Only training asks for several.
+LISTS = Ways(
+    train=(
+        "Spell {words}.",
+        "Spell the words {words}.",
+        "Spell the words: {words}",
+        "How do you spell {words}?",
+        "Can you spell {words}?",
+        "Please spell {words} for me.",
+        "Write {words} letter by letter.",
+        "Spell these words:\n{lines}",
+        "Spell the words:\n{lines}",
+        "How are these words spelled?\n{lines}",
+        "!spell (the words|) {words}",
+        "?how do you spell {words}",
+        ".{words}, letter by letter",
+        "!write {words} in letters",
+    ),
+    held_out=(),
 )
-COUNTING_PROMPTS = (
-    "How many {letter} are in {word}?",
-    "How many {letter} are there in {word}?",
-    "How many {letter} are in the word {word}?",
-    "How many {letter} does {word} have?",
-    "How many {letter}'s are in {word}?",
-    "How many {letter}'s are there in the word {word}?",
-    "how many {letter} in {word}",
-    "How many times does {letter} come in {word}?",
-    "How many times does the letter {letter} appear in {word}?",
-    "How many times is {letter} used in the word {word}?",
-    "How often is there a {letter} in {word}?",
-    "How often does the letter {letter} come up in {word}?",
-    "Count the {letter} in {word}.",
-    "Count the letter {letter} in {word}.",
-    "Count how many times {letter} is in the word {word}.",
-    "Please count the {letter}'s in {word}.",
-    "Give me the number of {letter} in {word}.",
-    "What is the number of {letter} in the word {word}?",
-    "In {word}, how many {letter} are there?",
-    "The word is {word}. How many {letter} has it?",
-    "How many {letter} are in {plain}?",
-    "Count the {letter} in the word {plain}.",
+# {letter} stands in quotes or in none.
+COUNTING = Ways(
+    train=(
+        *("How many {letter} are in {word}?", "How many {letter} are there in {word}?"),
+        *("How many {letter} are in the word {word}?", "How many {letter} does {word} have?"),
+        *("How many {letter}'s are in {word}?", "how many {letter} in {word}"),
+        "How many times does the letter {letter} appear in {word}?",
+        "How many times is {letter} used in the word {word}?",
+        *("How often is there a {letter} in {word}?", "Count the {letter} in {word}."),
+        *("Count the letter {letter} in {word}.", "Please count the {letter}'s in {word}."),
+        *("The word is {word}. How many {letter} has it?", "How many {letter} are in {plain}?"),
+        *("Count how many times {letter} is in the word {word}.", "Count the {letter} in {plain}."),
+        *("?how many {letter} (are|) (there|) in {word}", "?how many {letter} (are|) in {word}"),
+        "?how many {letter}('s|s) (are|) (there|) in (the word|) {word}",
+        "?how many (letters|letter|times) {letter} (are|is|) in (the word|) {word}",
+        "?how many times (does|do) (the letter|) {letter} (appear|occur|come|come up) in {word}",
+        "?how often (does|do) (the letter|) {letter} (appear|occur|come|come up) in {word}",
+        *("?how often is {letter} in (the word|) {word}", "?how many {letter} (has|does) {word}"),
+        "!count (all|) (the|) (letter|letters|) {letter} in (the word|) {word}",
+        "!count (the|) {letter}'s in (the word|) {word}",
+        "!tell me how many {letter} (are|there are|) in (the word|) {word}",
+        "?what('s| is) the (number|count) of {letter} in (the word|) {word}",
+        *(".(the|) number of {letter} in {word}", ".(letter|) {letter} in {word}, how many"),
+        *(".(letter|) count of {letter} in {word}", ".how many {letter} in {word}"),
+        *("?in {word}, how many {letter} are there", "!give me the number of {letter} in {word}"),
+        "?(does|has) {word} (have|) {letter} and how (many|often)",
+    ),
+    held_out=(
+        "?how many of the letters (in|of) {word} are {letter}",
+        "?can you say how many {letter} {word} (has|contains)",
+        *(".{word}: how many {letter}", "?what number of {letter} does {word} contain"),
+        *("!find (all|every) {letter} in {word} and count them", ".amount of {letter} in {word}"),
+        *("!go through {word} and count {letter}", ".total of {letter} in {word}"),
+        *("?how frequently does {letter} occur in {word}", "!give the count of {letter} in {word}"),
+    ),
 )
 
 
@@ -135,7 +163,7 @@ class _WordTask(Task):
     """
 
     NAME: ClassVar[str]
-    VERSION = 2
+    VERSION = 3
     VAL_BY_CONTENT = True
 
     def __init__(
@@ -186,7 +214,7 @@ class SimpleSpelling(_WordTask):
         if self.split == "train" and random.random() < LIST_SHARE:
             for _ in range(random.randint(1, MAX_WORDS - 1)):
                 words.append(self.word(random.randrange(len(self.words)), random))
-        prompt = _spelling_prompt(words, random)
+        prompt = _spelling_prompt(words, random, self.split)
         return {
             "messages": [
                 {"role": "user", "content": prompt},
@@ -197,7 +225,7 @@ class SimpleSpelling(_WordTask):
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Right: each word's letters, one by one, on its own line; whatever marks and case."""
-        return spelled_letters(completion) == [list(word) for word in conversation["words"]]
+        return judge({"spell": conversation["words"]}, completion)
 
     def well_formed(self, conversation: Conversation, completion: str) -> bool:
         lines = spelled_letters(completion)
@@ -215,25 +243,17 @@ class SpellingBee(_WordTask):
         random = self.random(index)
         word = self.word(index, random)
         letter = self.letter(word, random)
-        shown = f'"{letter}"' if random.random() < 0.5 else letter
-        prompt = random.choice(COUNTING_PROMPTS).replace("{letter}", shown)
-        prompt = prompt.replace("{word}", _quoted(word, random)).replace("{plain}", word)
-        spelled = " ".join(word)
-        count = word.count(letter)
-        content = [
-            {"type": "text", "text": f"{spelled}\n{count_up(letter, count)}\nPython says "},
-            {"type": "python", "text": f'"{spelled}".count("{letter}")'},
-            {"type": "python_output", "text": str(count)},
-            {"type": "text", "text": f"{count}.\n#### {count}"},
-        ]
+        style = random.random()
+        shown = f'"{letter}"' if style < 0.3 else f"'{letter}'" if style < 0.4 else letter
+        values = {"word": quoted(word, random, self.split), "plain": word, "letter": shown}
         return {
             "messages": [
-                {"role": "user", "content": prompt},
-                {"role": "assistant", "content": content},
+                {"role": "user", "content": ask(random, self.split, COUNTING, values)},
+                {"role": "assistant", "content": reference({"count": word, "letter": letter})},
             ],
             "word": word,
             "letter": letter,
-            "answer": str(count),
+            "answer": str(word.count(letter)),
         }
 
     def letter(self, word: str, random: Random) -> str:
@@ -249,29 +269,12 @@ class SpellingBee(_WordTask):
         return random.choice([letter for letter in word if word.count(letter) == most])
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        return same_number(final_answer(completion), parse_number(conversation["answer"]))
+        """Right: the word is spelled right, counted up right, and the number is right."""
+        check = {"count": conversation["word"], "letter": conversation["letter"]}
+        return judge(check, completion)
 
     def well_formed(self, conversation: Conversation, completion: str) -> bool:
         return final_answer(completion) is not None
-
-
-def spelled_letters(completion: str) -> list[list[str]]:
-    """The letters of each line.
-
-    >>> spelled_letters("B-a-d.\n o n e")
-    [['b', 'a', 'd'], ['o', 'n', 'e']]
-    """
-    lines = completion.strip().lower().split("\n")
-    return [re.split(r"[\s,.\-]+", line.strip(" .")) for line in lines]
-
-
-def count_up(letter: str, count: int) -> str:
-    """The count said one by one.
-
-    >>> count_up("r", 3), count_up("x", 0)
-    ('r:1 r:2 r:3', 'no x')
-    """
-    return " ".join(f"{letter}:{n}" for n in range(1, count + 1)) or f"no {letter}"
 
 
 def made_up_word(words: Sequence[str], random: Random) -> str:
@@ -283,18 +286,30 @@ def made_up_word(words: Sequence[str], random: Random) -> str:
             return word
 
 
-def _spelling_prompt(words: list[str], random: Random) -> str:
-    quoted = [_quoted(word, random) for word in words]
+def _spelling_prompt(words: list[str], random: Random, split: str) -> str:
     if len(words) == 1:
-        prompt = random.choice(SPELLING_PROMPTS)
-        return prompt.replace("{word}", quoted[0]).replace("{plain}", words[0])
-    comma_list = ", ".join(quoted[:-1]) + " and " + quoted[-1]
-    prompt = random.choice(LIST_PROMPTS)
-    return prompt.replace("{words}", comma_list).replace("{lines}", "\n".join(words))
+        values = {"word": quoted(words[0], random, split), "plain": words[0]}
+        return ask(random, split, SPELLING, values)
+    shown = [quoted(word, random, split) for word in words]
+    if random.random() < BARE_SHARE:
+        shown = words
+    comma_list = ", ".join(shown[:-1]) + " and " + shown[-1]
+    return ask(random, split, LISTS, {"words": comma_list, "lines": "\n".join(words)})
 
 
-def _quoted(word: str, random: Random) -> str:
-    return f"'{word}'" if random.random() < 0.25 else f'"{word}"'
+def quoted(word: str, random: Random, split: str = "train") -> str:
+    """The word as people show it: in quotes or bare, and bare sometimes with capitals."""
+    bare = random.random() < (BARE_SHARE if split == "train" else BARE_SHARE_HELD_OUT)
+    style = random.random()
+    if bare:
+        return word.capitalize() if style < 0.1 else word.upper() if style < 0.13 else word
+    if style < 0.62:
+        return f'"{word}"'
+    return (
+        f"'{word}'"
+        if style < 0.92
+        else f"\N{LEFT DOUBLE QUOTATION MARK}{word}\N{RIGHT DOUBLE QUOTATION MARK}"
+    )
 
 
 # Word lists
@@ -324,12 +339,23 @@ def corpus_words(documents: Iterable[str], max_characters: int = 100_000_000) ->
     return sorted(word for word, count in counts.items() if count >= 2 and usable(word))
 
 
+_HEADER = "# words of the corpus "
+
+
+def noted_corpus() -> str | None:
+    """The name of the corpus whose words are the default list; None where there is none."""
+    if not words_path().is_file():
+        return None
+    first = words_path().read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix(_HEADER) if first.startswith(_HEADER) else None
+
+
 def write_words(corpus: Corpus) -> Path:
     """Make the words of this corpus the default word list."""
     words = corpus_words(corpus.documents("train"))
     if not words:
         raise UserError(f"corpus {corpus.name}: no lower-case word occurs twice in its train split")
-    lines = [f"# words of the corpus {corpus.name}", *words]
+    lines = [f"{_HEADER}{corpus.name}", *words]
     atomic_write(words_path(), "\n".join(lines) + "\n")
     return words_path()
 

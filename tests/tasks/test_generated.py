@@ -16,15 +16,16 @@ from nanochat.errors import UserError
 from nanochat.tools.calculator import calculate
 from tasks.arithmetic import LEVELS, Arithmetic
 from tasks.common import Conversation, Task, split_of
+from tasks.judges import count_up
 from tasks.spellingbee import (
-    COUNTING_PROMPTS,
-    SPELLING_PROMPTS,
+    COUNTING,
+    SPELLING,
     SimpleSpelling,
     SpellingBee,
     corpus_words,
-    count_up,
     load_words,
     made_up_word,
+    noted_corpus,
     write_words,
 )
 
@@ -158,19 +159,19 @@ def test_a_held_out_word_comes_once_before_any_comes_again():
 
 
 @pytest.mark.parametrize(
-    ("kind", "templates"), [("simple", SPELLING_PROMPTS), ("bee", COUNTING_PROMPTS)]
+    ("kind", "ways"), [("simple", SPELLING.held_out), ("bee", COUNTING.held_out)]
 )
-def test_every_prompt_names_its_word_and_most_quote_it(kind: str, templates: tuple[str, ...]):
+def test_every_prompt_names_its_word_and_most_quote_it(kind: str, ways: tuple[str, ...]):
     prompts = [
-        (row["messages"][0]["content"], asked(row)[0])
+        (row["messages"][0]["content"].lower(), asked(row)[0])
         for row in make(kind, "test", size=600)
         if len(asked(row)) == 1
     ]
     assert all(word in prompt for prompt, word in prompts)
-    quoted = sum(re.search(f"[\"']{word}[\"']", prompt) is not None for prompt, word in prompts)
+    quoted = sum(re.search(f"[\"'“]{word}[\"'”]", prompt) is not None for prompt, word in prompts)
     assert 0.8 < quoted / len(prompts) < 0.98
     shapes = {prompt.replace(word, "W").replace("'W'", '"W"') for prompt, word in prompts}
-    assert len(shapes) >= len(templates)
+    assert len(shapes) >= 3 * len(ways)
 
 
 def test_training_asks_for_several_words_too_and_tests_for_one():
@@ -181,7 +182,7 @@ def test_training_asks_for_several_words_too_and_tests_for_one():
     for row in rows:
         prompt, reply = row["messages"][0]["content"], row["messages"][1]["content"]
         assert reply == "\n".join(" ".join(word) for word in row["words"])
-        assert re.search(".*".join(row["words"]), prompt, re.DOTALL), "not in this order"
+        assert re.search(".*".join(row["words"]), prompt.lower(), re.DOTALL), "not in this order"
     assert {len(asked(row)) for split in ("val", "test") for row in make("simple", split)} == {1}
 
 
@@ -223,10 +224,17 @@ def test_counting():
     assert counts[0] > 20
     assert counts[2] > 100
     assert max(counts.values()) < 250
-    row = {"answer": "3"}
-    assert task.evaluate(row, "whatever, #### 3.0")
-    assert not task.evaluate(row, "3")
-    assert not task.evaluate(row, "#### 2")
+    row = {"word": "sees", "letter": "s", "answer": "2"}
+    assert task.evaluate(row, "s e e s\ns:1 s:2\nPython says 2.\n#### 2.0")
+    for wrong in (
+        "#### 2",
+        "s e e s\ns:1 s:2\nPython says 2.",
+        "s e a s\ns:1 s:2\nPython says 2.\n#### 2",
+        "s e e s\ns:1\nPython says 2.\n#### 2",
+        "s e e s\ne:1 e:2\nPython says 2.\n#### 2",
+        "s e e s\ns:1 s:2\nPython says 2.\n#### 3",
+    ):
+        assert not task.evaluate(row, wrong), wrong
 
 
 def test_every_letter_is_a_token_of_its_own(corpus_tokenizer: Any):
@@ -293,6 +301,7 @@ def test_the_corpus_words_are_the_default(tmp_path: Path, monkeypatch: pytest.Mo
     assert path == tmp_path / "words.txt"
     assert path.read_text() == "# words of the corpus lambs\nlamb\nover\n"
     assert load_words(None) == ("lamb", "over")
+    assert noted_corpus() == "lambs"
 
 
 def test_word_lists_from_files(tmp_path: Path):
@@ -399,7 +408,7 @@ def test_answers_compare_as_numbers():
     [
         ({"split": "dev"}, "no split 'dev', only train, val and test"),
         ({"split": "test", "size": 0}, "size 0 must be at least 1"),
-        ({"split": "test", "level": 4}, "no level 4, only 1 to 3"),
+        ({"split": "test", "level": 4}, "no level 4, only 0 to 3"),
     ],
 )
 def test_impossible_settings(options: dict[str, Any], message: str):

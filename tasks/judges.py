@@ -1,0 +1,144 @@
+"""What an answer claims, and whether all of it is so: the judges that the chat's tasks share.
+
+A *check* is a dictionary with one key that names what was asked, and what belongs to it:
+
+    {"spell": ["water"]}                  letters one by one, a line a word
+    {"count": "water", "letter": "e"}     spelled, counted up, and the number
+    {"sum": "2+2"}                        the calculator's result is the last number that is said
+    {"about": "Moses"}                    sentences of the corpus' kind that name the subject
+    {"continue": "In the beginning"}      sentences of the corpus' kind, not the opening again
+    {"unknown": "the capital of France"}  says that it does not know, and what it can do
+    {"says": ["nanochat"]}                one of these, in whatever case
+
+`judge` reads an answer against its check, `reference` writes the answer that is trained on where
+the check alone determines it.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import Any
+
+from nanochat.tools.calculator import calculate
+from tasks.common import final_answer, parse_number, same_number
+
+Check = Mapping[str, Any]
+Content = str | list[dict[str, str]]
+
+UNKNOWING = re.compile(
+    r"\b(do not|don't|cannot|can't|could not|not able to) (know|say|tell|answer|help|do)\b"
+    r"|\bno idea\b|\bknow nothing\b|\bnothing (in my text|about)\b|\b(beyond|too hard for) me\b"
+    r"|\bi have no (internet|clock)\b|\bnever read\b",
+    re.I,
+)
+OFFERS = re.compile(r"\b(spell|count|sums?|text|calculator)\b", re.I)
+_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+
+
+class Pairs:
+    """The pairs of neighbouring words of a corpus: what tells its kind of sentence.
+
+    >>> Pairs(["In the house. The house of God."]).share("the house of wax")
+    0.666...
+    """
+
+    def __init__(self, texts: Iterable[str]):
+        self.pairs: set[tuple[str, str]] = set()
+        for text in texts:
+            found = words(text)
+            self.pairs.update(pairwise(found))
+
+    def share(self, text: str) -> float:
+        """The share of the text's pairs that the corpus has; 0 of a single word."""
+        found = words(text)
+        pairs = list(pairwise(found))
+        return sum(pair in self.pairs for pair in pairs) / len(pairs) if pairs else 0.0
+
+
+def words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+def judge(check: Check, completion: str, pairs: Pairs | None = None) -> bool:
+    """Whether the answer is right in all that it claims; `pairs` of the corpus for its passages."""
+    if "spell" in check:
+        return spelled_letters(completion) == [list(word.lower()) for word in check["spell"]]
+    if "count" in check:
+        return counted(completion, check["count"].lower(), check["letter"].lower())
+    if "sum" in check:
+        numbers = re.findall(r"[-−]?\d[\d,]*(?:\.\d+)?", completion)
+        expected = parse_number(calculate(check["sum"]))
+        return bool(numbers) and same_number(parse_number(numbers[-1]), expected)
+    if "about" in check:
+        return names(completion, check["about"]) and like_corpus(completion, pairs)
+    if "continue" in check:
+        return like_corpus(completion, pairs)
+    if "unknown" in check:
+        return bool(UNKNOWING.search(completion) and OFFERS.search(completion))
+    return any(said.lower() in completion.lower() for said in check["says"])
+
+
+def reference(check: Check) -> Content:
+    """The answer that spelling, counting and sums have."""
+    if "spell" in check:
+        return "\n".join(" ".join(word.lower()) for word in check["spell"])
+    if "count" in check:
+        word, letter = check["count"].lower(), check["letter"].lower()
+        spelled, count = " ".join(word), word.count(letter)
+        return [
+            {"type": "text", "text": f"{spelled}\n{count_up(letter, count)}\nPython says "},
+            {"type": "python", "text": f'"{spelled}".count("{letter}")'},
+            {"type": "python_output", "text": str(count)},
+            {"type": "text", "text": f"{count}.\n#### {count}"},
+        ]
+    if "sum" in check:
+        result = calculate(check["sum"])
+        return [
+            {"type": "text", "text": "That is "},
+            {"type": "python", "text": check["sum"]},
+            {"type": "python_output", "text": result},
+            {"type": "text", "text": f"{result}."},
+        ]
+    return str(check["answer"])
+
+
+def spelled_letters(completion: str) -> list[list[str]]:
+    """The letters of each line.
+
+    >>> spelled_letters("B-a-d.\\n o n e")
+    [['b', 'a', 'd'], ['o', 'n', 'e']]
+    """
+    lines = completion.strip().lower().split("\n")
+    return [re.split(r"[\s,.\-]+", line.strip(" .")) for line in lines]
+
+
+def counted(completion: str, word: str, letter: str) -> bool:
+    """The word is spelled right on the first line, the letter counted up right and given right."""
+    lines, count = completion.strip().split("\n"), word.count(letter)
+    steps = re.findall(r"(\w):(\d+)", lines[1].lower()) if len(lines) > 1 else []
+    return (
+        spelled_letters(lines[0]) == [list(word)]
+        and steps == [(letter, str(n)) for n in range(1, count + 1)]
+        and same_number(final_answer(completion), parse_number(str(count)))
+    )
+
+
+def count_up(letter: str, count: int) -> str:
+    """The count said one by one.
+
+    >>> count_up("r", 3), count_up("x", 0)
+    ('r:1 r:2 r:3', 'no x')
+    """
+    return " ".join(f"{letter}:{n}" for n in range(1, count + 1)) or f"no {letter}"
+
+
+def names(text: str, subject: str) -> bool:
+    """Whether the text has the subject, as it is or in the plural."""
+    return re.search(rf"\b{re.escape(subject)}(e?s)?\b", text, re.I) is not None
+
+
+def like_corpus(text: str, pairs: Pairs | None) -> bool:
+    """Four words or more, most of whose neighbours are neighbours in the corpus too."""
+    if len(words(text)) < 4 or UNKNOWING.search(text) or "nanochat" in text.lower():
+        return False
+    return pairs is None or pairs.share(text) >= 0.75

@@ -1,0 +1,303 @@
+"""Questions about what is in a corpus, answered by sentences of it.
+
+    Who was Moses?            > Moses said to the people, Have no fear: ...
+    Tell me about a king.     > And the king was angry ...
+    Go on: In the beginning   > God made the heaven and the earth.
+
+Works with any corpus. Its *subjects* are found by counting: names are words with a capital inside
+of sentences that are never written small; nouns stand right after an article or the like, and at
+the end of what belongs to it (`the king.`, `a king of`). A sentence is about a subject that it
+names among its first words. A model learns here to say what it has read, not to know more: the
+answer is text of the kind it was pretrained on, about what it was asked.
+
+Each document belongs to one split by its hash, and so do the answers made of it.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from random import Random
+from typing import Any
+
+from nanochat.data.hub import open_corpus
+from nanochat.data.store import TokenStore
+from nanochat.errors import UserError
+from nanochat.paths import stores_dir
+from nanochat.tokenizer import Tokenizer
+from tasks.asking import Ways, ask
+from tasks.common import Conversation, Task, check_generated, digest, row_random, split_of
+from tasks.judges import Pairs, judge
+from tasks.spellingbee import noted_corpus
+
+MAX_CHARACTERS = 20_000_000
+"""Of a corpus; a web corpus has enough subjects in its first documents."""
+MAX_SUBJECTS = 400
+"""Names, and as many nouns."""
+LEAST_SENTENCES = 8
+"""About a subject; one in ten thousand words is asked about at least."""
+SHORTEST, LONGEST = 5, 30
+"""Words of a sentence that answers."""
+FIRST_WORDS = 6
+"""A sentence about a subject names it among so many."""
+
+ABOUT = Ways(
+    train=(
+        *("?who (was|is) {name}", "?who (was|is) {name}", "?who(s|'s) {name}", "?who is {name}"),
+        *("!tell me (something|more|a little|) about {name}", "!tell me about {name}"),
+        *("?what (do|can) you (know|tell me|say) about {name}", ".{name}", ".about {name}"),
+        *("!say something about {name}", "?what (was|is) {name}", "?where (is|was) {name}"),
+        *("!tell me (a|the) story (about|of) {name}", ".(a|the) story (about|of) {name}"),
+        *("?what did {name} (do|say)", "?what happened to {name}", "!talk about {name}"),
+        *("!give me a (sentence|passage|line) about {name}", "!write about {name}"),
+        *("?do you know (who {name} was|{name}|about {name})", "?what about {name}"),
+    ),
+    held_out=(
+        *("?what have you (read|heard) (of|about) {name}", "!let me hear about {name}"),
+        *("!describe {name}", "?is there (anything|something) about {name} in your text"),
+        *("!tell a tale of {name}", "?what is written (of|about) {name}"),
+    ),
+)
+ABOUT_NOUN = Ways(
+    train=(
+        *("!tell me (a|the|) story about (a|the) {noun}", "!tell me about (a|the|) {noun}"),
+        *("!tell me a (short|little|) story (about|of|with) (a|the) {noun}", ".about {noun}"),
+        *(
+            "!say (something|a sentence|a word) about (a|the|) {noun}",
+            ".story about (a|the) {noun}",
+        ),
+        *("?what (do|can) you (know|say|tell me) about (a|the|) {noun}", "!talk about {noun}"),
+        "!give me a (sentence|passage|line|verse) (about|with) (a|the|) {noun}",
+        "!write (something|a sentence|a line|a story) about (a|the|) {noun}",
+        *("?(do|can) you (know|tell) a story about (a|the) {noun}", "?what is (a|the|) {noun}"),
+    ),
+    held_out=(
+        *("!let me hear (something|) about (a|the) {noun}", "!tell a tale of a {noun}"),
+        *("?what have you read about (a|the) {noun}", "!describe (a|the) {noun}"),
+        *("!make a sentence with {noun}", "?what is written about (a|the) {noun}"),
+    ),
+)
+CONTINUE = Ways(
+    train=(
+        *(
+            "!go on: {opening}",
+            "!go on with: {opening}",
+            "!go on: {opening}",
+            "!continue: {opening}",
+        ),
+        *("!continue (this|the text|the sentence|the story): {opening}", ".{opening} ..."),
+        *("!finish (this|the sentence|this sentence): {opening}", ".{opening}..."),
+        *("?what comes (next|after this): {opening}", "?how does this go on: {opening}"),
+        *("!complete (this|the sentence|): {opening}", "?what comes after: {opening}"),
+    ),
+    held_out=(
+        *("!carry on from here: {opening}", "?how does it end: {opening}"),
+        *("!write what follows: {opening}", ".and then: {opening}"),
+    ),
+)
+
+SENTENCE_END = re.compile(r"(?<=[.!?;])\s+(?=[A-Z\"'“‘(])|\n\s*\n")
+_NAME = re.compile(r"(?<=[a-z,;] )[A-Z][a-z]{2,}\b")
+_SMALL = re.compile(r"\b[a-z]{3,}\b")
+_NOUN = re.compile(
+    r"\b(?:a|an|the|his|her|my|your|their|our|this) ([a-z]{3,})"
+    r"(?=[.,:;?!]| (?:of|and|was|is|were|are|in|to|had|has|for|from|on|who|which|that|with)\b)"
+)
+_NO_NOUNS = {
+    "same",
+    "first",
+    "last",
+    "others",
+    "other",
+    "one",
+    "ones",
+    "most",
+    "more",
+    "own",
+    "few",
+}
+
+
+@lru_cache(maxsize=2)
+def known_texts() -> tuple[str, ...]:
+    """Training documents of the corpus that the stages noted (`write_words`), else the embedded.
+
+    They are decoded from its token store, so the corpus' own files need not be there any more.
+    """
+    folder = stores_dir() / f"{noted_corpus() or ''}-train"
+    if noted_corpus() and folder.is_dir():
+        tokenizer = Tokenizer.load()
+        return store_texts(TokenStore.open(folder, tokenizer.hash), tokenizer)
+    return tuple(open_corpus("bbe").documents("train"))
+
+
+def store_texts(store: TokenStore, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The documents of a store as text, up to MAX_CHARACTERS."""
+    texts, characters = [], 0
+    for index in range(len(store)):
+        texts.append(tokenizer.decode(store.ids(index, 1)))
+        characters += len(texts[-1])
+        if characters >= MAX_CHARACTERS:
+            break
+    return tuple(texts)
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a document, white space made single."""
+    return [" ".join(part.split()) for part in SENTENCE_END.split(text) if part and part.strip()]
+
+
+def subjects(texts: Iterable[str]) -> tuple[list[str], list[str]]:
+    """(names, nouns) of the texts, the most frequent first.
+
+    >>> subjects(["Then Anna saw the fox. The fox saw Anna, and the fox ran."] * 9)
+    (['Anna'], ['fox'])
+    """
+    capital: Counter[str] = Counter()
+    small: Counter[str] = Counter()
+    nouns: Counter[str] = Counter()
+    for text in texts:
+        capital.update(_NAME.findall(text))
+        small.update(_SMALL.findall(text))
+        nouns.update(_NOUN.findall(text))
+    least = LEAST_SENTENCES
+    names = [
+        name for name, n in capital.most_common() if n >= least and small[name.lower()] < n / 20
+    ]
+    chosen = [
+        noun
+        for noun, n in nouns.most_common()
+        if n >= least and n >= small[noun] / 5 and noun not in _NO_NOUNS
+    ]
+    return names[:MAX_SUBJECTS], chosen[:MAX_SUBJECTS]
+
+
+class Index:
+    """What a corpus says about which subject, and how its texts go on."""
+
+    def __init__(self, texts: Sequence[str], split: str):
+        self.texts = [text for text in texts if split_of(text) == split]
+        names, nouns = subjects(texts)
+        wanted = {**dict.fromkeys(names, "name"), **dict.fromkeys(nouns, "noun")}
+        self.about: dict[str, list[str]] = defaultdict(list)
+        self.openings: list[tuple[str, str]] = []
+        """(the first words of a sentence, what comes after them)."""
+        for text in self.texts:
+            found = sentences(text)
+            for here, after in zip(found, [*found[1:], ""], strict=True):
+                parts = here.split()
+                if not SHORTEST <= len(parts) <= LONGEST:
+                    continue
+                first = [re.sub(r"\W+$", "", word) for word in parts[:FIRST_WORDS]]
+                answer = here if len(parts) >= 12 or len(after.split()) > 20 else f"{here} {after}"
+                for word in dict.fromkeys(first):
+                    if word in wanted:
+                        self.about[word].append(answer.strip())
+                if len(parts) >= 8:
+                    self.openings.append((here, after))
+        known = {word for word, said in self.about.items() if len(said) >= 2}
+        self.names = [name for name in names if name in known]
+        self.nouns = [noun for noun in nouns if noun in known]
+
+    def passage(self, subject: str, random: Random) -> str:
+        """Sentences about the subject."""
+        return random.choice(self.about[subject])
+
+    def opening(self, random: Random) -> tuple[str, str]:
+        """(The beginning of a sentence, the rest of it)."""
+        here, _ = random.choice(self.openings)
+        parts = here.split()
+        cut = random.randint(3, min(10, len(parts) - 3))
+        return " ".join(parts[:cut]), " ".join(parts[cut:])
+
+
+@lru_cache(maxsize=4)
+def index_of(texts: tuple[str, ...], split: str) -> Index:
+    return Index(texts, split)
+
+
+@lru_cache(maxsize=2)
+def pairs_of(texts: tuple[str, ...]) -> Pairs:
+    return Pairs(texts)
+
+
+class Passages(Task):
+    """Row i of a split: a pure function of (corpus_texts, seed, split, i).
+
+    `corpus_texts` are training documents, by default those that the stages noted. A text without
+    names has questions about nouns only, and the other way round.
+    """
+
+    VAL_BY_CONTENT = True
+
+    def __init__(
+        self,
+        split: str,
+        size: int | None = None,
+        corpus_texts: Sequence[str] | None = None,
+        seed: int = 0,
+    ):
+        super().__init__("passages", split)
+        self.size = check_generated("passages", split, size)
+        self.seed = seed
+        self.texts = tuple(known_texts() if corpus_texts is None else corpus_texts)
+        self.index = index_of(self.texts, split)
+        if not self.index.openings:
+            raise UserError(
+                f"passages: the {len(self.index.texts)} documents of the split {split} have no "
+                f"sentence of 8 to {LONGEST} words; give more text, or leave the task out"
+            )
+
+    def __len__(self) -> int:
+        return self.size
+
+    def settings(self) -> dict[str, Any]:
+        return {"size": self.size, "seed": self.seed, "texts": digest("\n".join(self.texts))}
+
+    def row(self, index: int) -> Conversation:
+        random = row_random("passages", self.split, self.seed, index)
+        question, answer, check = draw_passage(self.index, random, self.split)
+        return {
+            "messages": [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ],
+            "check": check,
+        }
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Right: words that stand side by side in the corpus too, naming what was asked about."""
+        return judge(conversation["check"], completion, pairs_of(self.texts))
+
+
+def draw_passage(index: Index, random: Random, split: str) -> tuple[str, str, dict[str, str]]:
+    """(question, answer, check) about a name, about a noun, or going on from an opening.
+
+    Frequent subjects come more often: people ask about Moses, not about Zelophehad.
+    """
+    kind = random.random()
+    if kind < 0.45 and index.names:
+        name = _frequent(index.names, random)
+        return (
+            ask(random, split, ABOUT, {"name": name}),
+            index.passage(name, random),
+            {"about": name},
+        )
+    if kind < 0.8 and index.nouns:
+        noun = _frequent(index.nouns, random)
+        said = ask(random, split, ABOUT_NOUN, {"noun": noun})
+        return said, index.passage(noun, random), {"about": noun}
+    opening, rest = index.opening(random)
+    said = ask(random, split, CONTINUE, kept={"opening": opening})
+    return said, rest, {"continue": opening}
+
+
+def _frequent(subjects: Sequence[str], random: Random) -> str:
+    """A subject; those at the head of the list come more often."""
+    return subjects[int(len(subjects) * random.random() ** 1.7)]
+
+
+if __name__ == "__main__":
+    from tasks.specs import main
+
+    main("size", passages=Passages)

@@ -1,0 +1,194 @@
+"""Plain sums as people type them, and the one expression for the calculator that each means.
+
+    17+25=   what is 12 times 30?   Take 4 from 19.   (3 + 4) x 5   half of ninety
+
+What is to be learned is to copy the numbers into the call in the right order, brackets included,
+and which sign each word stands for. Numbers go up to 1,000; those up to a hundred are sometimes
+written in words.
+"""
+
+from random import Random
+
+from tasks.asking import Ways, ask, expand
+from tasks.common import split_of
+
+MAX_NUMBER = 1000
+WORDS_SHARE = 0.12
+"""Of the sums of small numbers, those with numbers in words."""
+
+SUMS = Ways(
+    train=(
+        *(
+            "?what is {sum}",
+            "?what is {sum}",
+            "?what's {sum}",
+            "?whats {sum}",
+            "?how much is {sum}",
+        ),
+        "!(calculate|compute|work out|solve|count) {sum}",
+        "!do (the|this|) (sum|math|) {sum}",
+        "!tell me (what|how much|) {sum} (is|makes|)",
+        *(".{sum}", ".{sum}", ".{sum}", ".{sum}=", ".{sum} =", ".{sum} = ?", ".{sum}?", ".{sum} ?"),
+        "?what (does|do) {sum} (make|give|equal)",
+        "?what do (you|i|we) get (for|from|with) {sum}",
+        *(".{sum} is", ".{sum} equals", ".result of {sum}", ".sum: {sum}", ".so {sum}"),
+        "?what is the (result|answer|value) of {sum}",
+        "?can you (do|solve|work out|calculate|tell me) {sum}",
+        "?how many (is|are) {sum}",
+        "?what would {sum} be",
+    ),
+    held_out=(
+        "?what will {sum} come to",
+        "!give me (the result of|the answer to|) {sum}",
+        "!(figure out|evaluate|find) {sum}",
+        "?how much do (you|we) get if (you|we) take {sum}",
+        *("?do you know {sum}", ".answer to {sum}", ".{sum} makes", ".{sum} = what"),
+        "!say how much {sum} is",
+    ),
+)
+# {a} and {b} stand in the order in which the call has them.
+SIGNED = {
+    "+": ("+", "+", "+", "plus"),
+    "-": ("-", "-", "-", "minus", "\N{MINUS SIGN}"),
+    "*": ("*", "x", "times", "\N{MULTIPLICATION SIGN}", "X"),
+    "/": ("/", "/", ":", "\N{DIVISION SIGN}", "divided by"),
+}
+WORDED = {
+    "+": ("{a} plus {b}", "{a} plus {b}", "{a} and {b}", "{a} added to {b}",
+          "the sum of {a} and {b}"),
+    "-": ("{a} minus {b}", "{a} minus {b}", "{a} less {b}", "{a} take away {b}",
+          "the difference (between|of) {a} and {b}"),
+    "*": ("{a} times {b}", "{a} times {b}", "{a} multiplied by {b}", "the product of {a} and {b}"),
+    "/": ("{a} divided by {b}", "{a} divided by {b}", "{a} over {b}"),
+}  # fmt: skip
+REQUESTED = {
+    "+": Ways(
+        train=("!add {a} and {b}", "!add {a} to {b}", "!sum {a} and {b}", "!add up {a} and {b}"),
+        held_out=("!put {a} and {b} together", "!add {b} onto {a}"),
+    ),
+    "-": Ways(
+        train=("!(subtract|take|take away) {b} from {a}", "!take {b} away from {a}"),
+        held_out=("!remove {b} from {a}", "?what is left (if|when) you take {b} from {a}"),
+    ),
+    "*": Ways(
+        train=("!multiply {a} (by|with|and) {b}", "!multiply {a} (by|with|and) {b}"),
+        held_out=("!take {a} times {b}", "!multiply together {a} and {b}"),
+    ),
+    "/": Ways(
+        train=("!divide {a} by {b}", "!divide {a} by {b}", "?how often does {b} go into {a}"),
+        held_out=("!split {a} into {b} parts", "!share {a} among {b}"),
+    ),
+}
+OF_ONE = {
+    "half of {a}": "{a}/2",
+    "double {a}": "{a}*2",
+    "twice {a}": "{a}*2",
+    "a third of {a}": "{a}/3",
+    "a quarter of {a}": "{a}/4",
+    "{a} squared": "{a}*{a}",
+}
+# fmt: off
+_SMALL = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven",
+    "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)
+_TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+# fmt: on
+
+
+def in_words(number: int) -> str:
+    """A number from 0 to 100.
+
+    >>> in_words(42), in_words(100)
+    ('forty-two', 'a hundred')
+    """
+    if number < 20:
+        return _SMALL[number]
+    if number == 100:
+        return "a hundred"
+    tens, ones = divmod(number, 10)
+    return _TENS[tens] + (f"-{_SMALL[ones]}" if ones else "")
+
+
+def draw_number(random: Random, low: int = 0) -> int:
+    """Each count of digits is likely, small numbers more so."""
+    largest = random.choice((9, 12, 20, 99, 99, 100, 999, 999, MAX_NUMBER))
+    return random.randint(min(low, largest), largest)
+
+
+def draw_pair(random: Random, sign: str) -> tuple[int, int]:
+    """Mostly what gives no fraction and is not below 0."""
+    a, b = draw_number(random), draw_number(random)
+    if sign == "-" and random.random() < 0.85:
+        a, b = max(a, b), min(a, b)
+    if sign == "/":
+        b = draw_number(random, 1)
+        if random.random() < 0.85:
+            b = random.randint(1, min(b, 100))
+            a = b * random.randint(1, max(1, MAX_NUMBER // b))
+    return a, b
+
+
+def draw_sum(random: Random, split: str) -> tuple[str, str, str]:
+    """(the shape of the sum, what it says with signs or words, the call).
+
+    The call's hash decides the split, whatever words ask for it.
+    """
+    while True:
+        shape, said, call = _draw_sum(random)
+        if split_of(call) == split:
+            return shape, said, call
+
+
+def _draw_sum(random: Random) -> tuple[str, str, str]:
+    shape = random.choice(("signs",) * 9 + ("words",) * 5 + ("asked",) * 2 + ("three",) * 3 +
+                          ("brackets",) * 3 + ("one",))  # fmt: skip
+    sign = random.choice("+-*/" if shape in ("signs", "words", "asked") else "++-*")
+    a, b = draw_pair(random, sign)
+    if shape == "one":
+        said, call = random.choice(list(OF_ONE.items()))
+        a = draw_number(random, 1) * (12 if "/" in call and random.random() < 0.8 else 1)
+        a = min(a, MAX_NUMBER) if "/" not in call else a % 996 + 12 - a % 996 % 12
+        return shape, said.format(a=_shown(a, random)), call.format(a=a)
+    if shape == "asked":
+        return sign, f"{_shown(a, random)} {_shown(b, random)}", f"{a}{sign}{b}"
+    if shape == "words":
+        said = expand(random.choice(WORDED[sign]), random)
+        return shape, said.format(a=_shown(a, random), b=_shown(b, random)), f"{a}{sign}{b}"
+    if shape == "signs":
+        spoken = random.choice(SIGNED[sign])
+        return shape, _joined(str(a), spoken, str(b), random), f"{a}{sign}{b}"
+    # Most people who type three numbers type small ones.
+    second, largest = random.choice("++-*"), random.choice((9, 12, 20, 99, MAX_NUMBER))
+    a, b, c = (random.randint(0, largest) for _ in range(3))
+    shown, other = random.choice(SIGNED[sign]), random.choice(SIGNED[second])
+    tight = random.random() < 0.5
+    said = _joined(_joined(str(a), shown, str(b), random, tight), other, str(c), random, tight)
+    if shape == "three":
+        return shape, said, f"{a}{sign}{b}{second}{c}"
+    if random.random() < 0.5:
+        left = _joined(str(a), shown, str(b), random, tight)
+        said = _joined(f"({left})", other, str(c), random, tight)
+        return shape, said, f"({a}{sign}{b}){second}{c}"
+    right = _joined(str(b), other, str(c), random, tight)
+    return shape, _joined(str(a), shown, f"({right})", random, tight), f"{a}{sign}({b}{second}{c})"
+
+
+def ask_sum(random: Random, split: str, shape: str, said: str) -> str:
+    """A message that asks for a sum of `draw_sum`."""
+    if shape in REQUESTED:
+        a, b = said.split(" ")
+        return ask(random, split, REQUESTED[shape], {"a": a, "b": b})
+    return ask(random, split, SUMS, {"sum": said})
+
+
+def _shown(number: int, random: Random) -> str:
+    in_letters = number <= 100 and random.random() < WORDS_SHARE
+    return in_words(number).replace("a hundred", "hundred") if in_letters else str(number)
+
+
+def _joined(a: str, sign: str, b: str, random: Random, tight: bool | None = None) -> str:
+    """`a sign b`; a spoken sign has spaces around it, others often have none."""
+    if len(sign) > 1 or not (random.random() < 0.6 if tight is None else tight):
+        return f"{a} {sign} {b}"
+    return f"{a}{sign}{b}"

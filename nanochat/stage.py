@@ -178,7 +178,7 @@ class Stage(Generic[L]):
 
 def describe_mixture(sources: Sequence[Source], tokens: int) -> str:
     """Each source's share of the targets, and how often a run of so many tokens reads it."""
-    targets = [source.store.num_tokens - len(source.store) for source in sources]
+    targets = [source.store.num_targets for source in sources]
     parts = [float(Fraction(str(s.weight)) * n) for s, n in zip(sources, targets, strict=True)]
     lines = [
         f"{source.name} {part / sum(parts):.1%} ({tokens * part / sum(parts) / n:.3g} passes)"

@@ -219,6 +219,8 @@ class DataLoader:
         """Documents that the boundaries of a micro-batch have room for; it never shrinks."""
         self._prefetch = device.type == "cuda" if prefetch is None else prefetch
         self._ahead: _Ahead | None = None
+        for source in self.sources:
+            source.store.verify_once(in_background=rank == 0)
         start = _Position(consumed=np.zeros((len(self.sources), 2), dtype=np.int64))
         self._at = self._settled(start)
 
@@ -401,6 +403,7 @@ class DataLoader:
                     weights[b, begin + 1 : end][role == IGNORED] = 0
                     roles[b, begin + 1 : end] = role
             documents[b, end:] = len(pieces)
+        self._check_ids(tokens, rows)
         weights = np.ascontiguousarray(weights[:, 1:])
         doc_ids = torch.from_numpy(np.ascontiguousarray(documents[:, :-1]))
         ends = document_boundaries(doc_ids)
@@ -413,6 +416,21 @@ class DataLoader:
             roles=torch.from_numpy(np.ascontiguousarray(roles[:, 1:])) if self.with_roles else None,
             boundaries=pad_boundaries(ends, self._documents),
         )
+
+    def _check_ids(self, tokens: np.ndarray, rows: list[list[list[int]]]) -> None:
+        """UserError where an id is outside its store's vocabulary, or verifying found damage."""
+        for source in self.sources:
+            source.store.check()
+        if tokens.max(initial=0) < min(source.store.vocab_size for source in self.sources):
+            return
+        for s, document, start, stop in (piece for pieces in rows for piece in pieces):
+            store = self.sources[s].store
+            highest = int(store.ids(document, start, stop).max())
+            if highest >= store.vocab_size:
+                raise UserError(
+                    f"{store.folder} has token id {highest} in document {document}, outside its "
+                    f"vocabulary of {store.vocab_size}: it is damaged; delete it and build it again"
+                )
 
     # Position
 
@@ -438,7 +456,7 @@ class DataLoader:
                 [len(source.store), source.store.num_tokens, str(weight)]
                 for source, weight in zip(self.sources, self.order.weights, strict=True)
             ],
-            "fingerprints": [source.store.meta["fingerprint"] for source in self.sources],
+            "fingerprints": [source.store.identity for source in self.sources],
             "prompt_weights": [float(source.prompt_weight) for source in self.sources],
         }
 
@@ -455,8 +473,11 @@ class DataLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position; `UserError` if it was saved over other data or another order."""
+        # Older checkpoints do not say it all, and know a store by what it was made from.
+        former = [source.store.meta["fingerprint"] for source in self.sources]
         for key, here in self._identity().items():
-            if state.get(key, here) != here:  # older checkpoints do not say it all
+            known = [here, former] if key == "fingerprints" else [here]
+            if state.get(key, here) not in known:
                 raise UserError(
                     f"the checkpoint's data position is for {key} = {state[key]}, this run has "
                     f"{here}; resume with the same data settings, or start a new run"
@@ -508,7 +529,7 @@ def _check(
                 "every token with --prompt-weight 1"
             )
     # Documents of one token have no target: an endless loader would look for a row forever.
-    if all(source.store.num_tokens == len(source.store) for source in sources):
+    if all(source.store.num_targets == 0 for source in sources):
         raise UserError(
             "no document has more than one token, so there is nothing to predict; "
             f"check the text behind {sources[0].store.folder}"

@@ -258,6 +258,7 @@ def drop_documents(store: TokenStore, tokenizer: Tokenizer, report: dict[str, An
     unwanted = {match["document"] for match in report["matches"]}
     if len(unwanted) == len(store):
         raise UserError(f"every document of {store.folder} would be dropped; nothing was changed")
+    store.verify()  # the new digests must not vouch for damage
     before = store.meta.get("decontaminated", [])
     note = {"ngram": report["ngram"], "tasks": list(report["tasks"]), "dropped": len(unwanted)}
     with (

@@ -72,9 +72,9 @@ def text_sources(
         other = first.setdefault(store.folder, name)
         if other != name:
             raise UserError(f"{other} and {name} are the same corpus; name it once")
-        if store.num_tokens == len(store):
+        if store.num_targets == 0:
             raise UserError(f"{name} has no document of more than one token; leave it out")
-    targets = {name: store.num_tokens - len(store) for name, store in stores.items()}
+    targets = {name: store.num_targets for name, store in stores.items()}
     epoch = min(targets[name] / share for name, share in shares.items())  # per unit of share
     return [
         Source(store, weight=epoch * shares[name] / targets[name], name=name)
@@ -103,7 +103,7 @@ def long_documents(texts: Sequence[Source], minimum: int) -> list[Source]:
 def _targets(sources: Sequence[Source]) -> Fraction:
     """Of an epoch."""
     return sum(
-        (Fraction(str(s.weight)) * (s.store.num_tokens - len(s.store)) for s in sources),
+        (Fraction(str(s.weight)) * s.store.num_targets for s in sources),
         start=Fraction(0),
     )
 

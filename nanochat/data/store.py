@@ -6,18 +6,21 @@ A store is a folder:
     mask.bin      one byte a token, for conversations only: bit 0 the loss mask, above it the role
                   (`nanochat.tokenizer.pack_mask`)
     offsets.npy   (documents + 1,) int64: document i is tokens[offsets[i] : offsets[i + 1]]
-    meta.json     what it was made from (tokenizer hash, source fingerprint) and how large it is
+    meta.json     what it was made from (tokenizer hash, source fingerprint), its name and sizes,
+                  the SHA-256 of every other file and its own
 
-It is written under a temporary name and renamed, so a folder with the final name is complete; sizes
-are checked again when it is opened. Large sources are encoded in slices by several processes: a
-slice is itself a store, and `merge_stores` puts slices end to end.
+It is written under a temporary name and renamed, so a folder with the final name is complete. Its
+name, sizes and offsets are checked whenever it is opened. `verify_once` checks the contents when it
+is first read after its files changed, and notes that in `.verified`. Large sources are encoded in
+slices by several processes: a slice is itself a store, and `merge_stores` puts slices end to end.
 """
 
+import hashlib
 import json
-import shutil
+import threading
 from array import array
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -31,6 +34,9 @@ from nanochat.tokenizer import unpack_mask
 VERSION = 1
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _OFFSETS_BLOCK = 2**20
+_BLOCK = 1 << 22  # bytes read at a time
+_AT_ONCE = 64 << 20  # bytes up to which a store is verified before its first token is read
+_VERIFIED = ".verified"
 
 
 class TokenStore:
@@ -61,6 +67,11 @@ class TokenStore:
                 folder / "offsets.npy",
                 f"ends at token {self._offsets[-1]}, meta.json promises {self.num_tokens}",
             )
+        for start in range(0, len(offsets) - 1, _OFFSETS_BLOCK):
+            lengths = np.diff(self._offsets[start : start + _OFFSETS_BLOCK + 1])
+            if lengths.min() < 1:
+                number = start + int(lengths.argmin())
+                raise _torn(folder / "offsets.npy", f"gives document {number} no tokens")
 
     @classmethod
     def open(cls, folder: Path, tokenizer_hash: str | None = None) -> "TokenStore":
@@ -98,6 +109,13 @@ class TokenStore:
             )
         if meta["dtype"] not in _DTYPES:
             raise _torn(folder / "meta.json", f"names the unknown dtype {meta['dtype']!r}")
+        if meta.get("digest", _digest(meta)) != _digest(meta):  # older stores have none
+            raise _torn(folder / "meta.json", "was changed after it was written")
+        if meta.get("name", folder.name) != folder.name:
+            raise UserError(
+                f"{folder} holds the store {meta['name']}, which was renamed or copied there; give "
+                f"it its name back, or delete {folder} and build it again"
+            )
         if tokenizer_hash is not None and meta["tokenizer_hash"] != tokenizer_hash:
             raise UserError(
                 f"{folder} was encoded with the tokenizer {meta['tokenizer_hash'][:12]}, the one "
@@ -120,9 +138,93 @@ class TokenStore:
     def name(self) -> str:
         return self.folder.name
 
+    @property
+    def identity(self) -> str:
+        """The digest of the contents: equal for equal tokens, masks and documents.
+
+        Stores of earlier versions have no digests; what they were made from stands in.
+        """
+        if "files" not in self.meta:
+            fingerprint: str = self.meta["fingerprint"]
+            return fingerprint
+        digests = {name: file["sha256"] for name, file in self.meta["files"].items()}
+        return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def vocab_size(self) -> int:
+        """Every id is below it; of older stores only the limit of their dtype is known."""
+        limit = 2 ** (8 * _DTYPES[self.meta["dtype"]].itemsize)
+        return int(self.meta.get("vocab_size", limit))
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that can be predicted: all but each document's first."""
+        return self.num_tokens - len(self)
+
     def __len__(self) -> int:
         """Documents in the store."""
         return len(self._offsets) - 1
+
+    # Contents
+
+    def verify(self) -> None:
+        """Read every file and compare its SHA-256; UserError names the one that is damaged."""
+        for name, expected in self.meta.get("files", {}).items():
+            try:
+                with (self.folder / name).open("rb") as file:
+                    digest = hashlib.sha256()
+                    while block := file.read(_BLOCK):
+                        digest.update(block)
+            except OSError as error:
+                raise _torn(self.folder / name, f"cannot be read ({error})") from error
+            if digest.hexdigest() != expected["sha256"]:
+                raise _damaged(self.folder / name)
+
+    def verify_once(self, in_background: bool = True) -> None:
+        """`verify`, unless that was done since the files last changed.
+
+        Small stores are verified before this returns. Larger ones are verified on a thread if
+        `in_background`, else not at all; `check` raises what the thread found.
+        """
+        state = self._state()
+        if _verifications.get(self.folder, (None, None))[0] == state or self._noted() == state:
+            return
+        if self.num_tokens * _DTYPES[self.meta["dtype"]].itemsize <= _AT_ONCE:
+            self.verify()
+            self._note(state)
+        elif in_background:
+            problem: list[UserError] = []
+
+            def work() -> None:
+                try:
+                    self.verify()
+                    self._note(state)
+                except UserError as error:
+                    problem.append(error)
+
+            _verifications[self.folder] = state, problem
+            threading.Thread(target=work, name=f"verify {self.name}", daemon=True).start()
+
+    def check(self) -> None:
+        """Raise what the verification in the background found so far."""
+        for problem in _verifications.get(self.folder, (None, []))[1]:
+            raise problem
+
+    def _state(self) -> dict[str, list[int]]:
+        """File name -> size and times: what changes with a file. A copy of the folder differs."""
+        stats = {name: (self.folder / name).stat() for name in self.meta.get("files", {})}
+        return {n: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for n, s in stats.items()}
+
+    def _noted(self) -> Any:
+        try:
+            return json.loads((self.folder / _VERIFIED).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def _note(self, state: dict[str, list[int]]) -> None:
+        _verifications[self.folder] = state, []
+        with suppress(OSError):  # somebody else's store, on a read-only disk
+            (self.folder / _VERIFIED).write_text(json.dumps(state) + "\n", encoding="utf-8")
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """Tokens in each of the documents `indices`; int64, same shape."""
@@ -188,6 +290,23 @@ class LongDocuments(TokenStore):
         return self._slice(int(self._indices[index]), start, stop)
 
 
+_verifications: dict[Path, tuple[dict[str, list[int]], list[UserError]]] = {}
+"""Store folder -> its files' state when this process began to verify it, and what was wrong."""
+
+
+def _digest(meta: Mapping[str, Any]) -> str:
+    """SHA-256 of the metadata without its own digest."""
+    content = {key: value for key, value in meta.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(
+        f"{path} is damaged: its SHA-256 is not the one in meta.json; delete {path.parent} and "
+        "build it again"
+    )
+
+
 def _torn(path: Path, what: str) -> UserError:
     return UserError(f"{path} {what}: the store is torn; delete {path.parent} and build it again")
 
@@ -240,6 +359,7 @@ class StoreWriter:
         self._dtype_name = "uint16" if vocab_size <= 2**16 else "uint32"
         self._dtype = _DTYPES[self._dtype_name]
         self._lengths = array("q")
+        self._digests = {name: hashlib.sha256() for name in ("tokens.bin", "mask.bin")}
         self._stack = ExitStack()
 
     def __enter__(self) -> "StoreWriter":
@@ -288,22 +408,32 @@ class StoreWriter:
             packed = np.asarray(mask, dtype=np.uint8)
             if packed.shape != tokens.shape:
                 raise ValueError(f"{packed.shape} mask bytes for {tokens.shape} tokens")
-            self._files["mask.bin"].write(packed.tobytes())
-        self._files["tokens.bin"].write(tokens.astype(self._dtype).tobytes())
+            self._write("mask.bin", packed.tobytes())
+        self._write("tokens.bin", tokens.astype(self._dtype).tobytes())
         self._lengths.append(len(tokens))
         self.num_documents += 1
         self.num_tokens += len(tokens)
 
+    def _write(self, name: str, data: bytes) -> None:
+        self._files[name].write(data)
+        self._digests[name].update(data)
+
     def add_store(self, store: TokenStore) -> None:
-        """Append all documents of another store of the same tokenizer."""
+        """Append all documents of another store of the same tokenizer, verifying what is read."""
         if (store.has_mask, store.meta["dtype"]) != (self.with_mask, self._dtype_name):
             raise UserError(
                 f"{store.folder} ({store.meta['dtype']}, mask: {store.has_mask}) does not fit "
                 f"into {self.folder} ({self._dtype_name}, mask: {self.with_mask}); build it again"
             )
-        for name, target in self._files.items():
+        for name in self._files:
+            digest = hashlib.sha256()
             with (store.folder / name).open("rb") as source:
-                shutil.copyfileobj(source, target, 1 << 22)
+                while block := source.read(_BLOCK):
+                    self._write(name, block)
+                    digest.update(block)
+            expected = store.meta.get("files", {}).get(name, {"sha256": digest.hexdigest()})
+            if digest.hexdigest() != expected["sha256"]:
+                raise _damaged(store.folder / name)
         self._lengths.frombytes(np.diff(store._offsets).tobytes())
         self.num_documents += len(store)
         self.num_tokens += store.num_tokens
@@ -316,15 +446,27 @@ class StoreWriter:
         if self.num_documents:
             np.cumsum(np.frombuffer(self._lengths, dtype=np.int64), out=offsets[1:])
         np.save(self._temporary / "offsets.npy", offsets)
+        saved = hashlib.sha256((self._temporary / "offsets.npy").read_bytes())
+        digests = {**{name: self._digests[name] for name in self._files}, "offsets.npy": saved}
         meta = {
             **self.extra,
             **self._made_from,
             "version": VERSION,
+            "name": self.folder.name,
             "num_documents": self.num_documents,
             "num_tokens": self.num_tokens,
             "has_mask": self.with_mask,
             "dtype": self._dtype_name,
+            "vocab_size": self.vocab_size,
+            "files": {
+                name: {
+                    "size": (self._temporary / name).stat().st_size,
+                    "sha256": digest.hexdigest(),
+                }
+                for name, digest in digests.items()
+            },
         }
+        meta["digest"] = _digest(meta)
         text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
         (self._temporary / "meta.json").write_text(text, encoding="utf-8")
 

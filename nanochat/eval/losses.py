@@ -133,7 +133,7 @@ def mixture_bpb(sources: Sequence[Source], results: Sequence[Mapping[str, float]
     bits = size = 0.0
     for source, result in zip(sources, results, strict=True):
         passes = float(Fraction(str(source.weight)))
-        targets = passes * (source.store.num_tokens - len(source.store))
+        targets = passes * source.store.num_targets
         mixed = targets * result["bytes"] / result["tokens"]  # bytes of it in an epoch
         bits, size = bits + result["bpb"] * mixed, size + mixed
     return bits / size

@@ -93,6 +93,7 @@ def pairs_store(
     folder = paths.stores_dir() / f"pairs-{digest}"
     store = TokenStore.open_if_current(folder, tokenizer.hash, fingerprint)
     if store is not None:
+        store.verify_once()
         return store
     skipped: list[str] = []
     with StoreWriter(

@@ -13,6 +13,7 @@ import pytest
 from nanochat import runtime
 from nanochat.data import encode as encoding
 from nanochat.data import files, hub
+from nanochat.data import store as stores
 from nanochat.data.corpus import Split
 from nanochat.data.hub import NamedSource, open_corpus
 from nanochat.data.store import TokenStore
@@ -203,8 +204,8 @@ def test_appending_keeps_the_notes_of_decontamination(
     train()
     path = encode()["train"].folder / "meta.json"
     note = {"ngram": 13, "tasks": ["quiz"], "dropped": 0}
-    meta = json.loads(path.read_text())
-    path.write_text(json.dumps({**meta, "decontaminated": [note]}))
+    meta = json.loads(path.read_text()) | {"decontaminated": [note]}
+    path.write_text(json.dumps({**meta, "digest": stores._digest(meta)}))
     assert encode()["train"].meta["decontaminated"] == [note]
     assert "decontaminate" not in capsys.readouterr().out
     for shard in (2, 3):  # how far the note reaches does not grow

@@ -232,13 +232,20 @@ def test_a_position_over_other_data_is_refused(tmp_path: Path) -> None:
 
     state = loader().state_dict()
     loader(batch_size=3, world_size=2, epochs=5, weight="1").load_state_dict(state)
-    same_shape = numbered_store(tmp_path / "c", [3] * 9)
-    fingerprint = a.meta["fingerprint"]
-    same_shape.meta = {**same_shape.meta, "fingerprint": "other text"}
+    same_content = numbered_store(tmp_path / "same", [3] * 9)
+    same_content.meta["fingerprint"] = "a corpus that was touched"
+    loader(store=same_content).load_state_dict(state)
+    loader().load_state_dict({**state, "fingerprints": [a.meta["fingerprint"]]})  # as once saved
+    same_shape = numbered_store(tmp_path / "c", [3] * 9, first=2)
+    fingerprint = a.identity
+    same_shape.meta["fingerprint"] = "other text"
     older = {k: v for k, v in state.items() if k not in ("fingerprints", "prompt_weights")}
     loader(store=same_shape).load_state_dict(older)
     for other, message in (
-        (loader(store=same_shape), rf"fingerprints = \['{fingerprint}'\].* \['other text'\]"),
+        (
+            loader(store=same_shape),
+            rf"fingerprints = \['{fingerprint}'\].* \['{same_shape.identity}'\]",
+        ),
         (loader(prompt_weight=0.5), r"prompt_weights = \[1.0\], this run has \[0.5\]"),
         (loader(seed=2), "seed = 1, this run has 2"),
         (loader(sequence_length=3), "sequence_length"),

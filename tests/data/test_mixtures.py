@@ -33,7 +33,7 @@ from tasks.views import TaskRest, TaskSlice, hold_out
 
 
 def targets(store: TokenStore) -> int:
-    return store.num_tokens - len(store)
+    return store.num_targets
 
 
 # Shares

@@ -10,7 +10,10 @@ import pytest
 from stores import Echo, make_store
 
 from nanochat.data import conversations
+from nanochat.data import store as stores_module
 from nanochat.data.conversations import conversations_store
+from nanochat.data.loader import DataLoader
+from nanochat.data.sources import Source
 from nanochat.data.store import TokenStore, merge_stores
 from nanochat.errors import UserError
 from nanochat.tokenizer import Tokenizer
@@ -43,6 +46,26 @@ def bytes_of(store: TokenStore, index: int) -> np.ndarray:
     packed = store.mask_bytes(index)
     assert packed is not None
     return packed
+
+
+def differing(one: TokenStore, two: TokenStore) -> set[str]:
+    assert one.meta.keys() == two.meta.keys()
+    return {key for key in one.meta if one.meta[key] != two.meta[key]}
+
+
+def rewrite(folder: Path, **changes: Any) -> None:
+    """Change meta.json as a writer would, with its digest; None removes a value."""
+    meta = json.loads((folder / "meta.json").read_text()) | changes
+    meta = {key: value for key, value in meta.items() if value is not None}
+    if "digest" not in changes:
+        meta["digest"] = stores_module._digest(meta)
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 4
+    path.write_bytes(content)
 
 
 def folders(path: Path) -> list[str]:
@@ -146,6 +169,92 @@ def test_other_formats_and_edited_meta_are_refused(tmp_path: Path) -> None:
             TokenStore.open(folder)
 
 
+@pytest.mark.parametrize("name", ["tokens.bin", "mask.bin", "offsets.npy", "meta.json"])
+def test_a_flipped_bit_is_found_before_the_first_batch(tmp_path: Path, name: str) -> None:
+    size = (make_store(tmp_path / "s", DOCUMENTS, MASKS).folder / name).stat().st_size
+    for position in range(0, size - 1, max(1, size // 12)):
+        folder = make_store(tmp_path / "s", DOCUMENTS, MASKS).folder
+        DataLoader([Source(TokenStore.open(folder))], batch_size=1, sequence_length=4)
+        flip(folder / name, position)
+        with pytest.raises(UserError, match=rf"{name}.*delete .*build it again") as error:
+            DataLoader([Source(TokenStore.open(folder))], batch_size=1, sequence_length=4)
+        assert "\n" not in str(error.value)
+
+
+def test_contents_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_store(tmp_path / "s", DOCUMENTS).folder
+    verified = []
+    original = TokenStore.verify
+    monkeypatch.setattr(TokenStore, "verify", lambda s: (verified.append(s.name), original(s)))
+    for _ in range(2):
+        TokenStore.open(folder).verify_once()
+        stores_module._verifications.clear()  # as another process does
+    assert verified == ["s"]
+    content = (folder / "tokens.bin").read_bytes()
+    (folder / "tokens.bin").unlink()
+    (folder / "tokens.bin").write_bytes(content)
+    TokenStore.open(folder).verify_once()
+    assert verified == ["s", "s"]
+
+
+def test_large_stores_are_verified_while_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores_module, "_AT_ONCE", 0)
+    folder = make_store(tmp_path / "s", DOCUMENTS).folder
+    flip(folder / "tokens.bin", 0)
+    loader = DataLoader([Source(TokenStore.open(folder))], batch_size=1, sequence_length=4)
+    for thread in stores_module.threading.enumerate():
+        if thread.name == "verify s":
+            thread.join()
+    with pytest.raises(UserError, match=r"tokens.bin is damaged"):
+        next(loader)
+
+
+def test_ids_are_checked_whenever_they_are_read(tmp_path: Path) -> None:
+    folder = make_store(tmp_path / "s", [[1, 2], [3, 9, 4]], vocab_size=10).folder
+    loader = DataLoader([Source(TokenStore.open(folder))], batch_size=2, sequence_length=4)
+    flip(folder / "tokens.bin", 6)  # 9 -> 13
+    with pytest.raises(UserError, match=r"token id 13 in document 1, outside its vocabulary of 10"):
+        next(loader)
+
+
+def test_offsets_rise(tmp_path: Path) -> None:
+    folder = make_store(tmp_path / "s", DOCUMENTS).folder
+    np.save(folder / "offsets.npy", np.array([0, 2**40, 4, 9]))
+    with pytest.raises(UserError, match=r"offsets.npy gives document 1 no tokens"):
+        TokenStore.open(folder)
+
+
+def test_a_store_knows_its_name(tmp_path: Path) -> None:
+    make_store(tmp_path / "text-val", DOCUMENTS).folder.rename(tmp_path / "text-train")
+    with pytest.raises(UserError, match=r"text-train holds the store text-val"):
+        TokenStore.open(tmp_path / "text-train")
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "text-train").rename(tmp_path / "moved" / "text-val")
+    assert read(TokenStore.open(tmp_path / "moved" / "text-val")) == DOCUMENTS
+
+
+def test_damage_is_not_merged(tmp_path: Path) -> None:
+    folder = make_store(tmp_path / "part", DOCUMENTS).folder
+    flip(folder / "tokens.bin", 0)
+    with pytest.raises(UserError, match=r"part/tokens.bin is damaged"):
+        merge_stores(
+            tmp_path / "whole", [folder], vocab_size=9, tokenizer_hash="hash", fingerprint="print"
+        )
+    assert folders(tmp_path) == ["part"]
+
+
+def test_stores_of_earlier_versions_load(tmp_path: Path) -> None:
+    folder = make_store(tmp_path / "s", DOCUMENTS, MASKS).folder
+    rewrite(folder, name=None, vocab_size=None, files=None, digest=None)
+    store = TokenStore.open(folder)
+    store.verify_once()
+    assert (read(store), store.identity, store.vocab_size) == (DOCUMENTS, "print", 2**16)
+    assert store.num_targets == 6
+    next(DataLoader([Source(store)], batch_size=1, sequence_length=4))
+
+
 def test_another_tokenizer_or_source_is_not_current(tmp_path: Path) -> None:
     folder = make_store(tmp_path / "s", DOCUMENTS).folder
     with pytest.raises(UserError, match="tokenizer"):
@@ -166,8 +275,10 @@ def test_merging_puts_slices_end_to_end(tmp_path: Path) -> None:
     }
     merged = merge_stores(tmp_path / "merged", parts, **settings)
     whole = make_store(tmp_path / "whole", DOCUMENTS, MASKS)
-    for name in ("tokens.bin", "mask.bin", "offsets.npy", "meta.json"):
+    for name in ("tokens.bin", "mask.bin", "offsets.npy"):
         assert (merged.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+    assert merged.identity == whole.identity
+    assert differing(merged, whole) == {"name", "digest"}
 
     make_store(tmp_path / "plain", DOCUMENTS)
     with pytest.raises(UserError, match="does not fit"):
@@ -267,7 +378,7 @@ def test_processes_do_not_change_the_store(
     )
     for name in ("tokens.bin", "mask.bin", "offsets.npy"):
         assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes()
-    assert one.meta == two.meta
+    assert differing(one, two) == {"name", "digest"}
     assert len(slices) == 3
     with pytest.raises(UserError, match="row 7"):
         conversations_store(task, tokenizer, folder=tmp_path / "three", num_workers=2)

@@ -491,7 +491,7 @@ def test_long_documents_have_their_share(whole: Path) -> None:
     config = mid_config(whole, long_fraction=0.34)
     with tiny_runs.base_dir(whole):
         sources = build_sources(config, Tokenizer.load())
-        amounts = [Fraction(str(s.weight)) * (s.store.num_tokens - len(s.store)) for s in sources]
+        amounts = [Fraction(str(s.weight)) * s.store.num_targets for s in sources]
         long = sources[-1].store
         assert isinstance(long, LongDocuments)
         assert long.lengths(np.arange(len(long))).min() >= 160

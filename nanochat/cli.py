@@ -7,6 +7,7 @@ import inspect
 import itertools
 import os
 import shutil
+import signal
 import sys
 import textwrap
 import traceback
@@ -43,6 +44,8 @@ def launch(
     they came from. Every other exception is a bug and keeps its traceback. In a job of several
     ranks any of them ends the whole job (Alarm).
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # scripts/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     cfg = parse(config_class, description=description)
     run = getattr(cfg, "run", cfg)
     started = None

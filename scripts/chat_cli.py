@@ -9,24 +9,29 @@ Examples:
     echo "Spell cat" | python -m scripts.chat_cli > answer.txt
 """
 
+import sys
+
+if __name__ == "__main__" and not {"-h", "--help"} & set(sys.argv) and sys.stderr:
+    print("loading …", file=sys.stderr, flush=True)  # importing torch alone takes seconds
+
+import glob
 import json
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import tyro
+from rich.cells import cell_len
 from rich.console import Console
 
 from nanochat.checkpoint_manager import load_model, system_style
-from nanochat.cli import Group, launch
+from nanochat.cli import launch
 from nanochat.config import Computing, Decoding, Tools
 from nanochat.conversation import parts, validate
 from nanochat.errors import UserError
@@ -35,21 +40,9 @@ from nanochat.infer.engine import Completion, Engine, SamplingParams, python_too
 from nanochat.paths import atomic_write, base_dir, user_path
 from nanochat.runtime import Runtime
 
-HELP = """\
-/help            this list
-/system TEXT     set the system message and start anew (without TEXT: show it)
-/reset           forget the conversation
-/save FILE       write the conversation as JSON
-/load FILE       go on with a saved conversation
-/temp NUMBER     temperature; 0 always takes the most likely token
-/model SOURCE    talk to another model: sft, rl/my-tag, or a checkpoint folder
-/quit            leave (also Ctrl-D)
-A line that ends in \\ continues on the next one; \"\"\" begins and ends a block of lines.
-Ctrl-C stops an answer."""
-
 
 @dataclass(frozen=True)
-class Sampling(Group):
+class Sampling:
     """How an answer is drawn."""
 
     temperature: float = 0.6
@@ -69,7 +62,11 @@ class Sampling(Group):
 
 
 @dataclass(frozen=True)
-class Config(Sampling, Tools, Decoding, Computing):
+class Config:
+    sampling: Sampling = field(default_factory=Sampling)
+    tools: Tools = field(default_factory=Tools)
+    decoding: Decoding = field(default_factory=Decoding)
+    run: Computing = field(default_factory=Computing)
     source: str = "sft"
     """A stage (base, mid, sft, rl), stage/tag, or a checkpoint folder."""
     step: int | None = None
@@ -80,13 +77,26 @@ class Config(Sampling, Tools, Decoding, Computing):
     """System message."""
 
 
+PIECES = re.compile(
+    "\n|[^\\S\n]+|[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef]"
+    "|[^\\s\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef]+"
+)
+"""Line ends, spaces, single Chinese, Japanese or Korean characters, and words."""
+
+
 class Printer:
-    """Writes an answer as it comes; tool calls as [call -> output] in a style of their own."""
+    """Writes an answer as it comes; tool calls as [call -> output] in a style of their own.
+
+    On a terminal, lines are broken between words, so a word appears when it is whole.
+    """
 
     def __init__(self, console: Console, show_tools: bool):
         self.console, self.show_tools = console, show_tools
         self._type = "text"
         self._at_line_start = True
+        self._column = 0
+        self._gap = ""
+        self._word: list[tuple[str, str | None]] = []
 
     def show(self, kind: str, text: str) -> None:
         """A piece of a text, python or python_output part."""
@@ -103,9 +113,11 @@ class Printer:
             self._write(text, None)
 
     def end(self) -> None:
+        """Finish the line."""
         self._close()
+        self._print_word()
         if not self._at_line_start:
-            self._write("\n", None)
+            self._print("\n", None)
 
     def _close(self) -> None:
         if self._type != "text":
@@ -113,9 +125,47 @@ class Printer:
             self._type = "text"
 
     def _write(self, text: str, style: str | None) -> None:
-        self._at_line_start = text.endswith("\n")
+        if text:
+            self._at_line_start = text.endswith("\n")
         # A model must not control the terminal: no escape sequences, no carriage returns.
         text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+        if not self.console.is_terminal:
+            self._print(text, style)
+            return
+        for piece in PIECES.findall(text):
+            if piece == "\n":
+                self._print_word()
+                self._print("\n", None)
+                self._column, self._gap = 0, ""
+            elif piece.isspace():
+                self._print_word()
+                self._gap += piece.expandtabs(4)
+            elif "\u2e80" <= piece[0] <= "\uffef":
+                self._print_word()
+                self._word = [(piece, style)]
+                self._print_word()
+            else:
+                self._word.append((piece, style))
+
+    def _print_word(self) -> None:
+        """Print the word that is held back, on the next line where this one has no room."""
+        if not self._word:
+            return
+        width = sum(cell_len(text) for text, _ in self._word)
+        if self._column and self._column + len(self._gap) + width > self.console.width:
+            self._print("\n", None)
+            self._column = 0
+        elif self._gap:
+            self._print(self._gap, None)
+            self._column += len(self._gap)
+        for text, style in self._word:
+            self._print(text, style)
+        column = self._column + width
+        over = column > self.console.width  # the terminal has broken a word longer than a line
+        self._column = column % self.console.width if over else column
+        self._gap, self._word = "", []
+
+    def _print(self, text: str, style: str | None) -> None:
         self.console.print(
             text, style=style, end="", markup=False, highlight=False, emoji=False, soft_wrap=True
         )
@@ -141,16 +191,12 @@ class Chat:
 
     def __init__(self, cfg: Config, runtime: Runtime, out: Console, err: Console):
         self.cfg, self.runtime, self.out, self.err = cfg, runtime, out, err
-        self.params = SamplingParams(
-            temperature=cfg.temperature,
-            top_k=cfg.top_k,
-            top_p=cfg.top_p,
-            min_p=cfg.min_p,
-            repetition_penalty=cfg.repetition_penalty,
-            max_tokens=cfg.max_tokens,
-            seed=int.from_bytes(os.urandom(4), "big") if cfg.seed is None else cfg.seed,
-        )
+        settings = vars(cfg.sampling)
+        if cfg.sampling.seed is None:
+            settings = {**settings, "seed": int.from_bytes(os.urandom(4), "big")}
+        self.params = SamplingParams(**settings)
         self.answers = 0
+        self.asked = ""
         self.messages: list[dict[str, Any]] = []
         self.load_model(cfg.source, cfg.step)
         self.set_system(cfg.system)
@@ -160,8 +206,9 @@ class Chat:
         model, tokenizer, meta = load_model(
             source, step=step, device=self.runtime.device, dtype=self.runtime.dtype
         )
-        tool = python_tool(self.cfg.sandbox) if self.cfg.python_tool else self.cfg.tools
-        decoder = Decoder(model, self.cfg.quantize, self.cfg.cuda_graphs)
+        tools, decoding = self.cfg.tools, self.cfg.decoding
+        tool = python_tool(tools.sandbox) if tools.python_tool else tools.tools
+        decoder = Decoder(model, decoding.quantize, decoding.cuda_graphs)
         self.engine = Engine(decoder, tokenizer, max_slots=1, tools=tool)
         self.tokenizer, self.meta, self.source = tokenizer, meta, source
         self.base = meta.get("stage") == "base"
@@ -179,9 +226,11 @@ class Chat:
 
     def answer(self, text: str, show_tools: bool) -> Completion:
         """Answer `text`, printing on the way; what was said so far stays if Ctrl-C stops it."""
+        text = as_prompt(text)
         if not text.strip():
             raise UserError("the prompt is empty; write something")
         prompt = self.read(text)
+        self.asked = text
         printer = Printer(self.out, show_tools)
         started = time.monotonic()
         with stoppable() as stop:
@@ -232,33 +281,65 @@ class Chat:
     def command(self, line: str) -> bool:
         """Obey a line that begins with a slash; False to leave."""
         name, _, argument = line.partition(" ")
-        argument = argument.strip()
-        if name in ("/quit", "/exit"):
+        command = COMMANDS.get(ALIASES.get(name, name))
+        if command is None:
+            raise UserError(
+                f"unknown command {name}; /help lists them, and a space before the slash sends it"
+            )
+        if command.run is None:
             return False
-        if name == "/help":
-            self.say(HELP)
-        elif name == "/reset":
-            self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
-            self.say("the conversation is forgotten")
-        elif name == "/system" and argument:
-            self.set_system(argument)
-            self.say("system message set; the conversation begins anew")
-        elif name == "/system":
-            first = self.messages[0] if self.messages else {"role": ""}
-            known = first["role"] == "system"
-            self.say("".join(p["text"] for p in parts(first)) if known else "no system message")
-        elif name == "/save":
-            self.save(user_path(need(argument, "/save FILE")))
-        elif name == "/load":
-            self.load(user_path(need(argument, "/load FILE")))
-        elif name == "/temp":
-            self.set_temperature(need(argument, "/temp NUMBER"))
-        elif name == "/model":
-            self.load_model(need(argument, "/model SOURCE"))
-            self.say(self.description())
-        else:
-            raise UserError(f"unknown command {name}; /help lists them")
+        if command.needs_argument and not argument.strip():
+            raise UserError(f"usage: {command.usage}")
+        command.run(self, argument.strip())
         return True
+
+    def help(self, _: str) -> None:
+        width = max(len(command.usage) for command in COMMANDS.values())
+        lines = [f"{command.usage:{width}}  {command.text}" for command in COMMANDS.values()]
+        self.say("\n".join([*lines, HELP]))
+
+    def new(self, _: str) -> None:
+        self.messages = [m for m in self.messages[:1] if m["role"] == "system"]
+        self.asked = ""
+        self.say("the conversation is forgotten")
+
+    def undo(self, _: str) -> None:
+        text = self.take_back()
+        self.say(f"taken back: {shortened(text)}")
+
+    def retry(self, _: str) -> None:
+        before = list(self.messages)
+        text = self.take_back()
+        try:
+            self.answer(text, show_tools=True)
+        except UserError:
+            self.messages = before
+            raise
+
+    def take_back(self) -> str:
+        """Remove the last thing that was asked, and what came after it; returns its text."""
+        asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        text = self.asked
+        if asked:
+            text = plain(self.messages[asked[-1]])
+            self.messages = self.messages[: asked[-1]]
+        elif not (self.base and text):
+            raise UserError("nothing has been asked yet")
+        self.asked = ""
+        return text
+
+    def system(self, text: str) -> None:
+        if text:
+            self.set_system(text)
+            self.say("system message set; the conversation begins anew")
+        else:
+            first = self.messages[0] if self.messages else {"role": ""}
+            self.say(plain(first) if first["role"] == "system" else "no system message")
+
+    def model(self, source: str) -> None:
+        self.say(f"loading {source} …")
+        self.load_model(source)
+        self.say(self.description())
 
     def set_temperature(self, text: str) -> None:
         try:
@@ -268,14 +349,16 @@ class Chat:
         self.params = replace(self.params, temperature=value)
         self.say(f"temperature {value}")
 
-    def save(self, path: Path) -> None:
+    def save(self, file: str) -> None:
         if not self.messages:
             raise UserError("there is nothing to save yet")
+        path = user_path(file)
         content = {"messages": self.messages, "source": self.source}
         atomic_write(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
         self.say(f"saved to {path}")
 
-    def load(self, path: Path) -> None:
+    def load(self, file: str) -> None:
+        path = user_path(file)
         try:
             conversation = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -284,6 +367,7 @@ class Chat:
             ) from None
         validate(conversation, str(path))
         self.messages = list(conversation["messages"])
+        self.asked = ""
         count = len(self.messages)
         self.say(f"loaded {count} message{'s' * (count != 1)}")
 
@@ -296,36 +380,126 @@ class Chat:
         )
 
 
-def need(argument: str, usage: str) -> str:
-    if not argument:
-        raise UserError(f"usage: {usage}")
-    return argument
+@dataclass(frozen=True)
+class Command:
+    """A line that begins with a slash."""
+
+    usage: str
+    """The line; an argument in brackets may be left out."""
+    text: str
+    """What `/help` says about it."""
+    run: Callable[[Chat, str], None] | None
+    """Called with the argument; None leaves the program."""
+
+    @property
+    def needs_argument(self) -> bool:
+        return " " in self.usage and "[" not in self.usage
 
 
-def read_message(read: Callable[[str], str]) -> str:
-    """One message from the keyboard: a line, lines joined by a closing \\, or a \"\"\" block."""
+COMMANDS = {
+    command.usage.partition(" ")[0]: command
+    for command in (
+        Command("/help", "this list", Chat.help),
+        Command("/new", "forget the conversation and begin anew (also /reset)", Chat.new),
+        Command("/retry", "answer the last message again", Chat.retry),
+        Command("/undo", "take back the last message and its answer", Chat.undo),
+        Command(
+            "/system [TEXT]",
+            "set the system message and begin anew; without TEXT: show it",
+            Chat.system,
+        ),
+        Command("/save FILE", "write the conversation as JSON", Chat.save),
+        Command("/load FILE", "go on with a saved conversation", Chat.load),
+        Command(
+            "/temp NUMBER", "temperature; 0 always takes the likeliest token", Chat.set_temperature
+        ),
+        Command(
+            "/model SOURCE",
+            "talk to another model: sft, rl/my-tag, or a checkpoint folder",
+            Chat.model,
+        ),
+        Command("/quit", "leave (also /exit and Ctrl-D)", None),
+    )
+}
+ALIASES = {"/reset": "/new", "/exit": "/quit"}
+HELP = """\
+Pasted lines are one message. A line that ends in \\ continues on the next one; \"\"\" begins and
+ends a block of lines. Tab completes commands, files and models. Ctrl-C stops an answer."""
+
+
+def plain(message: dict[str, Any]) -> str:
+    """The message's text, without tool calls."""
+    return "".join(part["text"] for part in parts(message) if part["type"] == "text")
+
+
+def shortened(text: str, limit: int = 60) -> str:
+    line = text.strip().splitlines()[0]
+    return line if line == text.strip() and len(line) <= limit else line[: limit - 1] + "…"
+
+
+def as_prompt(text: str) -> str:
+    """The text without what its way here added: the line ends of echo, a byte order mark."""
+    return text.removeprefix("\ufeff").strip("\r\n")
+
+
+def read_message(read: Callable[[str], str]) -> tuple[str, bool]:
+    """One message from the keyboard, and whether it is a command.
+
+    A message is a line, pasted lines, lines joined by a closing \\, or a \"\"\" block.
+    """
     line = read("> ")
     if line.strip().startswith('"""'):
         lines = [line.strip()[3:]]
         while not lines[-1].rstrip().endswith('"""'):
             lines.append(read(". "))
         lines[-1] = lines[-1].rstrip()[:-3]
-        return "\n".join(lines).strip("\n")
+        return "\n".join(lines), False
     lines = [line]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
         lines.append(read(". "))
-    return "\n".join(lines)
+    text = as_prompt("\n".join(lines))
+    return text, text.startswith("/") and "\n" not in text
+
+
+def completions(before: str, word: str) -> list[str]:
+    """What a word can become that begins like this, `before` being the line up to it."""
+    command = before.strip()
+    if not command:
+        return [name + " " for name in COMMANDS if name.startswith(word)] if word[:1] == "/" else []
+    if command in ("/save", "/load"):
+        escaped = glob.escape(os.path.expanduser(word)) + "*"
+        return [name + "/" if os.path.isdir(name) else name for name in sorted(glob.glob(escaped))]
+    if command == "/model":
+        folder = base_dir() / "checkpoints"
+        tags = (path.relative_to(folder).as_posix() for path in sorted(folder.glob("*/*")))
+        return [tag for tag in tags if tag.startswith(word)]
+    return []
 
 
 @contextmanager
-def history() -> Iterator[None]:
-    """Line editing and a history kept between sessions, where readline is there."""
+def line_editing() -> Iterator[None]:
+    """History kept between sessions, completion and whole pastes, where readline is there."""
     try:
         import readline
     except ImportError:  # Windows
         yield
         return
+
+    def complete(word: str, state: int) -> str | None:
+        try:
+            found = completions(readline.get_line_buffer()[: readline.get_begidx()], word)
+        except OSError:
+            return None
+        return found[state] if state < len(found) else None
+
+    readline.set_completer_delims(" ")
+    readline.set_completer(complete)
+    if "libedit" in (readline.__doc__ or ""):  # macOS; it knows no bracketed paste
+        readline.parse_and_bind("bind ^I rl_complete")
+    else:
+        readline.parse_and_bind("tab: complete")
+        readline.parse_and_bind("set enable-bracketed-paste on")  # Python switches it off
     path = base_dir() / "chat_history"
     with suppress(OSError):
         readline.read_history_file(path)
@@ -340,24 +514,45 @@ def history() -> Iterator[None]:
 def talk(chat: Chat) -> None:
     """The interactive loop."""
     chat.say(f"{chat.description()}. /help lists the commands.")
-    with history():
+    with line_editing():
         while True:
+            begun = False
+
+            def read(prompt: str) -> str:
+                nonlocal begun
+                line = input(prompt)
+                begun = True
+                return line
+
             try:
-                text = read_message(input)
+                text, is_command = read_message(read)
             except EOFError:
                 chat.out.print()
+                if begun:  # a block that was not finished
+                    chat.say("(left out; Ctrl-D again leaves)")
+                    continue
                 return
             except KeyboardInterrupt:
                 chat.say("\n(Ctrl-D or /quit leaves)")
                 continue
             try:
-                if text.startswith("/"):
+                if is_command:
                     if not chat.command(text.strip()):
                         return
                 elif text.strip():
                     chat.answer(text, show_tools=True)
+            except BrokenPipeError:
+                raise
             except (UserError, OSError) as error:
                 chat.err.print(f"error: {error}", style="red", markup=False, highlight=False)
+
+
+class Output(Console):
+    """Standard output, whose reader may leave."""
+
+    def on_broken_pipe(self) -> None:
+        """Raises BrokenPipeError again; rich would end the program with status 1."""
+        raise BrokenPipeError
 
 
 def main(cfg: Config, runtime: Runtime) -> Completion | None:
@@ -365,21 +560,22 @@ def main(cfg: Config, runtime: Runtime) -> Completion | None:
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):  # never a traceback over somebody's locale
             stream.reconfigure(errors="replace")
-    out, err = Console(), Console(stderr=True)
-    interactive = cfg.prompt is None and sys.stdin.isatty()
+    out, err = Output(), Console(stderr=True)
+    interactive = cfg.prompt is None and sys.stdin is not None and sys.stdin.isatty()
     text = cfg.prompt
     if not interactive and text in (None, "-"):
+        if sys.stdin is None:
+            raise UserError("standard input is closed; give a prompt with -p")
         text = sys.stdin.read()
-    chat = Chat(cfg, runtime, out, err)
-    if text is None:
-        talk(chat)
-        return None
     try:
-        return chat.answer(text, show_tools=out.is_terminal)
+        chat = Chat(cfg, runtime, out, err)
+        if text is not None:
+            return chat.answer(text, show_tools=out.is_terminal)
+        talk(chat)
     except BrokenPipeError:
         # The reader has seen enough (`| head -1`); keep the interpreter's exit from complaining.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return None
+    return None
 
 
 if __name__ == "__main__":

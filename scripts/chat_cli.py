@@ -276,7 +276,8 @@ class Chat:
         return self.tokenizer.render_for_completion(conversation, self.system_style)
 
     def say(self, text: str) -> None:
-        self.err.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+        wrap = not self.err.is_terminal  # on a terminal lines are broken between words
+        self.err.print(text, style="dim", markup=False, highlight=False, soft_wrap=wrap)
 
     def command(self, line: str) -> bool:
         """Obey a line that begins with a slash; False to leave."""

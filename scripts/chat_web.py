@@ -27,6 +27,7 @@ from nanochat.runtime import Runtime
 from nanochat.serve.app import create_app
 from nanochat.serve.guard import PromptConnection
 from nanochat.serve.service import Limits, Served, Service
+from tasks.registry import examples
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def load(cfg: Config, runtime: Runtime) -> list[Served]:
                 chat=meta.get("stage") != "base",
                 system=system_style(meta),
                 parameters=sum(model.num_parameters().values()),
+                examples=examples(meta.get("run_config", {}).get("mix", ())),
             )
         )
     return models

@@ -47,6 +47,15 @@ TASKS: dict[str, tuple[Callable[..., Task], str | None]] = {
     "smoltalk": (SmolTalk, None),
     "spellingbee": (SpellingBee, "size"),
 }
+EXAMPLES = {
+    "customjson": "Who are you?",
+    "simplespelling": "Spell cat",
+    "spellingbee": "How many r are in strawberry?",
+    "arithmetic": "Ann has 14 stamps. She buys 9 more. How many stamps does she have now?",
+    "gsm8k": "A baker makes 24 rolls and sells 3 bags of 5 rolls. How many rolls are left?",
+    "smoltalk": "Write a short poem about the sea.",
+}
+"""A prompt for a person to try, where the task has one that anybody might ask."""
 MAX_WEIGHT = 100.0
 
 
@@ -77,6 +86,12 @@ def split_weight(spec: str) -> tuple[str, float]:
             f"if {tail} is a number of rows, write '{spec}:1'"
         )
     return head, weight
+
+
+def examples(specs: Sequence[str]) -> tuple[str, ...]:
+    """Prompts to try with a model that was trained on this mixture."""
+    names = {spec.partition(":")[0] for spec in specs}
+    return tuple(text for name, text in EXAMPLES.items() if name in names)
 
 
 def build_halves(spec: str, **options: Any) -> tuple[Task, Task | None]:

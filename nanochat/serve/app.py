@@ -307,6 +307,7 @@ def create_app(
             "chat": served.chat,
             "context_length": served.engine.context_length,
             "parameters": served.parameters,
+            "examples": list(served.examples),
             "defaults": {
                 "temperature": limits.temperature,
                 "top_k": limits.top_k,
@@ -322,8 +323,8 @@ def create_app(
     async def metrics() -> Response:
         return PlainTextResponse(service.metrics(), media_type="text/plain; version=0.0.4")
 
-    for route, (name, kind) in PAGE.items():
-        add_file(app, route, UI / name, kind)
+    for route, path in PAGE.items():
+        add_file(app, route, path)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
@@ -334,13 +335,20 @@ ANSWER: dict[int | str, dict[str, Any]] = {
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
     }
 }
-PAGE = {
-    "/": ("index.html", "text/html"),
-    "/style.css": ("style.css", "text/css"),
-    "/app.js": ("app.js", "text/javascript"),
-    "/markdown.js": ("markdown.js", "text/javascript"),
-    "/icon.svg": ("icon.svg", "image/svg+xml"),
+TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".mjs": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml; charset=utf-8",
+    ".woff2": "font/woff2",
 }
+PAGE = {
+    "/" + path.relative_to(UI).as_posix().replace("index.html", ""): path
+    for path in sorted(UI.rglob("*"))
+    if path.suffix in TYPES
+}
+"""The page's files by their paths."""
 ENDPOINTS = {
     "/v1/chat/completions",
     "/v1/completions",
@@ -352,12 +360,12 @@ ENDPOINTS = {
 }
 
 
-def add_file(app: FastAPI, route: str, path: Path, kind: str) -> None:
+def add_file(app: FastAPI, route: str, path: Path) -> None:
     """One file of the page; there is no folder that a path could climb out of."""
 
     async def read() -> Response:
         headers = {"cache-control": "no-cache"}
-        return Response(path.read_bytes(), media_type=f"{kind}; charset=utf-8", headers=headers)
+        return Response(path.read_bytes(), media_type=TYPES[path.suffix], headers=headers)
 
     app.get(route, include_in_schema=False)(read)
 

@@ -64,7 +64,8 @@ class Guard:
         (
             b"content-security-policy",
             b"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-            b"img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+            b"img-src 'self' data:; font-src 'self'; base-uri 'none'; form-action 'none'; "
+            b"frame-ancestors 'none'",
         ),
         (b"x-content-type-options", b"nosniff"),
         (b"referrer-policy", b"no-referrer"),

@@ -50,6 +50,8 @@ class Served:
     """False for base models, which only continue text."""
     system: SystemStyle = "tokens"
     parameters: int = 0
+    examples: tuple[str, ...] = ()
+    """Prompts of the kinds it was trained on, for the page."""
     created: int = field(default_factory=lambda: int(time.time()))
 
 

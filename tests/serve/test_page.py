@@ -1,5 +1,6 @@
 """The chat page in a real browser."""
 
+import json
 import os
 import shutil
 import time
@@ -11,8 +12,11 @@ import pytest
 from live_server import CALL, Limits, Service, running, settle, slow_model
 from tiny_models import scripted, tiny_model, tiny_tokenizer
 
+from nanochat.conversation import validate
+from nanochat.infer.decoder import Decoder
 from nanochat.infer.engine import Engine
 from nanochat.serve.service import Served
+from tasks.customjson import CustomJSON
 
 selenium = pytest.importorskip(
     "selenium", reason="selenium is not installed (pip install selenium)"
@@ -27,6 +31,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 from selenium import webdriver  # noqa: E402
+from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.remote.webdriver import WebDriver  # noqa: E402
@@ -48,6 +53,25 @@ EVIL = """<script>window.hacked=1</script><img src=x onerror="window.hacked=2">
 | a | b |
 |---|---|
 | <u>1</u> | 2 |"""
+TABLE = """| quantity | symbol | value in SI units | remark |
+|:--|:-:|--:|---|
+| circumference | C | 12.566 | of the whole circle |
+| area | A | 12.566 | happens to be equal for a radius of two |"""
+RICH = """The area is $\\pi r^2$, it costs $5 and $10, and:
+
+$$\\frac{1}{n}\\sum_{i=1}^{n} x_i = \\bar{x}$$
+
+```python
+def area(r: float) -> float:
+    return 3.14159 * r**2  # in the unit of r, squared
+```
+
+TABLE
+
+1. first
+2. second
+
+#### 4""".replace("TABLE", TABLE)
 SCREENSHOTS = os.environ.get("NANOCHAT_SCREENSHOTS")
 """A folder to leave pictures of the page in."""
 
@@ -60,11 +84,16 @@ def service() -> Service:
         return Served(name, Engine(model, tokenizer, max_slots=4), parameters=1_500_000)
 
     markdown = scripted([EVIL, "<|assistant_end|>"], context_length=2000)
+    rich = scripted([RICH, "<|assistant_end|>"], context_length=2000)
+    random = Decoder(tiny_model(context_length=400))
+    examples = ("Spell cat", "How many r are in strawberry?")
     return Service(
         [
             served("caller", scripted(CALL, context_length=400)),
             served("slow", slow_model("the sea ", seconds=0.02)),
             served("markdown", markdown),
+            Served("rich", Engine(rich, tokenizer), parameters=1_500_000, examples=examples),
+            served("random", random),
             Served("base", Engine(tiny_model(), tokenizer), chat=False),
         ],
         Limits(max_tokens=1500),
@@ -179,7 +208,9 @@ def page(browser: WebDriver, url: str, service: Service) -> Iterator[Page]:
 
 
 def test_send_and_tool_calls(page: Page) -> None:
-    assert [o.text for o in page.all("#model option")] == ["caller", "slow", "markdown"]
+    assert [o.text for o in page.all("#model option")] == [
+        *("caller", "slow", "markdown", "rich", "random")
+    ]
     page.send("what is 12 + 34?")
     page.answered()
     assert page.users() == ["what is 12 + 34?"]
@@ -507,3 +538,282 @@ def test_everything_has_a_name_and_a_place_in_the_tab_order(page: Page) -> None:
         reached.add(active.get_attribute("id") or active.text)
     assert {"menu", "Edit"} & reached == {"Edit"}  # the menu button is for narrow screens only
     assert {"model", "theme", "open-settings", "new-chat", "input", "Regenerate"} <= reached
+
+
+def draw(page: Page, text: str) -> float:
+    """Show this as an answer in a conversation of its own; the milliseconds that it took."""
+    return float(
+        page.browser.execute_async_script(
+            """const [text, done] = arguments;
+            import(`${location.origin}/markdown.js`).then(({ markdown, whenBetter }) => {
+                const before = performance.now();
+                const drawn = markdown(text);
+                const took = performance.now() - before;
+                const node = document.createElement("article");
+                node.className = "assistant";
+                node.innerHTML = "<div class=body></div>";
+                node.firstChild.append(drawn);
+                document.getElementById("log").replaceChildren(node);
+                done(took);
+            })""",
+            text,
+        )
+    )
+
+
+def test_the_final_answer_is_not_small(page: Page) -> None:
+    for level in range(1, 7):
+        draw(page, f"so\n\n{'#' * level} 4")
+        script = (
+            "return getComputedStyle(document.querySelector('#log .body :last-child')).fontSize"
+        )
+        assert page.texts("#log .body :last-child") == ["4"]
+        assert float(page.browser.execute_script(script).removesuffix("px")) >= 16
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "|" + "a|" * 20_000 + "\n|" + "-|" * 20_000 + "\n|" + "b|" * 20_000,
+        "| " + "x " * 50_000,
+        "| a |\n|---|\n|" + " " * 100_000,
+        "a" + " " * 50_000 + "|\n-" + " " * 50_000 + "-",
+        "*" * 20_000 + "a" + "_" * 20_000,
+        "[" * 50_000,
+        "`" * 3 + "a`" * 20_000,
+        "$" * 30_000 + "$a" * 10_000,
+        "> " * 5_000 + "deep",
+        "<" * 50_000 + "http://" * 5_000,
+    ],
+    ids=[
+        "cells",
+        "words",
+        "spaces",
+        "divider",
+        "stars",
+        "brackets",
+        "ticks",
+        "money",
+        "quote",
+        "links",
+    ],
+)
+def test_no_text_makes_markdown_slow(page: Page, text: str) -> None:
+    """A long table row once took 17 s; what is quadratic would not end in time here either."""
+    page.browser.set_script_timeout(20)
+    draw(page, text)
+
+
+def test_a_selection_outlives_the_stream(page: Page, service: Service) -> None:
+    page.choose("slow")
+    page.send("hi")
+    page.until(lambda: len(page.answer()) > 60)
+    page.browser.execute_script(
+        """const text = document.querySelector("article.assistant .body p").firstChild;
+        getSelection().setBaseAndExtent(text, 4, text, 20);
+        window.watched = text;"""
+    )
+    selected = "return getSelection().toString()"
+    before, length = page.browser.execute_script(selected), len(page.answer())
+    assert len(before) == 16
+    page.until(lambda: len(page.answer()) > length + 60)
+    assert page.browser.execute_script(selected) == before
+    ActionChains(page.browser).send_keys(Keys.ESCAPE).perform()
+    page.answered()
+    assert page.browser.execute_script(selected) == before  # and the end of the answer
+    assert page.browser.execute_script("return window.watched.isConnected")
+    settle(service, 3)
+
+
+def test_a_table_is_scrolled_and_not_torn(page: Page) -> None:
+    page.browser.set_window_size(400, 800)
+    draw(page, f"{TABLE}\n\n| a |\n|---|\n| {'w' * 300} |")
+    script = """return [...document.querySelectorAll("#log td, #log th")].map((cell) => {
+        const range = document.createRange();
+        range.selectNodeContents(cell);
+        return [cell.innerText, range.getClientRects().length, cell.clientWidth];
+    })"""
+    cells = page.browser.execute_script(script)
+    lines = {text: count for text, count, _ in cells}
+    assert lines["circumference"] == lines["value in SI units"] == 1  # in one line each
+    assert max(width for *_, width in cells) < 400
+    assert not page.is_too_wide()
+
+
+def test_versions_of_answers_and_questions(page: Page) -> None:
+    def done(count: int) -> None:
+        page.until(lambda: len(page.all("article.assistant .actions")) == count)
+        page.until(lambda: page.one("#send").is_displayed())
+
+    def version(css: str = "article.assistant") -> str:
+        return "".join(page.texts(f"{css} .versions")).replace("\n", " ")
+
+    page.choose("random")
+    page.one("#open-settings").click()
+    page.one("#set-temperature").send_keys("2")
+    page.one("#set-max_tokens").send_keys("8")
+    page.one("#close-settings").click()
+    page.send("one")
+    done(1)
+    first = page.answer()
+    assert version() == ""
+    page.button("Regenerate").click()
+    page.until(lambda: "2/2" in version())
+    done(1)
+    second = page.answer()
+    assert first != second
+    page.send("two")
+    done(2)
+    third = page.answer()
+    page.one("article.assistant [data-action=before]").click()
+    page.until(lambda: "1/2" in version())
+    assert page.texts("article.assistant .body") == [first]  # what came after belongs to the other
+    page.open()
+    assert page.texts("article.assistant .body") == [first]
+    page.one("[data-action=after]").click()
+    page.until(lambda: len(page.all("article.assistant")) == 2)
+    assert page.texts("article.assistant .body") == [second, third]
+    page.all("article.user")[0].find_element(By.XPATH, ".//button[.='Edit']").click()
+    page.one(".edit textarea").send_keys(" more", Keys.ENTER)
+    done(1)
+    assert page.users() == ["one more"]
+    assert "2/2" in version("article.user")
+    page.picture("versions-1280")
+    page.one("article.user [data-action=before]").click()
+    page.until(lambda: page.users() == ["one", "two"])
+    assert page.texts("article.assistant .body") == [second, third]
+    assert "2/2" in version()
+
+
+def test_an_empty_page_shows_what_to_ask(page: Page) -> None:
+    assert page.all("[data-example]") == []
+    page.choose("rich")
+    page.until(lambda: page.texts("[data-example]"))
+    page.picture("empty-1280")
+    assert page.texts("[data-example]") == ["Spell cat", "How many r are in strawberry?"]
+    page.button("Spell cat").click()
+    page.answered()
+    assert page.users() == ["Spell cat"]
+
+
+def test_lines_around_a_message_are_not_sent(page: Page) -> None:
+    page.one("#input").send_keys(Keys.SHIFT, Keys.ENTER, Keys.NULL, "hi", Keys.SHIFT, Keys.ENTER)
+    page.one("#input").send_keys(Keys.NULL, Keys.ENTER)
+    page.answered()
+    kept = "return JSON.parse(Object.entries(localStorage).find(([k]) => k.includes('chat.'))[1])"
+    assert page.browser.execute_script(kept)["messages"][0]["content"] == "hi"
+
+
+def test_back_to_the_end(page: Page, service: Service) -> None:
+    page.browser.set_window_size(500, 500)
+    page.choose("slow")
+    page.send("hi")
+    at = "return document.getElementById('log').scrollTop"
+    page.until(lambda: page.browser.execute_script(at) > 150)  # it follows
+    assert not page.one("#to-end").is_displayed()
+    page.browser.execute_script("document.getElementById('log').scrollTop = 0")
+    page.until(lambda: page.one("#to-end").is_displayed())
+    length = len(page.answer())
+    page.until(lambda: len(page.answer()) > length + 40)
+    assert page.browser.execute_script(at) == 0  # it leaves the reader where they are
+    page.picture("latest-500")
+    page.one("#to-end").click()
+    page.until(lambda: not page.one("#to-end").is_displayed())
+    page.one("#stop").click()
+    settle(service, 3)
+
+
+def test_rename_search_and_export(page: Page, tmp_path: Path) -> None:
+    def titles() -> list[str]:
+        return page.texts("#chats .open")
+
+    page.one("#open-settings").click()
+    page.one("#set-system").send_keys("a word")
+    page.one("#close-settings").click()
+    page.one("#new-chat").click()
+    page.send("the king")
+    page.answered()
+    page.one("#new-chat").click()
+    page.send("the sea")
+    page.answered()
+    page.one("#search").send_keys("KING")
+    assert titles() == ["the king"]
+    page.one("#search").clear()
+    page.one("#search").send_keys("said 46")  # words of the answers
+    assert len(titles()) == 2
+    page.one("#search").send_keys(" nowhere")
+    assert titles() == []
+    page.one("#search").clear()
+    page.one("#search").send_keys(" ")
+    page.one("#chats [data-current] .rename").click()
+    page.one("#chats input").send_keys(Keys.CONTROL, "a", Keys.NULL, "Water/1", Keys.ENTER)
+    page.until(lambda: titles() == ["Water/1", "the king"])
+    page.button("Edit").click()
+    page.one(".edit textarea").send_keys(" again", Keys.ENTER)
+    page.answered()
+    page.until(lambda: page.users() == ["the sea again"])
+    assert titles() == ["Water/1", "the king"]  # a name that was given stays
+    page.picture("sidebar-1280")
+    settings = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    page.browser.execute_cdp_cmd("Browser.setDownloadBehavior", settings)  # type: ignore[attr-defined]
+    page.one("#chats [data-current] .save").click()
+    page.until(lambda: (tmp_path / "Water1.json").exists())
+    saved = json.loads((tmp_path / "Water1.json").read_text(encoding="utf-8"))
+    validate(saved, "the file")  # chat_cli's /load reads it
+    assert [m["role"] for m in saved["messages"]] == ["system", "user", "assistant"]
+    assert saved["messages"][2]["content"][1] == {"type": "python", "text": "12 + 34"}
+    page.one("#open-settings").click()
+    page.one("#export-all").click()
+    page.until(lambda: (tmp_path / "conversations.jsonl").exists())
+    assert len(CustomJSON("train", tmp_path / "conversations.jsonl")) == 2
+    page.one("#close-settings").click()
+
+
+def test_code_and_formulas(page: Page) -> None:
+    """Their libraries are this server's own, and come only when they are needed."""
+    files = "return performance.getEntriesByType('resource').map((one) => one.name)"
+    page.send("hi")
+    page.answered()
+    assert not [name for name in page.browser.execute_script(files) if "katex" in name]
+    page.choose("rich")
+    page.send("hi")
+    page.until(lambda: page.texts("#log h6") == ["4"] and page.all(".katex-display"), 60)
+    assert page.texts("pre .hljs-keyword")[:2] == ["def", "return"]
+    assert len(page.all(".math")) == 2
+    assert "it costs $5 and $10" in page.answer()
+    used = page.browser.execute_script(files)
+    assert any(name.endswith(".woff2") for name in used)
+    assert all(name.startswith(page.url) for name in used)
+    page.button("Copy code").click()
+    page.one("#input").send_keys(Keys.CONTROL, "v")
+    assert str(page.one("#input").get_attribute("value")).startswith("def area(r: float)")
+    page.one("#input").clear()
+    draw(page, "$\\href{javascript:alert(1)}{x}$ $\\frac{$ and \\(b\\)\n\n$$\n- c\n$$\n\n\\[d\\]")
+    assert not page.all("#log a, #log ul")
+    assert len(page.all("#log .katex")) == 4
+    assert "$\\frac{$" in page.answer()
+    draw(page, "2*$3=$6, $5 and $10, US$4 or 5$, a$b$c, $5, sells for 7$ \\$x$")
+    assert not page.all("#log .math")
+
+
+def test_how_it_looks(page: Page) -> None:
+    """Nothing sticks out, in light and in dark; the pictures are for a person to look at."""
+    page.choose("rich")
+    try:
+        for kind in ("empty", "rich"):
+            if kind == "rich":
+                page.one("#theme").click()  # light again
+                page.send("How large is a circle, and what does it cost?")
+                page.until(lambda: page.all(".assistant .actions"), 60)
+            for theme in ("light", "dark"):
+                if theme == "dark":
+                    page.browser.execute_script("document.getElementById('theme').click()")
+                for width in (1280, 400, 320):
+                    size = {"width": width, "height": 860, "deviceScaleFactor": 1}
+                    page.browser.execute_cdp_cmd(  # type: ignore[attr-defined]
+                        "Emulation.setDeviceMetricsOverride", {**size, "mobile": width < 500}
+                    )
+                    assert not page.is_too_wide()
+                    page.picture(f"{kind}-{theme}-{width}")
+    finally:
+        page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})  # type: ignore[attr-defined]

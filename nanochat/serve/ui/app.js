@@ -1,59 +1,29 @@
 // The chat page: conversations live in this browser, the server only sees what is sent to it.
 
-import { element, markdown } from "./markdown.js";
+import { allChats, conversation, emptyChat, fork, isChatKey, matches, readChat, removeChat, showVersion, store, textOf, versions, writeChat } from "./chats.js";
+import { element, highlighted, markdown, whenBetter } from "./markdown.js";
+import { morph } from "./morph.js";
 
 const $ = (id) => document.getElementById(id);
 const NUMBERS = ["temperature", "top_k", "top_p", "min_p", "max_tokens", "seed"];
-const PREFIX = "nanochat.chat.";
 
-// What is kept
-
-const store = {
-  read(key, otherwise) {
-    try {
-      return JSON.parse(localStorage.getItem(key)) ?? otherwise;
-    } catch {
-      return otherwise;
-    }
-  },
-  write(key, value) {
-    try {
-      localStorage.setItem(key, JSON.stringify(value));
-    } catch {
-      toast("This browser's storage is full or closed to this page: the conversation is not kept.");
-    }
-  },
-};
-
+store.failed = () => toast("This browser's storage is full or closed to this page: the conversation is not kept.");
 const settings = store.read("nanochat.settings", {});
 let models = [];
 let chat = null;
 let answering = null; // the AbortController of the answer that is coming
 
-// A conversation has its own key, so that two tabs do not overwrite each other's.
-function conversations() {
-  const all = [];
-  for (let i = 0; i < localStorage.length; i += 1) {
-    const key = localStorage.key(i);
-    if (!key.startsWith(PREFIX)) continue;
-    const found = store.read(key, null);
-    if (found && Array.isArray(found.messages)) all.push(found);
-  }
-  return all.sort((a, b) => b.changed - a.changed);
-}
-
 function keep() {
   if (!chat || !chat.messages.length) return;
   chat.changed = Date.now();
-  store.write(PREFIX + chat.id, chat);
+  writeChat(chat);
   listConversations();
 }
 
 function newChat() {
   stop();
-  const id = `${Date.now().toString(36)}${Math.random().toString(36).slice(2, 8)}`;
-  chat = { id, title: "", messages: [], system: settings.system || "", changed: 0 };
-  store.write("nanochat.current", id);
+  chat = emptyChat(settings.system || "");
+  store.write("nanochat.current", chat.id);
   render();
   listConversations();
 }
@@ -61,7 +31,7 @@ function newChat() {
 function openChat(id) {
   if (answering && chat.id === id) return;
   stop();
-  const found = store.read(PREFIX + id, null);
+  const found = readChat(id);
   if (!found) return newChat();
   chat = found;
   for (const message of chat.messages) {
@@ -75,8 +45,28 @@ function openChat(id) {
   listConversations();
 }
 
+// The list of conversations
+
+const ICONS = {
+  rename: "M4 20h4L19 9l-4-4L4 16v4M13 7l4 4",
+  save: "M12 4v11m-5-5 5 5 5-5M5 20h14",
+  delete: "M6 6l12 12M18 6 6 18",
+};
+
+function iconButton(name, label, action) {
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  svg.setAttribute("viewBox", "0 0 24 24");
+  const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
+  path.setAttribute("d", ICONS[name]);
+  svg.append(path);
+  const node = element("button", { type: "button", className: `icon ${name}`, "aria-label": label, title: label }, svg);
+  node.addEventListener("click", action);
+  return node;
+}
+
 function listConversations() {
-  const items = conversations().map((one) => {
+  const words = $("search").value.trim();
+  const items = allChats().filter((one) => matches(one, words)).map((one) => {
     const title = one.title || "Conversation";
     const open = element("button", { type: "button", className: "open", title }, title);
     open.addEventListener("click", () => {
@@ -84,21 +74,58 @@ function listConversations() {
       showSidebar(false);
       $("input").focus();
     });
-    const remove = element("button", { type: "button", className: "delete", "aria-label": `Delete ${title}` }, "✕");
-    remove.addEventListener("click", () => {
-      if (!confirm(`Delete "${title}"?`)) return;
-      localStorage.removeItem(PREFIX + one.id);
-      if (chat.id === one.id) newChat();
-      listConversations();
-    });
-    const item = element("li", {}, open, remove);
+    const item = element(
+      "li",
+      {},
+      open,
+      iconButton("rename", `Rename ${title}`, () => rename(one.id, item)),
+      iconButton("save", `Export ${title}`, () => {
+        download(`${fileName(title)}.json`, `${JSON.stringify({ messages: conversation(readChat(one.id) || one) }, null, 1)}\n`);
+      }),
+      iconButton("delete", `Delete ${title}`, () => {
+        if (!confirm(`Delete "${title}"?`)) return;
+        removeChat(one.id);
+        if (chat.id === one.id) newChat();
+        listConversations();
+      }),
+    );
     if (chat && one.id === chat.id) {
       item.dataset.current = "";
       open.setAttribute("aria-current", "true");
     }
     return item;
   });
+  if (!items.length && words) items.push(element("li", { className: "none" }, "Nothing found"));
   $("chats").replaceChildren(...items);
+}
+
+function rename(id, item) {
+  const one = chat.id === id ? chat : readChat(id);
+  const field = element("input", { value: one.title, maxLength: 200, "aria-label": "Title" });
+  const done = (kept) => {
+    if (kept && field.value.trim() && field.value.trim() !== one.title) {
+      Object.assign(one, { title: field.value.trim(), named: true });
+      writeChat(one);
+    }
+    listConversations();
+  };
+  field.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" && event.key !== "Escape") return;
+    event.stopPropagation();
+    field.onblur = null;
+    done(event.key === "Enter");
+  });
+  field.onblur = () => done(true);
+  item.replaceChildren(field);
+  field.select();
+}
+
+const fileName = (title) => title.replace(/[^\p{L}\p{N} ._-]+/gu, "").trim().slice(0, 60) || "conversation";
+
+function download(name, text) {
+  const url = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+  element("a", { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10000);
 }
 
 // What is shown
@@ -139,16 +166,11 @@ function copyOldWay(text) {
   return copied;
 }
 
-const textOf = (message) =>
-  message.role === "user"
-    ? message.content
-    : message.parts.filter((part) => part.type === "text").map((part) => part.text).join("");
-
 function body(message) {
   if (message.role === "user") return [message.content];
   const nodes = [];
   message.parts.forEach((part, i) => {
-    if (part.type === "text") nodes.push(markdown(part.text, copy));
+    if (part.type === "text") nodes.push(markdown(part.text));
     else if (part.type === "python") {
       const next = message.parts[i + 1];
       nodes.push(toolBlock(part.text, next && next.type === "python_output" ? next.text : null));
@@ -165,33 +187,42 @@ function toolBlock(code, output) {
     { className: "tool" },
     element("summary", {}, `Tool: ${short}${result}`),
     element("h3", {}, "Call"),
-    element("pre", {}, element("code", {}, code)),
+    element("pre", {}, highlighted(code, "python")),
     element("h3", {}, "Output"),
     element("pre", {}, element("code", {}, output === null ? "none" : output)),
   );
 }
 
 function button(label, action) {
-  const node = element("button", { type: "button" }, label);
-  node.addEventListener("click", action);
-  return node;
+  return element("button", { type: "button", dataset: { action } }, label);
 }
 
 function messageNode(message, index) {
   const who = message.role === "user" ? "You" : message.model || "Assistant";
-  const node = element("article", { className: message.role, "aria-label": who }, element("h2", {}, who));
+  const node = element("article", { className: message.role, "aria-label": who, dataset: { index } });
+  node.append(element("h2", { className: "hidden" }, who));
   if (message.notice) node.append(element("p", { className: "notice" }, `Note: ${message.notice}.`));
   const content = element("div", { className: "body" }, ...body(message));
   node.append(content);
   if (message.coming && !textOf(message)) content.append(element("span", { className: "waiting", "aria-label": "waiting" }));
   if (message.error) node.append(element("p", { className: "error" }, message.error));
   if (message.coming) return node;
+  if (index >= chat.messages.length - 2) node.classList.add("last");
   const actions = element("div", { className: "actions" });
-  const copier = button("Copy", () => copy(textOf(message), copier));
-  actions.append(copier);
-  if (message.role === "user") actions.append(button("Edit", () => edit(index, node)));
+  const [at, count] = versions(message);
+  if (count > 1) {
+    const before = button("‹", "before");
+    const after = button("›", "after");
+    before.setAttribute("aria-label", "Version before");
+    after.setAttribute("aria-label", "Next version");
+    before.disabled = at === 0;
+    after.disabled = at === count - 1;
+    actions.append(element("span", { className: "versions" }, before, `${at + 1}/${count}`, after));
+  }
+  actions.append(button("Copy", "copy"));
+  if (message.role === "user") actions.append(button("Edit", "edit"));
   else {
-    actions.append(button(message.error ? "Try again" : "Regenerate", () => regenerate(index)));
+    actions.append(button(message.error ? "Try again" : "Regenerate", "again"));
     actions.append(element("span", { className: "facts" }, facts(message)));
   }
   node.append(actions);
@@ -199,7 +230,7 @@ function messageNode(message, index) {
 }
 
 function facts(message) {
-  const found = [];
+  const found = models.length > 1 && message.model ? [message.model] : [];
   if (message.tokens) {
     found.push(`${message.tokens} tokens`);
     if (message.seconds > 0) found.push(`${Math.round(message.tokens / message.seconds)} tokens/s`);
@@ -209,31 +240,52 @@ function facts(message) {
   return found.join(" · ");
 }
 
-function render() {
-  const log = $("log");
-  if (!chat.messages.length) log.replaceChildren(element("p", { className: "empty" }, "Ask something to begin."));
-  else log.replaceChildren(...chat.messages.map(messageNode));
-  log.scrollTop = log.scrollHeight;
-  $("send").hidden = answering !== null;
-  $("stop").hidden = answering === null;
+function welcome() {
+  const model = models.find((one) => one.id === $("model").value);
+  const node = element("div", { className: "empty" }, element("p", {}, "Ask something to begin."));
+  const examples = (model?.examples || []).map((text) => element("button", { type: "button", dataset: { example: text } }, text));
+  if (examples.length) node.append(element("p", { className: "note" }, "This model was trained on questions like these:"), element("div", { className: "examples" }, ...examples));
+  return node;
 }
 
-// Replaces only the answer that is growing, at most once a frame.
+const isAtEnd = () => $("log").scrollHeight - $("log").scrollTop - $("log").clientHeight < 60;
+
+function toEnd() {
+  $("log").scrollTop = $("log").scrollHeight;
+  showEndButton();
+}
+
+function showEndButton() {
+  $("to-end").hidden = isAtEnd();
+}
+
+// Shows what there is, touching only what differs.
+function refresh() {
+  const fresh = chat.messages.length ? chat.messages.map(messageNode) : [welcome()];
+  morph($("log"), element("div", {}, ...fresh));
+  $("send").hidden = answering !== null;
+  $("stop").hidden = answering === null;
+  showEndButton();
+}
+
+function render() {
+  refresh();
+  toEnd();
+}
+
+// Only the answer that is growing, at most once a frame.
 function renderLast() {
   if (renderLast.asked) return;
   renderLast.asked = true;
   requestAnimationFrame(() => {
     renderLast.asked = false;
-    const log = $("log");
     const last = chat.messages.length - 1;
-    const old = log.children[last];
-    if (!old) return;
-    const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
-    const open = [...old.querySelectorAll("details")].map((details) => details.open);
-    const fresh = messageNode(chat.messages[last], last);
-    fresh.querySelectorAll("details").forEach((details, i) => (details.open = open[i] ?? false));
-    old.replaceWith(fresh);
-    if (atEnd) log.scrollTop = log.scrollHeight;
+    const old = $("log").children[last];
+    if (!old || old.tagName !== "ARTICLE") return;
+    const follow = isAtEnd();
+    morph(old, messageNode(chat.messages[last], last));
+    if (follow) toEnd();
+    else showEndButton();
   });
 }
 
@@ -257,15 +309,7 @@ async function explain(response) {
 }
 
 function requestBody(messages) {
-  const sent = [];
-  if (chat.system.trim()) sent.push({ role: "system", content: chat.system });
-  for (const message of messages) {
-    if (message.role === "user") sent.push({ role: "user", content: message.content });
-    else {
-      const parts = message.parts.filter((part) => part.text || part.type === "python_output");
-      if (parts.some((part) => part.text && part.type !== "python_output")) sent.push({ role: "assistant", content: parts });
-    }
-  }
+  const sent = conversation({ ...chat, messages });
   const request = { model: $("model").value, messages: sent, stream: true, stream_options: { include_usage: true } };
   for (const name of NUMBERS) if (typeof settings[name] === "number") request[name] = settings[name];
   return request;
@@ -289,12 +333,14 @@ async function* serverEvents(stream) {
   }
 }
 
-async function answer() {
+// The answer to the messages before `index`; what stands there becomes another version.
+async function answer(index = chat.messages.length) {
   const controller = new AbortController();
   const mine = chat;
   const message = { role: "assistant", parts: [], model: $("model").value, coming: true };
-  const body = requestBody(mine.messages);
-  mine.messages.push(message);
+  const body = requestBody(mine.messages.slice(0, index));
+  if (index < mine.messages.length) fork(mine.messages, index, message);
+  else mine.messages.push(message);
   answering = controller;
   render();
   say("Answering");
@@ -337,13 +383,11 @@ async function answer() {
   if (answering === controller) answering = null;
   if (mine === chat) {
     keep();
-    const log = $("log");
-    const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
-    const at = log.scrollTop;
-    render();
-    if (!atEnd) log.scrollTop = at;
-  } else if (store.read(PREFIX + mine.id, null)) { // not where it was deleted
-    store.write(PREFIX + mine.id, { ...mine, changed: Date.now() });
+    const follow = isAtEnd();
+    refresh();
+    if (follow) toEnd();
+  } else if (readChat(mine.id)) { // not where it was deleted
+    writeChat({ ...mine, changed: Date.now() });
   }
   say(message.error || (message.stopped ? "Stopped" : `Answer: ${textOf(message)}`));
 }
@@ -354,49 +398,64 @@ function stop() {
   answering = null;
 }
 
-function send(text) {
-  if (!text.trim() || answering) return false;
-  if (!models.length) {
-    toast("There is no model to talk to yet.");
-    loadModels();
-    return false;
-  }
-  if (!chat.title) chat.title = text.trim().split("\n")[0].slice(0, 60);
-  chat.messages.push({ role: "user", content: text });
+function ready() {
+  if (answering) return false;
+  if (models.length) return true;
+  toast("There is no model to talk to yet.");
+  loadModels();
+  return false;
+}
+
+// Asks; at `index`, what was asked there before becomes another version.
+function send(text, index = chat.messages.length) {
+  const content = text.replace(/^[\r\n]+|[\r\n]+$/g, "");
+  if (!content.trim() || !ready()) return false;
+  if (index === 0 && !chat.named) chat.title = content.trim().split("\n")[0].slice(0, 60);
+  const message = { role: "user", content };
+  if (index < chat.messages.length) fork(chat.messages, index, message);
+  else chat.messages.push(message);
   keep();
   answer();
   return true;
 }
 
-function regenerate(index) {
-  if (answering) return;
-  chat.messages.length = index;
-  answer();
-}
-
 function edit(index, node) {
-  if (answering) return;
   const area = element("textarea", { value: chat.messages[index].content, rows: 3, "aria-label": "Edit message" });
   const form = element("form", { className: "edit" }, area);
-  const again = element("button", { type: "submit", className: "primary" }, "Send again");
-  form.append(element("div", { className: "row" }, button("Cancel", render), again));
+  const cancel = element("button", { type: "button" }, "Cancel");
+  cancel.addEventListener("click", refresh);
+  form.append(element("div", { className: "row" }, cancel, element("button", { type: "submit", className: "primary" }, "Send again")));
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    if (!area.value.trim() || answering) return;
-    chat.messages.length = index;
-    if (index === 0) chat.title = "";
-    send(area.value);
-    $("input").focus();
+    if (send(area.value, index)) $("input").focus();
   });
   area.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") render();
+    if (event.key === "Escape") refresh();
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
       event.preventDefault();
       form.requestSubmit();
     }
   });
-  node.replaceChildren(element("h2", {}, "You"), form);
+  node.replaceChildren(element("h2", { className: "hidden" }, "You"), form);
   area.focus();
+}
+
+function act(action, target) {
+  if (action === "copy-code") return copy(target.closest(".code").querySelector("pre").textContent, target);
+  const node = target.closest("article");
+  const index = Number(node.dataset.index);
+  const message = chat.messages[index];
+  if (action === "copy") return copy(textOf(message), target);
+  if (answering) return;
+  if (action === "edit") edit(index, node);
+  else if (action === "again") {
+    if (ready()) answer(index);
+  } else {
+    showVersion(chat.messages, index, versions(message)[0] + (action === "after" ? 1 : -1));
+    keep();
+    refresh();
+    $("log").children[index].querySelector(`[data-action=${action}]:enabled, .versions :enabled`)?.focus();
+  }
 }
 
 async function loadModels() {
@@ -414,6 +473,7 @@ async function loadModels() {
   select.disabled = false;
   if (models.some((model) => model.id === settings.model)) select.value = settings.model;
   showDefaults();
+  refresh();
 }
 
 function showDefaults() {
@@ -468,6 +528,26 @@ function fitInput() {
 
 // Wiring
 
+$("log").addEventListener("click", (event) => {
+  const target = event.target.closest("button");
+  if (target?.dataset.action) act(target.dataset.action, target);
+  else if (target?.dataset.example) send(target.dataset.example);
+});
+$("log").addEventListener("scroll", showEndButton, { passive: true });
+$("to-end").addEventListener("click", () => {
+  toEnd();
+  $("input").focus();
+});
+$("search").addEventListener("input", listConversations);
+$("export-all").addEventListener("click", () => {
+  const lines = allChats().map((one) => JSON.stringify({ messages: conversation(one) }));
+  download("conversations.jsonl", lines.map((line) => `${line}\n`).join(""));
+});
+whenBetter(() => {
+  const follow = isAtEnd();
+  refresh();
+  if (follow) toEnd();
+});
 $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   if (send($("input").value)) {
@@ -507,6 +587,7 @@ $("model").addEventListener("change", () => {
   settings.model = $("model").value;
   store.write("nanochat.settings", settings);
   showDefaults();
+  if (!chat.messages.length) refresh();
 });
 $("theme").addEventListener("click", () => {
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
@@ -527,7 +608,7 @@ $("reset-settings").addEventListener("click", () => {
 });
 $("clear-all").addEventListener("click", () => {
   if (!confirm("Delete all conversations in this browser?")) return;
-  for (const one of conversations()) localStorage.removeItem(PREFIX + one.id);
+  for (const one of allChats()) removeChat(one.id);
   newChat();
 });
 addEventListener("pagehide", () => {
@@ -536,7 +617,7 @@ addEventListener("pagehide", () => {
   stop(); // a page that is only put aside would go on reading
 });
 addEventListener("storage", (event) => {
-  if (event.key === null || event.key.startsWith(PREFIX)) listConversations();
+  if (isChatKey(event.key)) listConversations();
 });
 
 applyTheme();

@@ -343,10 +343,11 @@ TYPES = {
     ".svg": "image/svg+xml; charset=utf-8",
     ".woff2": "font/woff2",
 }
-PAGE = {
-    "/" + path.relative_to(UI).as_posix().replace("index.html", ""): path
-    for path in sorted(UI.rglob("*"))
-    if path.suffix in TYPES
+PAGE = {"/": UI / "index.html"} | {
+    f"/{path.relative_to(folder).as_posix()}": path
+    for folder, files in ((UI, UI.iterdir()), (UI.parent, (UI.parent / "vendor").rglob("*")))
+    for path in sorted(files)
+    if path.suffix in TYPES and path.name != "index.html"
 }
 """The page's files by their paths."""
 ENDPOINTS = {

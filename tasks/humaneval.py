@@ -1,14 +1,18 @@
 """HumanEval: Python functions from their docstrings, judged by running tests (arXiv 2107.03374)."""
 
 import re
+import textwrap
 from typing import Literal
 
 from nanochat.errors import UserError
 from nanochat.tools.sandbox import run_python
 from tasks.common import Conversation, HubTask, field
 
-_FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
-_IMPORT = re.compile(r"^(?:import|from) .*$", re.MULTILINE)
+_FENCE = re.compile(r"(`{3,}|~{3,})[^\n`]*\n(.*?)(?:^[ \t]*\1|\Z)", re.DOTALL | re.MULTILINE)
+_DEFINITION = re.compile(
+    r"(?:async +)?def +\w+ *[(\[]|class +\w+ *[(:]|@\w|import \w|from [\w.]+ import |\w+ *=[^=]"
+)
+_FUTURE = re.compile(r"^from __future__ import .*\n", re.MULTILINE)
 
 
 class HumanEval(HubTask):
@@ -16,7 +20,7 @@ class HumanEval(HubTask):
 
     `evaluate` runs what the model wrote, in the sandbox (`nanochat.tools.sandbox`).
     sandbox="strict" refuses to where the system lacks a layer of it. Draw several samples for
-    `pass_at_k`.
+    `pass_at_k`. The tests run beside the answer, which can therefore cheat: docs/sandbox.md.
     """
 
     def __init__(
@@ -53,20 +57,77 @@ class HumanEval(HubTask):
 
 
 def build_program(conversation: Conversation, completion: str) -> str:
-    """The function as the model wrote it, between the prompt's imports and the tests.
+    """The function as the model wrote it, between what the prompt has before it and the tests.
 
-    Taken from the first fenced block that defines the function, else the first block, else the
-    whole text; where that does not define it, it is read as the body that follows the prompt.
+    Taken from the last fenced block that defines the function, with the definitions of the blocks
+    before it; else from the definitions among the unfenced text. Where nothing defines it, the
+    first block, or the text, is the body that follows the prompt.
     """
     prompt, entry_point = conversation["prompt"], conversation["entry_point"]
-    defines = re.compile(rf"^(?:async )?def {re.escape(entry_point)}\b", re.MULTILINE)
-    blocks = _FENCE.findall(completion) or [completion]
-    code = next((block for block in blocks if defines.search(block)), blocks[0])
-    if defines.search(code):
-        code = "\n".join([*_IMPORT.findall(prompt), code])
+    name = re.escape(entry_point)
+    defines = re.compile(rf"^(?:(?:async +)?def +{name}\b|{name} *=[^=])", re.MULTILINE)
+    text = completion.replace("\r\n", "\n")
+    blocks = [textwrap.dedent(match[2]) for match in _FENCE.finditer(text)]
+    solutions = [number for number, block in enumerate(blocks) if defines.search(block)]
+    unfenced = _definitions(_FENCE.sub("", text))
+    if solutions:
+        helpers = [
+            block
+            for block in blocks[: solutions[-1]]
+            if not defines.search(block) and re.search("^(?:def|class) ", block, re.MULTILINE)
+        ]
+        code = "\n".join([*helpers, blocks[solutions[-1]]])
+    elif defines.search(unfenced):
+        code = unfenced
     else:
-        code = prompt + code
-    return f"{code}\n\n{conversation['test']}\n\ncheck({entry_point})\n"
+        return _program(prompt + _body(blocks[0] if blocks else text), conversation)
+    before = defines.search(prompt)
+    return _program(prompt[: before.start() if before else None] + "\n" + code, conversation)
+
+
+def _program(code: str, conversation: Conversation) -> str:
+    future = "".join(_FUTURE.findall(code))  # Python wants it first
+    code = future + _FUTURE.sub("", code)
+    return f"{code}\n\n{conversation['test']}\n\ncheck({conversation['entry_point']})\n"
+
+
+def _definitions(text: str) -> str:
+    """The functions, classes, imports and names that a text defines, without the prose around them.
+
+    A definition is a line that begins like one and the lines indented deeper that follow it.
+    """
+    kept: list[str] = []
+    indent: int | None = None  # of the definition that goes on
+    for line in text.splitlines():
+        depth = len(line) - len(line.lstrip())
+        if not line.strip():
+            kept.append("")
+            continue
+        closes = depth == indent and line[depth] in ")]}"  # def f(⏎    x,⏎):
+        if indent is None or (depth <= indent and not closes):
+            indent = depth if _DEFINITION.match(line, depth) else None
+        if indent is not None:
+            kept.append(line[indent:])
+    return "\n".join(kept)
+
+
+def _body(text: str) -> str:
+    """The body of a function, indented by four spaces, from a text that begins with it.
+
+    >>> _body("y = 2 * x\\nreturn y\\n")
+    '    y = 2 * x\\n    return y'
+    """
+    lines = text.expandtabs(4).strip("\n").splitlines()
+    if lines and lines[0][0] != " ":
+        following = next((line for line in lines[1:] if line.strip()), "")
+        inside = 4 if lines[0].rstrip()[-1] in ":([{" else 0
+        if len(following) - len(following.lstrip()) > inside:
+            lines[0] = "    " + lines[0]  # only the first line has lost its indentation
+        else:
+            lines = ["    " + line for line in lines]
+    # What is not indented comes after the body: prose, or other functions.
+    end = next((i for i, line in enumerate(lines) if line.strip() and line[0] != " "), len(lines))
+    return "\n".join([*lines[:end], _definitions("\n".join(lines[end:]))]).rstrip()
 
 
 if __name__ == "__main__":

@@ -480,6 +480,26 @@ def test_the_canonical_solutions_pass(real_hub: Path, monkeypatch: pytest.Monkey
         "Here:\n```\ndef double(x):\n    return 2 * x\n```\nIt doubles.",
         "```python\ndouble(1)\n```\nwith\n```python\ndef double(x):\n    return 2 * x\n```",
         "```python\ndef double(x):\n    return 2 * x",  # cut off before the fence
+        "~~~python\ndef double(x):\n    return 2 * x\n~~~\nIt doubles.",
+        "````\ndef double(x):\n    '''\n```'''\n    return 2 * x\n````",
+        "1. So:\n   ```python\n   def double(x):\n       return 2 * x\n   ```\n2. Done.",
+        "So:\r\n```python\r\ndef double(x):\r\n    return 2 * x\r\n```\r\n",
+        "So:\n\n    def double(x):\n        y = 2 * x\n\n        return y\n\nIt doubles.",
+        "Here it is.\n\ndef double(\n    x,\n):\n    return 2 * x\n\ndouble(1) is 2.\nAll's well.",
+        "double = lambda x: 2 * x",
+        "Not def triple, but\nimport math\n@staticmethod\ndef double(x):\n    return 2 * x",
+        "```\ndef double(x): return 3\n```\nNo, I meant:\n```\ndef double(x): return 2 * x\n```",
+        "def double(x):\n    return 3\n\nNo, I meant:\n\ndef double(x):\n    return 2 * x",
+        "```\ndef two(x):\n    return 2 * x\n```\nThen:\n```\ndef double(x): return two(x)\n```\n"
+        "```\nprint(double(7))\nassert False\n```",
+        "```\nfrom __future__ import annotations\ndef double(x: X): return 2 * x\n```",
+        "y = 2 * x\nreturn y",
+        "y = 2 * x\n    return y",  # a body without the spaces before it
+        "if x:\n    return 2 * x\nreturn 0",
+        "if x:\n        return 2 * x\n    return 0",
+        "\treturn 2 * x",
+        "    y = 2 * x\n\n    return y\n\nThis doubles.\n\ndef main():\n    print(double(1))\n",
+        "    return two(x)\n\ndef two(x):\n    return 2 * x\n",
     ],
 )
 def test_code_is_found_in_the_completion(completion: str):
@@ -487,6 +507,20 @@ def test_code_is_found_in_the_completion(completion: str):
     exec(build_program(row, completion), {})
     with pytest.raises(AssertionError):
         exec(build_program(row, completion.replace("2 * x", "x")), {})
+
+
+def test_helpers_of_the_prompt_stay():
+    prompt = 'def half(x):\n    return x / 2\n\ndef double(x):\n    """Undo half."""\n'
+    row = {**DOUBLE, "prompt": prompt, "test": "def check(f):\n    assert half(f(3)) == 3\n"}
+    for completion in ("```\ndef double(x):\n    return 2 * x\n```", "    return 2 * x"):
+        exec(build_program(row, completion), {})
+
+
+def test_answer_that_switches_failure_off_fails(home: Path):
+    put_rows(home, "openai/openai_humaneval", "openai_humaneval", "test", [DOUBLE])
+    task = HumanEval()
+    switched = "```python\nimport sys\nsys.exit = print\ndef double(x):\n    return 3\n```"
+    assert not task.evaluate(task[0], switched)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ Examples:
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -54,6 +55,8 @@ ALL_TASKS = (
     "spellingbee",
     "arithmetic",
 )
+MAX_EXCHANGES = 10
+"""Conversations that are recorded of a task whose rows have a kind."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ class Answers:
     truncated: int = 0
     """Problems whose prompt did not fit the context; its beginning was cut off."""
     shown: list[str] = field(default_factory=list)
+    exchanges: list[dict[str, Any]] = field(default_factory=list)
+    """Of a task whose rows have a kind: some conversations with their answers, kinds in turn."""
 
 
 def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
@@ -245,6 +250,15 @@ def evaluate_task(
             for k in cfg.pass_at
             if k <= samples
         }
+    if task.BY_KIND:
+        kinds: dict[str, list[int]] = {}
+        for i, right_samples in zip(chosen, hits, strict=True):
+            kinds.setdefault(task[i]["kind"], []).append(right_samples)
+        more["kinds"] = {
+            kind: task_result(sum(found) / samples, len(found), 0.0)
+            for kind, found in kinds.items()
+        }
+        more["exchanges"] = answers.exchanges
     correct = sum(hits) if samples == 1 else sum(hits) / samples
     return task_result(correct, count, chance, **more)
 
@@ -372,6 +386,20 @@ def _answer_generative(
         for k, futures in verdicts.items():
             answers.right[k] = sum(bool(future.result()) for future in futures.values())
     by_problem = {k: request for request, k in requests.items()}
+    if task.BY_KIND:
+        for k in _in_turn([conversations[k]["kind"] for k in mine])[:MAX_EXCHANGES]:
+            k = mine[k]
+            said = list(conversations[k]["messages"])
+            if said[-1]["role"] == "assistant":
+                said.pop()  # the reference
+            answers.exchanges.append(
+                {
+                    "kind": conversations[k]["kind"],
+                    "messages": [[m["role"], "".join(p["text"] for p in parts(m))] for m in said],
+                    "answer": by_problem[k].completions[0].written,
+                    "right": verdicts[k][0].result(),
+                }
+            )
     for k in list(mine)[: cfg.show]:
         texts = []
         for sample, completion in enumerate(by_problem[k].completions):
@@ -379,6 +407,20 @@ def _answer_generative(
             texts.append(f"{completion.written} ({verdict}, {completion.finish_reason})")
         answers.shown.append(_shown(task, chosen[k], conversations[k], texts))
     return answers
+
+
+def _in_turn(kinds: Sequence[str]) -> list[int]:
+    """Places in an order that takes one of each kind, then another of each.
+
+    >>> _in_turn(["a", "a", "a", "b"])
+    [0, 3, 1, 2]
+    """
+    seen: Counter[str] = Counter()
+    rounds = []
+    for place, kind in enumerate(kinds):
+        rounds.append((seen[kind], place))
+        seen[kind] += 1
+    return [place for _, place in sorted(rounds)]
 
 
 def _shown(task: Task, index: int, conversation: Conversation, answers: list[str]) -> str:
@@ -404,7 +446,15 @@ def make_table(results: dict[str, dict[str, Any]], title: str) -> Table:
             notes[spec].append(f"{result['truncated']} truncated")
     if any(notes.values()):
         table.add_column("notes")
-    for spec, result in results.items():
+    lines = [
+        (name, line)
+        for spec, result in results.items()
+        for name, line in [
+            (spec, result),
+            *((f"  {k}", r) for k, r in result.get("kinds", {}).items()),
+        ]
+    ]
+    for spec, result in lines:
         low, high = result["ci"]
         table.add_row(
             spec,
@@ -413,7 +463,7 @@ def make_table(results: dict[str, dict[str, Any]], title: str) -> Table:
             f"{result['chance']:.3f}",
             f"{result['centered']:.4f}",
             f"{result['total']:,}",
-            *([", ".join(notes[spec])] if any(notes.values()) else []),
+            *([", ".join(notes.get(spec, []))] if any(notes.values()) else []),
         )
     return table
 

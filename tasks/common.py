@@ -44,6 +44,8 @@ class Task(ABC):
     """Raise it when the same settings begin to give other rows: stores are then rebuilt."""
     VAL_BY_CONTENT: ClassVar[bool] = False
     """Whether there is a split val with nothing in it that is in train."""
+    BY_KIND: ClassVar[bool] = False
+    """Whether rows have a `kind`, by which results are told as well, with some of the answers."""
 
     def __init__(self, name: str, split: str):
         self.name = name

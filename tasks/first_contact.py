@@ -26,6 +26,8 @@ FAMOUS = 25
 class FirstContact(Task):
     """Row i: line i of the messages, filled in from `corpus_texts`. There is only a test split."""
 
+    BY_KIND = True
+
     def __init__(self, split: str, corpus_texts: Sequence[str] | None = None):
         super().__init__("first_contact", split)
         if split != "test":

@@ -54,7 +54,7 @@ def write_report(tag: str | None = None, price_per_hour: float | None = None) ->
 
 def compose(material: Material) -> list[Section]:
     """The report's content, for either format."""
-    sections = [_summary(material)]
+    sections = [*_first_contact(material), _summary(material)]
     if material.evaluations or any(run.evals for run in material.runs.values()):
         sections.append(_evaluations(material))
     for stage, run in material.runs.items():
@@ -71,6 +71,38 @@ def compose(material: Material) -> list[Section]:
             )
         )
     return sections
+
+
+def _first_contact(material: Material) -> list[Section]:
+    """What the last stage that was asked answers to first messages: exchanges, shares by kind."""
+    for stage in reversed(STAGES):
+        results = as_mapping(material.evaluations.get(stage, {}).get("results"))
+        result = as_mapping(results.get("first_contact"))
+        if result:
+            break
+    else:
+        return []
+    blocks: list[Block] = [
+        Text(
+            f"What the model after {stage.upper()} answers to messages that it was never trained "
+            "on, the most likely token each time."
+        )
+    ]
+    for exchange in map(as_mapping, result.get("exchanges") or []):
+        lines = [f"{role}: {text}" for role, text in exchange.get("messages") or []]
+        lines.append(f"model: {exchange.get('answer')}")
+        verdict = "as it should be" if exchange.get("right") else "not as it should be"
+        blocks.append(_sample(f"{exchange.get('kind')}, {verdict}", {"text": "\n".join(lines)}))
+    kinds = {"all": result, **as_mapping(result.get("kinds"))}
+    rows = [
+        [kind, _accuracy(as_mapping(one)), whole_text(as_mapping(one).get("total"))]
+        for kind, one in kinds.items()
+    ]
+    note = (
+        "Shares of messages that are answered as a person would accept, with their 95 % intervals."
+    )
+    blocks.insert(7, Table(["first contact", "share", "messages"], rows, note))
+    return [Section("First contact", blocks)]
 
 
 def _summary(material: Material) -> Section:

@@ -206,6 +206,31 @@ def test_problems_of_a_quick_look_are_spread_over_the_task() -> None:
     assert sorted(set(seen)) == [0, 3, 6, 9]
 
 
+def test_results_by_kind_and_some_exchanges() -> None:
+    class Kinds(Writing):
+        BY_KIND = True
+
+        def row(self, index: int) -> Conversation:
+            return {**super().row(index), "kind": ("sums", "sums", "talk")[index % 3]}
+
+        def evaluate(self, conversation: Conversation, completion: str) -> bool:
+            return bool(conversation["kind"] == "sums")
+
+    result = evaluate(Kinds(), dataclasses.replace(GENERATIVE, num_samples=1))
+    kinds = result["kinds"]
+    assert list(kinds) == ["sums", "talk"]
+    assert kinds["sums"]["accuracy"] == 1.0
+    assert kinds["talk"]["accuracy"] == 0.0
+    assert kinds["sums"]["total"] + kinds["talk"]["total"] == result["total"]
+    shown = result["exchanges"]
+    assert len(shown) == min(chat_eval.MAX_EXCHANGES, result["total"])
+    assert [one["kind"] for one in shown[:4]] == ["sums", "talk", "sums", "talk"]
+    assert [one["right"] for one in shown[:2]] == [True, False]
+    assert shown[0]["messages"][0][0] == "user"
+    table = chat_eval.make_table({"x": {**result, "truncated": 0}}, "t")
+    assert table.row_count == 3
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model called sft/try, step 7, and tasks called choosing and writing."""

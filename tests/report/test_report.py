@@ -270,6 +270,23 @@ def test_an_evaluation_without_its_run_is_shown(base: Path) -> None:
     assert row(sections, "gsm8k")[0].startswith("0.500")
 
 
+def test_the_report_opens_with_what_the_model_answers(base: Path) -> None:
+    exchanges = [
+        {"kind": "sums", "messages": [["user", f"{n}+{n}"]], "answer": f"<{n}> `x`", "right": n > 1}
+        for n in range(1, 11)
+    ]
+    kinds = {"sums": task_result(9, 10, 0.0)}
+    result = {**task_result(9, 10, 0.0), "kinds": kinds, "exchanges": exchanges}
+    record_evaluation("sft", "x", 8, {"first_contact": result})
+    markdown, page = (path.read_text() for path in report.write_report())
+    first, second = re.findall("^## (.*)", markdown, re.MULTILINE)[:2]
+    assert (first, second) == ("First contact", "Run")
+    assert "model: <1> `x`" in markdown
+    assert markdown.index("7+7") > markdown.index("| sums | 0.900") > markdown.index("6+6")
+    assert "sums, not as it should be" in page
+    assert "&lt;10&gt;" in page
+
+
 def test_an_evaluation_of_an_older_step_says_so(base: Path) -> None:
     write_run(base, "sft-x", whole_run("sft"))
     record_evaluation("sft", "x", 4, {"gsm8k": task_result(1, 2, 0.0)})

@@ -8,19 +8,47 @@
 #   bash speedrun.sh --corpus ./my_texts      your own .txt, .jsonl or .parquet files
 #   SHARDS=40 bash speedrun.sh --corpus ORG/NAME   gpu: so many files of a data set on the hub
 #   RL=0 bash speedrun.sh                     without the reinforcement learning at the end
+#   bash speedrun.sh --corpus DIR --name NAME  tokenizer and models get this name
+#
+# Another corpus than the profile's own gets a tokenizer and models (tags) of its own, named after
+# its folder unless --name says otherwise: what was made from other text stays as it is.
 #
 # Run it again after an interruption: it continues where it stopped, finished stages are not
 # repeated. Everything is written under NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
 set -euo pipefail
+
+here="$PWD"
 cd "$(dirname "$0")"
 
-corpus=""
+corpus="" name=""
 while [ $# -gt 0 ]; do
     case "$1" in
         --corpus) corpus="${2:?--corpus needs a folder or a name}"; shift 2 ;;
+        --corpus=*) corpus="${1#*=}"; shift ;;
+        --name) name="${2:?--name needs a name}"; shift 2 ;;
+        --name=*) name="${1#*=}"; shift ;;
         *) echo "error: unknown argument $1; see the head of speedrun.sh" >&2; exit 2 ;;
     esac
 done
+
+# Paths are the caller's, and this script has left the caller's folder.
+from_here() { case "$1" in "~" | "~/"*) echo "$HOME${1#"~"}" ;; /*) echo "$1" ;; *) echo "$here/$1" ;; esac; }
+case "$corpus" in
+    "" | bbe | climbmix | fineweb-edu) ;;
+    *)
+        path="$(from_here "$corpus")"
+        if [ -e "$path" ] || [ -e "${path%:*}" ]; then corpus="$path"; fi
+        if [ -z "$name" ]; then
+            [ -e "$path" ] || path="${path%:*}"
+            name="$(cd "$path" 2> /dev/null && basename "$PWD" || basename "$path")"
+            name="$(printf %s "${name%.*}" | tr -c 'A-Za-z0-9._-' _ | sed 's/^[^A-Za-z0-9]*//')"
+            name="${name:-texts}"
+        fi
+        ;;
+esac
+[ -z "${NANOCHAT_BASE_DIR:-}" ] || NANOCHAT_BASE_DIR="$(from_here "$NANOCHAT_BASE_DIR")"
+[ -z "${NANOCHAT_HUB_DIR:-}" ] || NANOCHAT_HUB_DIR="$(from_here "$NANOCHAT_HUB_DIR")"
+case "${PYTHON:-}" in */*) PYTHON="$(from_here "$PYTHON")" ;; esac
 
 source scripts/setup.sh
 install_into_venv
@@ -39,6 +67,12 @@ except UserError as error:
 fi
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 mkdir -p "$NANOCHAT_BASE_DIR"
+own=climbmix
+[ "$profile" = gpu ] || own=bbe
+corpus="${corpus:-$own}"
+if [ -z "$name" ]; then
+    if [ "$corpus" = "$own" ]; then name=default; else name="$corpus"; fi
+fi
 echo "profile $profile, artifacts in $NANOCHAT_BASE_DIR"
 
 run() { echo; echo "> $*"; "$@"; }
@@ -48,7 +82,6 @@ stages=(base mid sft)
 if [ "$profile" = gpu ]; then
     depth="${DEPTH:-20}"
     gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
-    corpus="${corpus:-climbmix}"
     train() { run torchrun --standalone --nproc_per_node "$gpus" -m "$@"; }
 
     # Enough shards for the token budget of this depth; the first few suffice for the tokenizer.
@@ -70,26 +103,28 @@ if [ "$profile" = gpu ]; then
         download=$!
     fi
     run python -m nanochat.data.hub eval_bundle || echo "CORE will not be measured"
-    run python -m scripts.tok_train --corpus "$corpus" --vocab-size 65536 --max-chars 2000000000
-    run python -m scripts.tok_eval --corpus "$corpus"
+    run python -m scripts.tok_train --corpus "$corpus" --name "$name" --vocab-size 65536 \
+        --max-chars 2000000000
+    run python -m scripts.tok_eval --corpus "$corpus" --tokenizer "$name"
     if [ -n "$download" ]; then
         echo "waiting for the download of $shards shards"
         wait "$download" || { tail "$NANOCHAT_BASE_DIR/download.log" >&2; exit 1; }
     fi
-    run python -m scripts.tok_encode --corpus "$corpus"
-    train scripts.base_train --depth "$depth" --corpus "$corpus" --save-every 1000 --resume
-    train scripts.base_eval --corpus "$corpus" --resume
-    train scripts.mid_train --corpus "$corpus" --save-every 500 --resume
-    train scripts.chat_sft --corpus "$corpus" --save-every 500 --resume
+    run python -m scripts.tok_encode --corpus "$corpus" --tokenizer "$name"
+    train scripts.base_train --depth "$depth" --corpus "$corpus" --tokenizer "$name" --tag "$name" \
+        --save-every 1000 --resume
+    train scripts.base_eval --source "base/$name" --corpus "$corpus" --resume
+    train scripts.mid_train --source "base/$name" --tag "$name" --corpus "$corpus" --save-every 500 --resume
+    train scripts.chat_sft --source "mid/$name" --tag "$name" --corpus "$corpus" --save-every 500 --resume
     if [ "${RL:-1}" != 0 ]; then
-        train scripts.chat_rl --mix gsm8k --num-steps 120 --prompts-per-step 32 --save-every 40 --resume
+        train scripts.chat_rl --source "sft/$name" --tag "$name" --mix gsm8k --num-steps 120 \
+            --prompts-per-step 32 --save-every 40 --resume
     fi
     for stage in "${stages[@]}"; do
-        train scripts.chat_eval --source "$stage" --resume --task mmlu --task arc:easy --task arc:challenge \
+        train scripts.chat_eval --source "$stage/$name" --resume --task mmlu --task arc:easy --task arc:challenge \
             --task gsm8k --task humaneval --task simplespelling --task spellingbee
     done
 else
-    corpus="${corpus:-bbe}"
     case "$profile" in
         cpu)
             vocabulary=4096 problems=200
@@ -117,30 +152,31 @@ else
     esac
     tasks=(simplespelling spellingbee arithmetic arithmetic:level=2)
 
-    run python -m scripts.tok_train --corpus "$corpus" --vocab-size "$vocabulary"
-    run python -m scripts.tok_eval --corpus "$corpus"
-    run python -m scripts.tok_encode --corpus "$corpus"
+    run python -m scripts.tok_train --corpus "$corpus" --name "$name" --vocab-size "$vocabulary"
+    run python -m scripts.tok_eval --corpus "$corpus" --tokenizer "$name"
+    run python -m scripts.tok_encode --corpus "$corpus" --tokenizer "$name"
     # Small shapes: heads of 64, every layer sees the whole (short) row, 4,096 tokens a step.
-    small=(--corpus "$corpus" --total-batch-size 4096 --resume)
-    run python -m scripts.base_train "${small[@]}" "${base[@]}" --head-dim 64 --window-pattern L
-    run python -m scripts.base_eval --corpus "$corpus" --resume
+    small=(--tag "$name" --corpus "$corpus" --total-batch-size 4096 --resume)
+    run python -m scripts.base_train "${small[@]}" "${base[@]}" --tokenizer "$name" --head-dim 64 \
+        --window-pattern L
+    run python -m scripts.base_eval --source "base/$name" --corpus "$corpus" --resume
     # Replayed text and low rates keep what pretraining taught; the tasks learn fast enough.
-    run python -m scripts.mid_train "${small[@]}" "${chat[@]}" --mix "${mid_mix[@]}" \
+    run python -m scripts.mid_train --source "base/$name" "${small[@]}" "${chat[@]}" --mix "${mid_mix[@]}" \
         --replay 0.3 --lr-scale 0.8 --warmdown 0.5
-    run python -m scripts.chat_sft "${small[@]}" "${chat[@]}" --mix "${sft_mix[@]}" \
+    run python -m scripts.chat_sft --source "mid/$name" "${small[@]}" "${chat[@]}" --mix "${sft_mix[@]}" \
         --replay 0.15 --lr-scale 0.25
     if [ "${RL:-1}" != 0 ]; then
-        run python -m scripts.chat_rl "${rl[@]}" --group-size 8 --lr-scale 0.03 --eval-every 0 \
+        run python -m scripts.chat_rl --source "sft/$name" --tag "$name" "${rl[@]}" --group-size 8 --lr-scale 0.03 --eval-every 0 \
             --eval-samples 2 --resume
     fi
     for stage in "${stages[@]}"; do
-        run python -m scripts.chat_eval --source "$stage" --resume --max-problems "$problems" \
+        run python -m scripts.chat_eval --source "$stage/$name" --resume --max-problems "$problems" \
             "${tasks[@]/#/--task=}"
     done
 fi
 
-run python -m scripts.report
-run python -m scripts.chat_cli --source sft -p "Who are you?"
+run python -m scripts.report --tag "$name"
+run python -m scripts.chat_cli --source "sft/$name" -p "Who are you?"
 echo
 echo "report: $NANOCHAT_BASE_DIR/report/report.html"
-echo "talk to it: .venv/bin/python -m scripts.chat_cli"
+echo "talk to it: .venv/bin/python -m scripts.chat_cli --source sft/$name"

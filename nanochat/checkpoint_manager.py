@@ -33,6 +33,7 @@ from nanochat.config import from_dict, to_dict
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import Optimizer
+from nanochat.paths import file_sha256
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import SystemStyle, Tokenizer
 
@@ -241,22 +242,6 @@ def load_optimizer_state(
         )
 
 
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _sha256_blocks(file)
-        )
-
-
-def _sha256_blocks(file: Any) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
 def meta_digest(meta: dict[str, Any]) -> str:
     """SHA-256 of the metadata without its own digest."""
     content = {key: value for key, value in meta.items() if key != "digest"}
@@ -331,6 +316,12 @@ def read_meta(folder: Path, verify: bool = True) -> dict[str, Any]:
         )
     if meta.get("digest") != meta_digest(meta):
         raise UserError(f"{path} was changed after it was written; {remedy}")
+    number = _STEP.fullmatch(folder.name)
+    if number and int(number[1]) != meta["step"]:
+        raise UserError(
+            f"{folder} holds step {meta['step']}, which was renamed or copied there; give it its "
+            "name back"
+        )
     for name, expected in meta["files"].items():
         file = folder / name
         if not file.is_file():
@@ -406,7 +397,8 @@ def load_model(
     folder = find(source, step)
     meta = read_meta(folder)
     config = from_dict(GPTConfig, meta["model_config"], str(folder / "meta.json"))
-    tokenizer = tokenizer or Tokenizer.load()
+    if tokenizer is None:
+        tokenizer = tokenizer_of(meta, folder)
     check_tokenizer(meta, tokenizer, folder)
     with torch.device("meta"):
         model = GPT(config, dtype)
@@ -420,6 +412,31 @@ def system_style(meta: Mapping[str, Any]) -> SystemStyle:
     """How a checkpoint's training rendered system messages."""
     config = meta.get("run_config") or {}
     return "merge" if config.get("system") == "merge" else "tokens"
+
+
+def tokenizer_of(meta: dict[str, Any], folder: Path) -> Tokenizer:
+    """The tokenizer that a checkpoint was trained with, the default one or not."""
+    try:
+        return Tokenizer.find(meta["tokenizer_hash"])
+    except UserError:
+        tokenizer = Tokenizer.load()  # says what is wrong where there is none
+        check_tokenizer(meta, tokenizer, folder)
+        raise
+
+
+def trained_with(digest: str) -> list[str]:
+    """Stage/tag of every run whose newest checkpoint was trained with this tokenizer."""
+    found = []
+    for stage in STAGES:
+        for folder in sorted((paths.base_dir() / "checkpoints" / stage).glob("*")):
+            newest = latest(folder)
+            try:
+                meta = json.loads((newest / "meta.json").read_text()) if newest else {}
+            except (OSError, ValueError):
+                continue
+            if isinstance(meta, dict) and meta.get("tokenizer_hash") == digest:
+                found.append(f"{stage}/{folder.name}")
+    return found
 
 
 def check_tokenizer(meta: dict[str, Any], tokenizer: Tokenizer, folder: Path) -> None:

@@ -241,6 +241,8 @@ class BaseConfig:
     """Corpus name or path, as encoded by scripts.tok_encode."""
     mix: tuple[str, ...] = ()
     """Several corpora by share of the tokens instead: climbmix:0.9 ./mybooks:0.1."""
+    tokenizer: str = "default"
+    """The name given to scripts.tok_train; later stages take the checkpoint's tokenizer."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Everything lies under `NANOCHAT_BASE_DIR` (default `~/.cache/nanochat`). Names t
 """
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -103,6 +104,15 @@ def hub_source(repo_id: str) -> str:
     if root and (user_path(root) / repo_id).is_dir():
         return str(user_path(root) / repo_id)
     return repo_id
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync_path(path: Path) -> None:

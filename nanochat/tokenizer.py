@@ -28,7 +28,7 @@ import tiktoken
 
 from nanochat.conversation import is_trained, parts
 from nanochat.errors import UserError
-from nanochat.paths import atomic_folder, tokenizer_dir
+from nanochat.paths import atomic_folder, tokenizer_dir, tokenizers_dir
 
 # The pre-tokenizer in the style of GPT-4's: merges never cross the pieces that it cuts. Digit runs
 # are cut after two instead of three: a small vocabulary cannot spare 1,000 entries for numbers.
@@ -153,7 +153,20 @@ class Tokenizer:
         return cls([bytes(token) for token, _ in pairs], training=training)
 
     def save(self, folder: Path | None = None) -> None:
-        """Write the rank file and its description; the folder is replaced as a whole."""
+        """Write the rank file and its description; the folder is replaced as a whole.
+
+        Without `folder` it becomes the default tokenizer. That one, and the default it replaces,
+        stay in `tokenizers/<hash>`, where `find` looks for the tokenizer of a checkpoint.
+        """
+        if folder is None:
+            try:
+                former = [Tokenizer.load()]
+            except UserError:  # none, or a torn one
+                former = []
+            for tokenizer in (*former, self):
+                kept = tokenizers_dir() / tokenizer.hash[:16]
+                if not kept.is_dir():
+                    tokenizer.save(kept)
         meta = {
             "version": _VERSION,
             "hash": self.hash,
@@ -166,6 +179,26 @@ class Tokenizer:
             (temporary / _RANKS_FILE).write_bytes(_rank_file(self.ranks))
             text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
             (temporary / _META_FILE).write_bytes(text.encode())
+
+    @classmethod
+    def named(cls, name: str = "default") -> "Tokenizer":
+        """The tokenizer that `scripts.tok_train --name` made, or the default one."""
+        return cls.load(tokenizer_dir(name))
+
+    @classmethod
+    def find(cls, digest: str) -> "Tokenizer":
+        """The tokenizer with this hash, the default one or any in `tokenizers/`."""
+        for folder in (tokenizer_dir(), *sorted(tokenizers_dir().glob("[!.]*"))):
+            try:
+                tokenizer = cls.load(folder)
+            except (UserError, NotADirectoryError):  # another one may be torn
+                continue
+            if tokenizer.hash == digest:
+                return tokenizer
+        raise UserError(
+            f"there is no tokenizer {digest[:12]} in {tokenizer_dir()} or {tokenizers_dir()}; set "
+            "NANOCHAT_BASE_DIR to where it was trained, or copy its folder into tokenizers/"
+        )
 
     @classmethod
     def load(cls, folder: Path | None = None) -> "Tokenizer":

@@ -47,7 +47,7 @@ def sample_texts(
 
 def main(cfg: BaseConfig, runtime: Runtime) -> Stage[DataLoader]:
     seed_everything(cfg.run.seed)
-    tokenizer = Tokenizer.load()
+    tokenizer = Tokenizer.named(cfg.tokenizer)
     config = model_config(cfg, tokenizer.vocab_size)
     model = GPT(config, runtime.dtype).init_weights(cfg.run.seed).to(runtime.device)
     stage = set_up(

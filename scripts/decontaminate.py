@@ -68,15 +68,15 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
         raise UserError(
             f"--ngram {cfg.ngram} must be at least 1, --workers {cfg.workers} 0 or more"
         )
-    tokenizer = Tokenizer.load()
     folders = cfg.store or [open_corpus(corpus).store_folder("train") for corpus in cfg.corpus]
-    stores = [TokenStore.open(folder, tokenizer.hash) for folder in folders]
+    stores = [TokenStore.open(folder) for folder in folders]
     items = list(evaluation_items(cfg, runtime))
     if not items:
         raise UserError("there is no evaluation task to look for; name some with --task")
     index = Index(items, cfg.ngram)
     reports = {}
     for store in stores:
+        tokenizer = Tokenizer.find(store.meta["tokenizer_hash"])
         report = look_through(store, tokenizer, index, cfg.workers or os.cpu_count() or 1)
         runtime.console.print(make_table(report))
         share = report["contaminated"] / report["documents"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nanochat.checkpoint_manager import check_tokenizer, find, load_weights, read_meta
+from nanochat.checkpoint_manager import check_tokenizer, find, load_weights, read_meta, tokenizer_of
 from nanochat.cli import launch
 from nanochat.config import MidConfig, from_dict
 from nanochat.data.loader import DataLoader
@@ -74,8 +74,9 @@ def resumed_model(
 def prepare(name: str, cfg: MidConfig, runtime: Runtime) -> Stage[DataLoader]:
     """Everything before the loop, for mid-training and instruction tuning alike."""
     seed_everything(cfg.run.seed)
-    tokenizer = Tokenizer.load()
     newest = checkpoint_to_resume(name, cfg)
+    origin = newest or find(cfg.source)
+    tokenizer = tokenizer_of(read_meta(origin, verify=False), origin)
     if newest:
         model, meta = resumed_model(cfg, runtime, tokenizer, newest)
         source = meta["source"]

@@ -58,6 +58,8 @@ class Config(Settings):
     """base, mid or sft."""
     task: str | None = None
     """Only this task, as in --mix: gsm8k, arc:easy, spellingbee:1000 (mid and sft)."""
+    tokenizer: str = "default"
+    """The tokenizer's name, given to scripts.tok_train."""
     store: Path | None = None
     """Only this token store."""
     split: Literal["train", "val"] = "train"
@@ -135,7 +137,7 @@ def main(cfg: Config, runtime: Runtime) -> View | None:
         return None
     if cfg.rows < 1 or cfg.skip < 0:
         raise UserError(f"--rows {cfg.rows} must be at least 1 and --skip {cfg.skip} at least 0")
-    tokenizer = Tokenizer.load()
+    tokenizer = Tokenizer.named(cfg.tokenizer)
     stage, context, origin = stage_settings(cfg)
     sources = choose_sources(cfg, stage, tokenizer)
     sequence_length = cfg.sequence_length or context or BaseConfig().context_length

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 class Config:
     corpus: str = "climbmix"
     """bbe, climbmix, fineweb-edu, a file or folder, or ORG/NAME[:COLUMN] of a downloaded one."""
+    tokenizer: str = "default"
+    """Its name, given to scripts.tok_train."""
+    verify: bool = False
+    """Read the stores that are there, and stop where one is damaged."""
     workers: int = 0
     """Processes and threads together; 0: one for each CPU."""
     bad_rows: Literal["error", "skip"] = "error"
@@ -39,7 +43,7 @@ def main(cfg: Config, runtime: Runtime) -> dict[Split, TokenStore]:
         return {}
     if cfg.workers < 0:
         raise UserError(f"workers {cfg.workers} must be 0 (one for each CPU) or more")
-    tokenizer = Tokenizer.load()
+    tokenizer = Tokenizer.named(cfg.tokenizer)
     corpus = open_corpus(cfg.corpus, cfg.bad_rows)
     for note in corpus.notes():
         runtime.print(note)
@@ -48,11 +52,14 @@ def main(cfg: Config, runtime: Runtime) -> dict[Split, TokenStore]:
     for split in splits:
         store = encode_split(corpus, split, tokenizer, cfg.workers or _cpus(), tell=runtime.print)
         stores[split] = store
+        if cfg.verify:
+            store.verify()
         skipped = store.meta["skipped"]
         runtime.print(
             f"{split}: {len(store):,} documents, {store.num_tokens:,} tokens"
             + (f", {skipped} bad rows skipped" if skipped else "")
             + f", in {store.folder}"
+            + (", verified" if cfg.verify else "")
         )
     return stores
 

@@ -69,6 +69,8 @@ SNIPPETS = {
 class Config:
     corpus: str = "climbmix"
     """Corpus whose validation text is measured."""
+    tokenizer: str = "default"
+    """Its name, given to scripts.tok_train."""
     max_chars: int = 2_000_000
     """Characters of validation text, from the beginning."""
     online: bool = False
@@ -83,7 +85,7 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any] | None:
         return None
     if cfg.max_chars < 1:
         raise UserError(f"max_chars {cfg.max_chars} must be at least 1")
-    tokenizer = Tokenizer.load()
+    tokenizer = Tokenizer.named(cfg.tokenizer)
     corpus = open_corpus(cfg.corpus, cfg.bad_rows)
     texts = {f"{corpus.name} val": _beginning(corpus.documents("val"), cfg.max_chars)}
     texts |= {name: [text] for name, text in SNIPPETS.items()}

@@ -4,7 +4,8 @@ Examples:
     python -m scripts.tok_train --corpus bbe --vocab-size 4096
     python -m scripts.tok_train --corpus climbmix
 
-Running it again with the same settings keeps the tokenizer that is there.
+Running it again with the same settings keeps the tokenizer that is there. One that checkpoints were
+trained with is not replaced: the new one gets a --name, and base_train takes it by --tokenizer.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from nanochat import paths
-from nanochat.data.corpus import Corpus, Shard
+from nanochat.checkpoint_manager import trained_with
+from nanochat.data.corpus import Corpus, Shard, same_shards
 from nanochat.data.hub import open_corpus
 from nanochat.errors import UserError
 from nanochat.progress import Bar, progress_bar
@@ -40,8 +43,11 @@ class Config:
     """Characters of a document that count, so that no long one dominates."""
     bad_rows: Literal["error", "skip"] = "error"
     """What to do with rows without usable text."""
+    name: str = "default"
+    """Name of the tokenizer, for `--tokenizer` of tok_encode and base_train."""
     force: bool = False
-    """Train even if there is a tokenizer with the same settings."""
+    """Train anew; models and stores of the tokenizer that is replaced go on finding it by its
+    hash."""
 
 
 class _Texts:
@@ -90,17 +96,38 @@ def main(cfg: Config, runtime: Runtime) -> Tokenizer | None:
         "max_chars": cfg.max_chars,
         "doc_cap": cfg.doc_cap,
     }
-    old = _existing()
+    folder = paths.tokenizer_dir(cfg.name)
+    with paths.lock(folder, f"training a tokenizer on {corpus.name}"):
+        return _train(cfg, runtime, corpus, shards, settings, folder)
+
+
+def _train(
+    cfg: Config,
+    runtime: Runtime,
+    corpus: Corpus,
+    shards: list[Shard],
+    settings: dict[str, Any],
+    folder: Path,
+) -> Tokenizer:
+    old = _existing(folder)
     if old is not None:
+        users = trained_with(old.hash)
         if not cfg.force and _same(old, settings, shards):
             runtime.print(
-                f"the tokenizer in {paths.tokenizer_dir()} was trained with these settings "
+                f"the tokenizer in {folder} was trained with these settings "
                 f"({old.vocab_size} tokens, {old.hash[:12]}): kept"
             )
             return old
+        if users and not cfg.force:
+            raise UserError(
+                f"the tokenizer in {folder} ({old.hash[:12]}) has other settings or text, and "
+                f"{', '.join(users)} were trained with it; give the new one a --name, or replace "
+                "the old one with --force"
+            )
+        old.save(paths.tokenizers_dir() / old.hash[:16])
         runtime.print(
-            f"replacing the tokenizer {old.hash[:12]}; stores and checkpoints made with it stay "
-            "tied to it"
+            f"replacing the tokenizer {old.hash[:12]}, which stays in "
+            f"{paths.tokenizers_dir() / old.hash[:16]} for what was made with it"
         )
 
     start = time.monotonic()
@@ -119,11 +146,11 @@ def main(cfg: Config, runtime: Runtime) -> Tokenizer | None:
         "skipped": corpus.skipped,
         "seconds": round(seconds, 2),
     }
-    tokenizer.save()
+    tokenizer.save(folder if cfg.name != "default" else None)
     runtime.print(
         f"tokenizer {tokenizer.hash[:12]}: {tokenizer.vocab_size} tokens from "
         f"{texts.num_documents:,} documents, {texts.num_chars:,} characters, {seconds:.1f} s, "
-        f"in {paths.tokenizer_dir()}"
+        f"in {folder}"
     )
     if tokenizer.vocab_size < cfg.vocab_size:
         runtime.print(
@@ -135,9 +162,9 @@ def main(cfg: Config, runtime: Runtime) -> Tokenizer | None:
     return tokenizer
 
 
-def _existing() -> Tokenizer | None:
+def _existing(folder: Path) -> Tokenizer | None:
     try:
-        return Tokenizer.load()
+        return Tokenizer.load(folder)
     except UserError:  # none, or a torn one: train
         return None
 
@@ -151,7 +178,7 @@ def _same(old: Tokenizer, settings: dict[str, Any], shards: list[Shard]) -> bool
     if old.pattern != SPLIT_PATTERN or any(old.training.get(k) != v for k, v in settings.items()):
         return False
     read = old.training.get("shards", [])
-    return bool(read) and read == [[s.name, s.fingerprint] for s in shards[: len(read)]]
+    return bool(read) and same_shards(read, shards[: len(read)])
 
 
 @contextmanager

@@ -27,6 +27,8 @@ class Shard(NamedTuple):
     """Changes when the content does."""
     size: int
     """What `Corpus.read` counts up to: bytes on the disk."""
+    former: str = ""
+    """The fingerprint that earlier versions gave it: what was made with it stays current."""
 
 
 class Corpus(ABC):
@@ -57,9 +59,15 @@ class Corpus(ABC):
         """Of everything in the split: names, order and content of its shards."""
         return combined_fingerprint(self.shards(split))
 
-    def store_folder(self, split: Split) -> Path:
-        """Where `scripts.tok_encode` puts the token store of a split."""
-        return paths.stores_dir() / f"{self.name}-{split}"
+    def store_folder(self, split: Split, tokenizer_hash: str = "") -> Path:
+        """Where the token store of a split is, or will be.
+
+        `<name>-<split>` belongs to the first tokenizer; stores of others may carry their hash, see
+        `encode_split`.
+        """
+        plain = paths.stores_dir() / f"{self.name}-{split}"
+        own = plain.with_name(f"{plain.name}-{tokenizer_hash[:8]}")
+        return own if tokenizer_hash and own.is_dir() else plain
 
     def notes(self) -> list[str]:
         """Lines for a person: what is read, what is left out, what is cut."""
@@ -75,6 +83,14 @@ class Corpus(ABC):
 def combined_fingerprint(shards: Sequence[Shard]) -> str:
     text = json.dumps([[shard.name, shard.fingerprint] for shard in shards])
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def same_shards(noted: Sequence[Sequence[str]], shards: Sequence[Shard]) -> bool:
+    """Whether notes of [name, fingerprint] are of these shards."""
+    return len(noted) == len(shards) and all(
+        name == shard.name and fingerprint in (shard.fingerprint, shard.former)
+        for (name, fingerprint), shard in zip(noted, shards, strict=True)
+    )
 
 
 # The embedded corpus

@@ -18,12 +18,14 @@ from concurrent.futures import (
     ThreadPoolExecutor,
     wait,
 )
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nanochat.data.corpus import Corpus, Shard, Split, combined_fingerprint
+from nanochat import paths
+from nanochat.data.corpus import Corpus, Shard, Split, combined_fingerprint, same_shards
 from nanochat.data.store import StoreWriter, TokenStore, merge_stores
 from nanochat.errors import UserError
 from nanochat.progress import progress_bar
@@ -49,20 +51,43 @@ def encode_split(
     While it is built, a shard is a store of its own under `<store>.shards/`. The finished store
     lists its shards; if these are the first of those that the corpus has now, the rest is appended.
     """
-    folder = corpus.store_folder(split)
+    from nanochat.checkpoint_manager import trained_with  # with torch, which no worker needs
+
+    folder = corpus.store_folder(split, tokenizer.hash)
+    with suppress(UserError):  # there is none, or a torn one
+        other = TokenStore.open(folder).meta["tokenizer_hash"]
+        if other != tokenizer.hash and (users := trained_with(other)):
+            folder = folder.with_name(f"{folder.name}-{tokenizer.hash[:8]}")
+            tell(
+                f"{split}: {', '.join(users)} use another tokenizer's store, this is {folder.name}"
+            )
+    with paths.lock(folder, f"encoding {corpus.name} {split}"):
+        return _encode_into(folder, corpus, split, tokenizer, workers, tell)
+
+
+def _encode_into(
+    folder: Path,
+    corpus: Corpus,
+    split: Split,
+    tokenizer: Tokenizer,
+    workers: int,
+    tell: Callable[[str], None],
+) -> TokenStore:
     slices = folder.with_name(f"{folder.name}.shards")
     shards = corpus.shards(split)
     fingerprint = combined_fingerprint(shards)
     # A store with rows left out is no answer to somebody who wants to hear of them.
     may_skip = corpus.bad_rows == "skip"
     done = TokenStore.open_if_current(folder, tokenizer.hash, fingerprint)
+    grown = _grown_from(folder, tokenizer, shards)
+    if done is None and grown is not None and len(grown.meta["shards"]) == len(shards):
+        done = grown  # made by an earlier version, which took the files' times for their content
     if done is not None and (may_skip or not done.meta.get("skipped")):
         shutil.rmtree(slices, ignore_errors=True)
         return done
 
     parts, todo = [slices / shard.name for shard in shards], shards
     looked_through: list[dict[str, Any]] = []
-    grown = _grown_from(folder, tokenizer, shards)
     if grown is not None and (may_skip or not grown.meta.get("skipped")):
         count = len(grown.meta["shards"])
         parts, todo = [folder, *parts[count:]], shards[count:]
@@ -108,8 +133,7 @@ def _grown_from(folder: Path, tokenizer: Tokenizer, shards: list[Shard]) -> Toke
     except UserError:
         return None
     names = store.meta.get("shards") or []
-    now = [[shard.name, shard.fingerprint] for shard in shards[: len(names)]]
-    return store if names and names == now else None
+    return store if names and same_shards(names, shards[: len(names)]) else None
 
 
 def _encode_shards(

@@ -8,13 +8,13 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from nanochat.data.corpus import BadRows, Corpus, Shard, Split
 from nanochat.errors import UserError
-from nanochat.paths import safe_name
+from nanochat.paths import file_sha256, safe_name
 
 Kind = Literal["text", "lines", "json", "parquet"]
 KINDS: dict[str, Kind] = {
@@ -172,12 +172,20 @@ class FolderCorpus(Corpus):
         shards = []
         for shard, names in self._groups().items():
             stats = [(name, self._files[name].stat()) for name in names]
-            content = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+            # The content decides: a copy is the same corpus, an edit of equal size and time is not.
+            content = [
+                [n, _digest(self._files[n], s.st_size, s.st_mtime_ns, s.st_ctime_ns)]
+                for n, s in stats
+            ]
+            times = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+            base = [self.column, _VAL_ONE_IN, _SECTION, _WHOLE, times]
+            former = hashlib.sha256(json.dumps(base).encode()).hexdigest()
             settings: list[Any] = [self.column, _VAL_ONE_IN, _SECTION, _WHOLE]
             if shard == _TXT_SHARD:
                 settings += [_LONGEST, self._alone]
             fingerprint = hashlib.sha256(json.dumps([*settings, content]).encode()).hexdigest()
-            shards.append(Shard(shard, fingerprint, sum(stat.st_size for _, stat in stats)))
+            size = sum(stat.st_size for _, stat in stats)
+            shards.append(Shard(shard, fingerprint, size, former))
         return shards
 
     def _groups(self) -> dict[str, list[str]]:
@@ -282,6 +290,12 @@ def _listed(reasons: dict[str, str], most: int = 5) -> str:
         by_reason.setdefault(reason, []).append(name)
     parts = [f"{', '.join(names)} ({reason})" for reason, names in by_reason.items()]
     return ", ".join(parts + [f"{len(reasons) - most} more"] * (len(reasons) > most))
+
+
+@lru_cache(maxsize=100_000)
+def _digest(path: Path, *state: int) -> str:
+    """The file's SHA-256, read once while its size and times stay as they are."""
+    return file_sha256(path)
 
 
 def _split_hash(name: str, row: int) -> int:

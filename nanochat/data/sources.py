@@ -28,7 +28,7 @@ class Source:
 
 def open_store(corpus: str, split: str, tokenizer: Tokenizer) -> TokenStore:
     """The encoded split of a corpus."""
-    folder = open_corpus(corpus).store_folder(split)  # type: ignore[arg-type]
+    folder = open_corpus(corpus).store_folder(split, tokenizer.hash)  # type: ignore[arg-type]
     if not folder.is_dir():
         raise UserError(
             f"{corpus} is not encoded: {folder} is missing; "

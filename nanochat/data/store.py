@@ -171,13 +171,10 @@ class TokenStore:
         """Read every file and compare its SHA-256; UserError names the one that is damaged."""
         for name, expected in self.meta.get("files", {}).items():
             try:
-                with (self.folder / name).open("rb") as file:
-                    digest = hashlib.sha256()
-                    while block := file.read(_BLOCK):
-                        digest.update(block)
+                found = paths.file_sha256(self.folder / name)
             except OSError as error:
                 raise _torn(self.folder / name, f"cannot be read ({error})") from error
-            if digest.hexdigest() != expected["sha256"]:
+            if found != expected["sha256"]:
                 raise _damaged(self.folder / name)
 
     def verify_once(self, in_background: bool = True) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from nanochat.checkpoint_manager import (
-    check_tokenizer,
     find,
     load_weights,
     read_meta,
     system_style,
+    tokenizer_of,
 )
 from nanochat.config import Batching, Duration, RlConfig, from_dict
 from nanochat.data.sources import HeldOut
@@ -111,8 +111,7 @@ def load_start(cfg: RlConfig, runtime: Runtime) -> Start:
     meta = read_meta(folder)
     if resumed:
         check_resumed(cfg, f"rl/{cfg.run.tag}", resumed, origin(meta))
-    tokenizer = Tokenizer.load()
-    check_tokenizer(meta, tokenizer, folder)
+    tokenizer = tokenizer_of(meta, folder)
     runtime.print(f"starting from {folder}")
     return Start(
         folder,

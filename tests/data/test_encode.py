@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat import runtime
+from nanochat.checkpoint_manager import tokenizer_of
 from nanochat.data import encode as encoding
 from nanochat.data import files, hub
 from nanochat.data import store as stores
 from nanochat.data.corpus import Split
 from nanochat.data.hub import NamedSource, open_corpus
+from nanochat.data.sources import open_store
 from nanochat.data.store import TokenStore
 from nanochat.errors import UserError
 from nanochat.tokenizer import Tokenizer
@@ -144,6 +148,49 @@ def test_training_reads_only_as_much_as_it_needs(monkeypatch: pytest.MonkeyPatch
     assert opened == ["shard_00000.parquet"]
 
 
+def use(tokenizer: Tokenizer) -> None:
+    """A checkpoint, as far as its tokenizer goes."""
+    folder = hub.paths.checkpoints_dir("base", "default") / "step_000001"
+    folder.mkdir(parents=True)
+    (folder / "meta.json").write_text(json.dumps({"tokenizer_hash": tokenizer.hash}))
+
+
+def test_a_tokenizer_in_use_is_not_replaced_unasked(encoded_shards: list[str]) -> None:
+    first = train()
+    use(first)
+    kept = contents(encode()["train"])
+    assert train().hash == first.hash
+    with pytest.raises(UserError, match=r"base/default were trained with it.*--name.*--force"):
+        train(vocab_size=280)
+    assert Tokenizer.load().hash == first.hash
+    second = train(vocab_size=280, name="small")
+    assert Tokenizer.load().hash == first.hash
+    assert Tokenizer.named("small").hash == second.hash
+    # Its stores stand beside those that the checkpoint was trained on, and are found again.
+    for _ in range(2):
+        store = encode(tokenizer="small")["train"]
+        assert store.folder.name == f"tiny-train-{second.hash[:8]}"
+        assert store.meta["tokenizer_hash"] == second.hash
+    assert len(encoded_shards) == 6
+    assert open_store("tiny", "train", second).folder == store.folder
+    assert contents(open_store("tiny", "train", first)) == kept
+    with pytest.raises(UserError, match=r"the tokenizer's name '\.\./x'"):
+        train(name="../x")
+
+
+def test_forced_replacement_leaves_the_former_one_to_be_found() -> None:
+    first = train()
+    use(first)
+    shutil.rmtree(hub.paths.tokenizers_dir())  # as earlier versions left it
+    second = train(vocab_size=280, force=True)
+    assert Tokenizer.load().hash == second.hash
+    assert tokenizer_of({"tokenizer_hash": first.hash}, Path("step_1")).hash == first.hash
+    shutil.rmtree(hub.paths.tokenizer_dir())
+    assert Tokenizer.find(second.hash).hash == second.hash
+    with pytest.raises(UserError, match="no tokenizer abc"):
+        Tokenizer.find("abc")
+
+
 def test_torn_tokenizer_is_replaced() -> None:
     first = train()
     (Path(hub.paths.tokenizer_dir()) / "tokenizer.tiktoken").write_bytes(b"")
@@ -251,6 +298,91 @@ def test_other_tokenizer_encodes_again(encoded_shards: list[str]) -> None:
     assert len(encoded_shards) == 3
     assert store.meta["tokenizer_hash"] == other.hash
     assert contents(store) != first
+
+
+@pytest.fixture
+def books(tmp_path: Path) -> Path:
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for name in ("a", "b"):
+        lines = (json.dumps({"text": f"{name} {row} " * 3}) for row in range(50))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_content_decides_and_not_time(books: Path, encoded_shards: list[str]) -> None:
+    first = train(corpus=str(books))
+    use(first)
+    store = encode(str(books))["train"]
+    encoded_shards.clear()
+    os.utime(books / "a.jsonl", (1, 1))
+    shutil.copy(books / "b.jsonl", books / "c")
+    (books / "c").replace(books / "b.jsonl")
+    assert train(corpus=str(books)).hash == first.hash
+    assert encode(str(books))["train"].meta == store.meta
+    assert encoded_shards == []
+    # An edit that keeps size and time is seen.
+    changed = (books / "a.jsonl").read_text().replace("a 7", "q 7")
+    (books / "a.jsonl").write_text(changed)
+    os.utime(books / "a.jsonl", (1, 1))
+    assert encode(str(books))["train"].identity != store.identity
+    assert "a.jsonl" in encoded_shards
+
+
+def test_what_earlier_versions_made_stays_current(
+    books: Path, encoded_shards: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = files.FolderCorpus.shards
+    with monkeypatch.context() as patch:  # they took times for the content
+        patch.setattr(
+            files.FolderCorpus,
+            "shards",
+            lambda self, split: [s._replace(fingerprint=s.former) for s in original(self, split)],
+        )
+        first = train(corpus=str(books))
+        folder = encode(str(books))["train"].folder
+    use(first)
+    encoded_shards.clear()
+    assert train(corpus=str(books)).hash == first.hash
+    assert encode(str(books))["train"].folder == folder
+    assert encoded_shards == []
+
+
+@pytest.mark.parametrize("what", ["write", "replace", "save", "sync"])
+def test_a_full_disk_is_got_over_by_the_next_run(
+    what: str, books: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(corpus=str(books))
+    whole = encode(str(books))
+    expected = {split: (contents(store), store.identity) for split, store in whole.items()}
+    module, name = {
+        "write": (stores.StoreWriter, "_write"),
+        "replace": (os, "replace"),
+        "save": (np, "save"),
+        "sync": (hub.paths, "sync_path"),
+    }[what]
+    original = getattr(module, name)
+    for number in (1, 2, 3, 5, 8, 13):
+        for store in whole.values():
+            shutil.rmtree(store.folder)
+        calls = 0
+
+        def fails(*args: Any, number: int = number, **settings: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls >= number:
+                raise OSError(28, "No space left on device")
+            return original(*args, **settings)
+
+        monkeypatch.setattr(module, name, fails)
+        with suppress(OSError):  # later than the last call there is no fault
+            encode(str(books))
+        monkeypatch.setattr(module, name, original)
+        again = encode(str(books))
+        found = {split: (contents(store), store.identity) for split, store in again.items()}
+        assert found == expected
+        left = sorted(path.name for path in whole["train"].folder.parent.iterdir())
+        assert left == sorted(store.folder.name for store in whole.values())
 
 
 def test_changed_shard_encodes_again(corpus_folder: Path) -> None:

@@ -424,8 +424,9 @@ COMMANDS = {
 }
 ALIASES = {"/reset": "/new", "/exit": "/quit"}
 HELP = """\
-Pasted lines are one message. A line that ends in \\ continues on the next one; \"\"\" begins and
-ends a block of lines. Tab completes commands, files and models. Ctrl-C stops an answer."""
+Pasted lines are one message.
+A line that ends in \\ continues on the next one; \"\"\" begins and ends a block of lines.
+Tab completes commands, files and models. Ctrl-C stops an answer."""
 
 
 def plain(message: dict[str, Any]) -> str:

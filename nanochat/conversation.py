@@ -9,7 +9,7 @@ messages of one role are turns of their own. A task can keep its answer next to 
 
 A message may also have `"weight": 0` or `"train": false`: the model sees it and is never trained on
 it. With 1 and true it counts as usual. A `name` is accepted and not shown to the model. Any other
-key of a message is an error, unless it is null: it might have said what to train on.
+key of a message is an error, unless it is null or empty: it might have said what to train on.
 """
 
 from collections.abc import Mapping, Sequence
@@ -72,7 +72,7 @@ def validate(conversation: object, where: str, last_role: str | None = None) -> 
             if key not in message:
                 fail(f"message {i} has no '{key}'", "every message needs role and content")
         for key, value in message.items():
-            if value is not None and key not in _KEYS:
+            if key not in _KEYS and value not in (None, "", [], {}):
                 fail(
                     f"message {i} has the key '{key}', which means nothing here",
                     f"a message has {', '.join(_KEYS)}; remove the key, and write "

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from nanochat.conversation import parts, validate
+from nanochat.conversation import is_trained, parts, validate
 from nanochat.errors import UserError
 from nanochat.paths import base_dir, hub_source
 
@@ -388,16 +388,17 @@ def show(task: Task, count: int = 3, console: Console | None = None) -> None:
         conversation = task[index]
         body = Text()
         for message in conversation["messages"]:
-            body.append(f"{message['role']}: ", style="bold")
+            trained = is_trained(message)
+            body.append(f"{message['role']}{'' if trained else ' (not trained)'}: ", style="bold")
             for part in parts(message):
-                style = _STYLES[part["type"]] if message["role"] == "assistant" else ""
+                style = _STYLES[part["type"]] if trained and message["role"] == "assistant" else ""
                 text = part["text"]
                 if part["type"] != "text":
                     text = f"[{part['type']}: {text}]"
                 body.append(text, style=style)
             body.append("\n")
         body.rstrip()
-        extra = {k: v for k, v in conversation.items() if k in ("answer", "letters")}
+        extra = {k: v for k, v in conversation.items() if k in ("answer", "letters", "format")}
         subtitle = ", ".join(f"{key}: {value}" for key, value in extra.items())
         console.print(
             Panel(body, title=Text(task.where(index)), subtitle=Text(subtitle), title_align="left")

@@ -1,25 +1,35 @@
-"""Conversations of your own: a .jsonl file, one object of the conversation schema per line."""
+"""Conversations of your own, in this project's format or another (`tasks.formats`)."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from nanochat.conversation import validate
+from nanochat.data.files import opened, parse_json, returns_only
 from nanochat.errors import UserError
+from nanochat.paths import user_path
 from tasks.common import Conversation, Task, file_digest
+from tasks.formats import convert, is_messages
 
 IDENTITY = Path(__file__).parent / "data" / "identity_conversations.jsonl"
+_MARK = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
 
 
 class CustomJSON(Task):
-    """The lines of `path`, by default the project's own identity conversations.
+    """The rows of `path`, by default the project's own identity conversations.
 
-    Lines are read when asked for: memory is 8 bytes per line. Blank lines are no rows. A line that
-    is not a conversation raises UserError with its number; with bad_rows="skip" the whole file is
-    checked at the start, `skipped` counts such lines and `first_skipped` says what the first was.
-    There is only a train split: hold rows out with `TaskSlice`.
+    A row is a line, or an object of the one list that the file holds; `.gz` and `.zst` are read
+    too. `tasks.formats` converts ShareGPT, Alpaca, OASST trees and OpenAI's tool calls.
+
+    Rows are read when asked for: memory is 24 bytes each (a compressed file is held as a whole, and
+    so is one that ends its lines with carriage returns).
+    Blank lines are no rows. A row that is not a conversation raises UserError with its number; with
+    bad_rows="skip" the whole file is checked at the start, `skipped` counts such rows and
+    `first_skipped` says what the first was. There is only a train split: hold rows out with
+    `TaskSlice`.
     """
 
     VERSION = 2
@@ -31,7 +41,7 @@ class CustomJSON(Task):
         bad_rows: Literal["error", "skip"] = "error",
     ):
         super().__init__("customjson", split)
-        self.path = Path(str(path)).expanduser()  # a spec gives `customjson:20` as a number
+        self.path = user_path(str(path))  # a spec gives `customjson:20` as a number
         if split != "train":
             raise UserError(
                 f"{self.path.name} has only a train split, not '{split}'; hold rows out of it"
@@ -40,56 +50,118 @@ class CustomJSON(Task):
             raise UserError(f"bad_rows '{bad_rows}' must be error or skip")
         if not self.path.is_file():
             raise UserError(f"{self.path} is not a file; give a .jsonl of conversations")
+        self._data = b""
+        with opened(self.path) as (stream, _):
+            head = stream.read(1 << 16)
+            if self.path.suffix.lower() in (".gz", ".zst") or returns_only(head):
+                self._data = head + stream.read()
         self.skipped = 0
         self.first_skipped = ""
-        offsets, lines = [], []
-        position = 0
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip() and self._wanted(line, number, bad_rows):
-                    offsets.append(position)
-                    lines.append(number)
-                position += len(line)
-        if not offsets:
+        places = []
+        self._row_word = "line"
+        for number, start, stop in self._places():
+            if bad_rows == "error" or self._is_good(number, start, stop):  # else checked when read
+                places.append((number, start, stop))
+        if not places:
             found = f"; first of {self.skipped} bad ones: {self.first_skipped}"
             raise UserError(f"{self.path} has no conversations{found if self.skipped else ''}")
-        self._offsets = np.array(offsets, dtype=np.int64)
-        self._lines = np.array(lines, dtype=np.int64)
+        self._rows = np.array(places, dtype=np.int64)
 
-    def _wanted(self, line: bytes, number: int, bad_rows: str) -> bool:
-        if bad_rows == "error":
-            return True  # checked when read
+    def _places(self) -> Iterator[tuple[int, int, int]]:
+        """(number, start, stop) of each row; lines are numbered from 1, a list's objects from 0."""
+        first = True
+        position = 0
+        for number, line in enumerate(self._lines(), start=1):
+            if line.removeprefix(_MARK).strip():
+                if first and _begins_list(line):
+                    self._row_word = "object"
+                    yield from _list_places(self._read(0, None), self.path.name)
+                    return
+                first = False
+                yield number, position, position + len(line)
+            position += len(line)
+
+    def _lines(self) -> Iterator[bytes]:
+        if self._data:
+            yield from self._data.splitlines(keepends=True)
+            return
+        with self.path.open("rb") as file:
+            yield from file
+
+    def _read(self, start: int, stop: int | None) -> bytes:
+        if self._data:
+            return self._data[start:stop]
+        with self.path.open("rb") as file:
+            file.seek(start)
+            return file.read() if stop is None else file.read(stop - start)
+
+    def _is_good(self, number: int, start: int, stop: int) -> bool:
         try:
-            validate(self._parse(line, number), f"{self.path.name} line {number}")
+            where = self._where(number)
+            validate(self._parse(number, start, stop), where)
         except UserError as error:
             self.skipped += 1
             self.first_skipped = self.first_skipped or str(error)
             return False
         return True
 
-    def _parse(self, line: bytes, number: int) -> Any:
+    def _where(self, number: int) -> str:
+        return f"{self.path.name} {self._row_word} {number}"
+
+    def _parse(self, number: int, start: int, stop: int) -> Conversation:
         try:
-            return json.loads(line)
-        except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError too
-            reason = getattr(error, "msg", None) or str(error)
-            raise UserError(
-                f"{self.path.name} line {number}: not JSON ({reason}); write one object per line"
-            ) from None
+            name, conversation = convert(parse_json(self._read(start, stop), first=start == 0))
+        except UserError as error:
+            raise UserError(f"{self._where(number)}: {error}") from None
+        return conversation if name == "messages" else {**conversation, "format": name}
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self._rows)
 
     def row(self, index: int) -> Conversation:
-        with self.path.open("rb") as file:
-            file.seek(int(self._offsets[index]))
-            conversation: Conversation = self._parse(file.readline(), int(self._lines[index]))
-        return conversation
+        number, start, stop = map(int, self._rows[index])
+        return self._parse(number, start, stop)
 
     def where(self, index: int) -> str:
-        return f"{self.name}/{self.split} row {index} ({self.path.name} line {self._lines[index]})"
+        return f"{self.name}/{self.split} row {index} ({self._where(int(self._rows[index, 0]))})"
 
     def settings(self) -> dict[str, Any]:
         return {"file": file_digest(self.path), "rows": len(self)}
+
+
+def _begins_list(line: bytes) -> bool:
+    """Whether a file with this first line is one list of rows: no line in it is a row."""
+    text = line.removeprefix(_MARK).strip()
+    if not text.startswith(b"["):
+        return False
+    try:
+        return not is_messages(parse_json(text))
+    except UserError:  # it goes on in the next line
+        return True
+
+
+def _list_places(data: bytes, name: str) -> Iterator[tuple[int, int, int]]:
+    # Every byte is a character of latin-1, so positions in the text are positions in the file.
+    text = data.decode("latin-1")
+    blank = json.decoder.WHITESPACE  # type: ignore[attr-defined]
+    position = blank.match(text, text.index("[") + 1).end()
+    number = 0
+    try:
+        while text[position : position + 1] != "]" or number:
+            _, end = json.JSONDecoder().raw_decode(text, position)
+            yield number, position, end
+            number += 1
+            position = blank.match(text, end).end()
+            if text[position : position + 1] == "]":
+                return
+            if text[position : position + 1] != ",":
+                raise ValueError("a comma is missing, or the end of the list")
+            position = blank.match(text, position + 1).end()
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{name} object {number}: not valid JSON ({error}); write a list of conversations, or "
+            "one of them per line"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from tasks.mmlu import MMLU
 from tasks.passages import Passages
 from tasks.passkey import Passkey
 from tasks.smoltalk import SmolTalk
-from tasks.specs import construct
+from tasks.specs import construct, is_file
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 from tasks.views import HELD_OUT_ROWS, TaskMixture, TaskSlice, hold_out
 
@@ -74,6 +74,9 @@ def build(spec: str, split: str, **options: Any) -> Task:
 def split_weight(spec: str) -> tuple[str, float]:
     """`"arc:easy:2"` -> `("arc:easy", 2.0)`; without a number at the end the weight is 1."""
     head, colon, tail = spec.rpartition(":")
+    name, _, rest = spec.partition(":")
+    if TASKS.get(name, (None, None))[1] == "path" and is_file(rest):
+        return spec, 1.0  # a number behind a colon may be the end of a file's name
     try:
         weight = float(tail)
     except ValueError:

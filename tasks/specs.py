@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nanochat.errors import UserError
+from nanochat.paths import user_path
 from tasks.common import Task, show
 
 
@@ -23,24 +24,38 @@ def construct(
     known.remove("split")
     arguments = {key: value for key, value in options.items() if key in known}
     given: set[str] = set()
-    for part in _option_parts(rest):
+    for part in _option_parts(rest, bare):
         key, equals, value = part.partition("=")
-        if not equals:
+        if not equals or (key not in known and is_file(part)):
             key, value = bare or "", part
         if key not in known:
             takes = f"options: {', '.join(known)}" if known else "no options"
             raise UserError(f"task '{spec}': cannot read '{part}'; {name} takes {takes}")
         if key in given:
-            raise UserError(f"task '{spec}': {key} is given twice; a weight belongs to --mix only")
+            no_file = f"; there is no file {rest}" if bare == "path" else ""
+            raise UserError(
+                f"task '{spec}': {key} is given twice{no_file}; a weight belongs to --mix only"
+            )
         given.add(key)
         arguments[key] = int(value) if value.isdecimal() else value
     return constructor(split, **arguments)
 
 
-def _option_parts(text: str) -> list[str]:
-    """Split at colons, but not at the one behind a Windows drive letter."""
+def is_file(path: str) -> bool:
+    return bool(path) and user_path(path).is_file()
+
+
+def _option_parts(text: str, bare: str | None) -> list[str]:
+    """Split at colons, but not at those of an existing file, nor behind a Windows drive letter."""
     parts: list[str] = []
-    for part in text.split(":") if text else []:
+    pieces = text.split(":") if text else []
+    if bare == "path":
+        for count in range(len(pieces), 1, -1):
+            front = ":".join(pieces[:count])
+            if is_file(front.removeprefix("path=")):
+                parts, pieces = [front], pieces[count:]
+                break
+    for part in pieces:
         if parts and len(parts[-1].rpartition("=")[2]) == 1 and part[:1] in ("\\", "/"):
             parts[-1] += ":" + part
         else:

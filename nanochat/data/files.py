@@ -156,7 +156,7 @@ class FolderCorpus(Corpus):
         for name, path in self._files.items():
             if self._kinds[name] != "text":
                 continue
-            if _returns_only(_head(path, _WHOLE)):
+            if returns_only(_head(path, _WHOLE)):
                 returns[name] = "read as line feeds"
             count = sum(section.inside_a_line for section in self._sections(path))
             if count:
@@ -307,7 +307,7 @@ def _split_hash(name: str, row: int) -> int:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
+def opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
     """The uncompressed bytes of a file, and a function: how much of it has been read.
 
     UserError where a compressed file is cut off or damaged.
@@ -332,18 +332,18 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
 
 
 def _head(path: Path, size: int) -> bytes:
-    with _opened(path) as (stream, _):
+    with opened(path) as (stream, _):
         return stream.read(size)
 
 
-def _returns_only(head: bytes) -> bool:
+def returns_only(head: bytes) -> bool:
     """Whether a file that begins like this ends its lines with carriage returns alone."""
     return b"\r" in head[:-1] and b"\n" not in head
 
 
 def _line_reader(path: Path, stream: BinaryIO) -> Callable[[int], bytes]:
     """`readline(limit)` of the stream; a file with only carriage returns gets line feeds."""
-    if not _returns_only(_head(path, _WHOLE)):
+    if not returns_only(_head(path, _WHOLE)):
         return stream.readline
     text = io.TextIOWrapper(stream, "latin-1", newline=None)  # any byte is a character of latin-1
     return lambda limit: text.readline(limit).encode("latin-1")
@@ -351,7 +351,7 @@ def _line_reader(path: Path, stream: BinaryIO) -> Callable[[int], bytes]:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, int]]:
     """(index, line, position) of each line of a file."""
-    with _opened(path) as (stream, position):
+    with opened(path) as (stream, position):
         readline = _line_reader(path, stream)
         for index, line in enumerate(iter(lambda: readline(-1), b"")):
             yield index, line, position()
@@ -378,7 +378,7 @@ def _sections(path: Path, longest: int | None) -> Iterator[_Section]:
     index = size = 0
     lines: list[bytes] = []
     rest = b""
-    with _opened(path) as (stream, position):
+    with opened(path) as (stream, position):
         readline = _line_reader(path, stream)
         while True:
             line = rest + readline(longest - len(rest))
@@ -453,7 +453,7 @@ def _read_lines(path: Path, column: str, wanted: Callable[[int], bool]) -> Itera
 
 def _read_json(path: Path, column: str) -> Iterator[Row]:
     """The objects of the list that the file holds; all of it is in memory."""
-    with _opened(path) as (stream, _):
+    with opened(path) as (stream, _):
         data = stream.read()
     size = path.stat().st_size
     try:

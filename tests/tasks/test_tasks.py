@@ -614,12 +614,15 @@ def test_customjson_reads_any_line(home: Path):
 
 
 BROKEN = [
-    ('{"messages": [', "line 2: not JSON"),
+    ('{"messages": [', "line 2: not valid JSON"),
     ('{"messages": []}', "'messages' is empty"),
     ('{"messages": [{"role": "user"}]}', "has no 'content'"),
-    ("[1]", "must have 'messages'"),
-    ('{"messages": [{"role": "user", "content": "\xff"}]}', "line 2: not JSON"),
-    ("[" * 100_000, "line 2: not JSON"),
+    ("[1]", "no conversation but the value [1]"),
+    (
+        '{"messages": [{"role": "user", "content": "\xff"}]}',
+        "line 2: byte 0xff at offset 43 is not",
+    ),
+    ("[" * 100_000, "line 2: not valid JSON"),
 ]
 
 
@@ -679,8 +682,11 @@ def test_a_path_may_be_an_option(home: Path):
     path = home / "chats.jsonl"
     path.write_text(line("one"))
     assert len(registry.build(f"customjson:{path}:bad_rows=skip", "train")) == 1
-    assert specs._option_parts("C:\\a.jsonl:bad_rows=skip") == ["C:\\a.jsonl", "bad_rows=skip"]
-    assert specs._option_parts("path=C:/a.jsonl") == ["path=C:/a.jsonl"]
+    assert specs._option_parts("C:\\a.jsonl:bad_rows=skip", "path") == [
+        "C:\\a.jsonl",
+        "bad_rows=skip",
+    ]
+    assert specs._option_parts("path=C:/a.jsonl", "path") == ["path=C:/a.jsonl"]
 
 
 def test_mixture_specs():
@@ -712,3 +718,16 @@ def test_show_prints_rows_and_tool_calls():
     assert "arithmetic/train row 2" not in printed
     assert "[python: " in printed
     assert "5 rows" in printed
+
+
+def test_show_says_what_is_not_trained_and_which_format_it_was(home: Path):
+    from rich.console import Console
+
+    turns = [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "No.", "weight": 0}]
+    (home / "a.jsonl").write_text(json.dumps({"conversations": turns}))
+    console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
+    show(registry.build(f"customjson:{home / 'a.jsonl'}", "train"), 2, console)
+    printed = console.export_text()
+    assert "user: Hi?" in printed
+    assert "assistant (not trained): No." in printed
+    assert "format: ShareGPT" in printed

@@ -284,6 +284,9 @@ class MidConfig:
     long_fraction: float = 0.34
     """With --context-length: share of the tokens from documents of --corpus that are at least that
     long."""
+    long_conversations: Literal["truncate", "split", "drop"] = "split"
+    """Conversations longer than a row: keep their beginning, split them (all pieces but the first
+    are trained on without what went before), or leave them out."""
     system: Literal["tokens", "merge"] = "tokens"
     """System message in its own tokens, or merged into the first user message."""
     bad_rows: Literal["error", "skip"] = "error"
@@ -301,6 +304,7 @@ class SftConfig(MidConfig):
     replay: float = 0.0
     prompt_weight: float = 0.0
     long_fraction: float = 0.0
+    long_conversations: Literal["truncate", "split", "drop"] = "truncate"
 
 
 @dataclass(frozen=True)

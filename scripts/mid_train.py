@@ -85,9 +85,12 @@ def prepare(name: str, cfg: MidConfig, runtime: Runtime) -> Stage[DataLoader]:
         source = {"stage": meta["stage"], "tag": meta["tag"], "step": meta["step"]}
     if runtime.is_main:
         note_words(cfg)
+    T = model.config.context_length
     sources, held_out = runtime.in_turns(
-        lambda: (build_sources(cfg, tokenizer), build_held_out(cfg, tokenizer))
+        lambda: (build_sources(cfg, tokenizer, T), build_held_out(cfg, tokenizer, T))
     )
+    for note in (source.note for source in sources if source.note):
+        runtime.print(note)
     return set_up(
         name,
         cfg,

@@ -18,7 +18,7 @@ from nanochat import paths
 from nanochat.checkpoint_manager import latest, read_meta
 from nanochat.cli import Group, launch
 from nanochat.config import BaseConfig, MidConfig, SftConfig, from_dict
-from nanochat.data.conversations import conversations_store
+from nanochat.data.conversations import conversations_store, fit_conversations
 from nanochat.data.loader import DataLoader
 from nanochat.data.sources import Source
 from nanochat.data.store import TokenStore
@@ -111,7 +111,7 @@ def stage_settings(cfg: Config) -> tuple[BaseConfig | MidConfig, int | None, str
 
 
 def choose_sources(
-    cfg: Config, stage: BaseConfig | MidConfig, tokenizer: Tokenizer
+    cfg: Config, stage: BaseConfig | MidConfig, tokenizer: Tokenizer, sequence_length: int
 ) -> list[Source]:
     """What the stage trains on, or the one store or task that was asked for."""
     if cfg.store is not None and cfg.task is not None:
@@ -127,8 +127,9 @@ def choose_sources(
     if cfg.task is not None:
         task = registry.build(cfg.task, cfg.split)
         store = conversations_store(task, tokenizer, system=stage.system, bad_rows=stage.bad_rows)
-        return [Source(store, prompt_weight=prompt_weight, name=task.name)]
-    return build_sources(stage, tokenizer, cfg.split)
+        store, note = fit_conversations(store, sequence_length, stage.long_conversations)
+        return [Source(store, prompt_weight=prompt_weight, name=task.name, note=note)]
+    return build_sources(stage, tokenizer, sequence_length, cfg.split)
 
 
 def main(cfg: Config, runtime: Runtime) -> View | None:
@@ -139,8 +140,10 @@ def main(cfg: Config, runtime: Runtime) -> View | None:
         raise UserError(f"--rows {cfg.rows} must be at least 1 and --skip {cfg.skip} at least 0")
     tokenizer = Tokenizer.named(cfg.tokenizer)
     stage, context, origin = stage_settings(cfg)
-    sources = choose_sources(cfg, stage, tokenizer)
     sequence_length = cfg.sequence_length or context or BaseConfig().context_length
+    sources = choose_sources(cfg, stage, tokenizer, sequence_length)
+    for note in (source.note for source in sources if source.note):
+        runtime.print(note)
 
     def make_loader(rows: int) -> DataLoader:
         return DataLoader(

@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 from nanochat.config import MidConfig
-from nanochat.data.conversations import conversations_store
+from nanochat.data.conversations import conversations_store, fit_conversations
 from nanochat.data.hub import open_corpus
 from nanochat.data.sources import (
     HeldOut,
@@ -27,8 +27,13 @@ ABOUT_TEXTS = ("passages", "ignorance", "followups")
 """Tasks that ask about the first corpus."""
 
 
-def task_sources(cfg: MidConfig, tokenizer: Tokenizer, split: str = "train") -> list[Source]:
-    """The tasks of `--mix`, each with its weight; the split val is what is held out of them."""
+def task_sources(
+    cfg: MidConfig, tokenizer: Tokenizer, sequence_length: int, split: str = "train"
+) -> list[Source]:
+    """The tasks of `--mix`, each with its weight; the split val is what is held out of them.
+
+    sequence_length: of the rows that they have to fit into, by `--long-conversations`.
+    """
     options: dict[str, Any] = {}
     if any(spec.split(":")[0] == "passkey" for spec in cfg.mix):
         sentences = corpus_sentences(replayed(cfg, tokenizer)[0].store, tokenizer)
@@ -47,11 +52,13 @@ def task_sources(cfg: MidConfig, tokenizer: Tokenizer, split: str = "train") -> 
             continue
         try:
             store = conversations_store(task, tokenizer, system=cfg.system, bad_rows=cfg.bad_rows)
+            store, note = fit_conversations(store, sequence_length, cfg.long_conversations)
         except UserError:
-            if split == "train" or cfg.bad_rows == "error":
+            if split == "train" or (cfg.bad_rows == "error" and cfg.long_conversations != "drop"):
                 raise
-            continue  # all of the few rows held out are bad
-        sources.append(Source(store, weight, cfg.prompt_weight, task.name))
+            continue  # all of the few rows held out are bad, or too long
+        note = f"{task.name}: {note}" if note else ""
+        sources.append(Source(store, weight, cfg.prompt_weight, task.name, note))
     return sources
 
 
@@ -62,12 +69,14 @@ def replayed(cfg: MidConfig, tokenizer: Tokenizer, split: str = "train") -> list
     return text_sources(shares, tokenizer, split)
 
 
-def build_sources(cfg: MidConfig, tokenizer: Tokenizer, split: str = "train") -> list[Source]:
+def build_sources(
+    cfg: MidConfig, tokenizer: Tokenizer, sequence_length: int, split: str = "train"
+) -> list[Source]:
     """The tasks of `--mix`, and pretraining text as `--replay` of all targets.
 
     With `--context-length`, `--long-fraction` of all targets are of long documents alone.
     """
-    sources = task_sources(cfg, tokenizer, split)
+    sources = task_sources(cfg, tokenizer, sequence_length, split)
     if not 0 <= cfg.replay < 1:
         raise UserError(f"--replay {cfg.replay} must be at least 0 and below 1")
     replay = Fraction(str(cfg.replay))
@@ -87,9 +96,10 @@ def build_sources(cfg: MidConfig, tokenizer: Tokenizer, split: str = "train") ->
     return sources
 
 
-def build_held_out(cfg: MidConfig, tokenizer: Tokenizer) -> HeldOut:
+def build_held_out(cfg: MidConfig, tokenizer: Tokenizer, sequence_length: int) -> HeldOut:
     """Pretraining text, for what it may cost, and conversations, for what is learned."""
-    return HeldOut(replayed(cfg, tokenizer, "val"), task_sources(cfg, tokenizer, "val"))
+    conversations = task_sources(cfg, tokenizer, sequence_length, "val")
+    return HeldOut(replayed(cfg, tokenizer, "val"), conversations)
 
 
 def note_words(cfg: MidConfig) -> None:

@@ -116,6 +116,7 @@ def sft_config(text: str, **changes: Any) -> SftConfig:
         saving=mid.saving,
         corpus=(text,),
         mix=mid.mix,
+        long_conversations="split",  # the first 64 tokens call no tool
     )
     return changed(config, **changes)
 

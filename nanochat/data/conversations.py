@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 from rich.console import Console
 
 from nanochat import conversation, paths
@@ -37,6 +38,7 @@ class ConversationTask(Protocol):
 
 
 BadRows = Literal["error", "skip"]
+LongConversations = Literal["truncate", "split", "drop"]
 
 
 class _Settings(NamedTuple):
@@ -61,8 +63,8 @@ def conversations_store(
 
     Each conversation is validated here, once. A bad one raises `UserError` naming task, split, row
     and what is wrong; with `bad_rows="skip"` it is left out, counted in `meta["skipped"]` and
-    reported on the console. `max_tokens` keeps the beginning of longer conversations; without it
-    the packer cuts them like any long document.
+    reported on the console. `max_tokens` keeps the beginning of longer conversations;
+    `fit_conversations` does so without another store.
 
     The folder is `stores_dir()/<task>-<split>-<digest>` unless given, the digest covering tokenizer
     and content: runs with other settings don't overwrite each other's stores. It is reused when
@@ -135,6 +137,69 @@ def _build(
         extra: dict[str, Any] = {}
         _note_skipped(extra, skipped, where, len(task) - len(skipped))
         return merge_stores(folder, [job[0] for job in jobs], extra=extra, **made_from)
+
+
+class _Fitted(TokenStore):
+    """The conversations of a store with at most `limit` tokens each; nothing is copied.
+
+    Longer ones lose their end, or with `drop` are left out. Memory: 8 bytes a conversation.
+    """
+
+    def __init__(self, store: TokenStore, limit: int, drop: bool):
+        vars(self).update(vars(store))
+        self._limit = limit
+        lengths = np.diff(store._offsets)
+        self._indices = np.flatnonzero(lengths <= limit) if drop else np.arange(len(lengths))
+        self.num_tokens = int(np.minimum(lengths[self._indices], limit).sum())
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        lengths: np.ndarray = np.minimum(super().lengths(self._indices[indices]), self._limit)
+        return lengths
+
+    def _span(self, index: int, start: int, stop: int | None) -> slice:
+        if not 0 <= index < len(self):
+            raise IndexError(f"conversation {index} of {len(self)} in {self.name}")
+        stop = self._limit if stop is None else min(stop, self._limit)
+        return self._slice(int(self._indices[index]), min(start, stop), stop)
+
+
+def fit_conversations(
+    store: TokenStore, sequence_length: int, how: LongConversations
+) -> tuple[TokenStore, str]:
+    """The store with what is to be done to conversations longer than a row, and a note on them.
+
+    A row has sequence_length + 1 tokens. `truncate` keeps the beginning; `drop` leaves them out,
+    and raises UserError where none is left; with `split` the packer cuts them into pieces, all but
+    the first of which are trained on without what went before. The note is empty where all fit.
+    """
+    limit = sequence_length + 1
+    lengths = np.diff(store._offsets)
+    longer = lengths[lengths > limit]
+    if not len(longer):
+        return store, ""
+    lost = int((longer - (limit if how != "drop" else 0)).sum())
+    share = f"{len(longer):,} of {len(lengths):,} conversations are longer than {limit:,} tokens"
+    done = {
+        "truncate": "cut off behind the row",
+        "split": "trained on without the beginning of their conversation",
+        "drop": "left out with them",
+    }[how]
+    note = (
+        f"{share}: {lost:,} tokens ({lost / store.num_tokens:.1%}) are {done} "
+        f"(--long-conversations {how})"
+    )
+    if how == "split":
+        return store, note
+    fitted = _Fitted(store, limit, drop=how == "drop")
+    if not len(fitted):
+        raise UserError(
+            f"{store.name}: {share}, so none is left with --long-conversations drop; choose a "
+            "longer context, truncate or split"
+        )
+    return fitted, note
 
 
 def _render_rows(

@@ -524,9 +524,10 @@ def _check(
             )
         if not _has_targets(source):
             raise UserError(
-                f"{source.name or source.store.name} has nothing to train on: no message in it is "
-                "the assistant's (or none but with weight 0); add some, leave it out, or train on "
-                "every token with --prompt-weight 1"
+                f"{source.name or source.store.name} has nothing to train on: the assistant says "
+                f"nothing in the rows of {sequence_length} tokens (or only with weight 0); add "
+                "conversations, leave it out, choose a longer context, or train on every token "
+                "with --prompt-weight 1"
             )
     # Documents of one token have no target: an endless loader would look for a row forever.
     if all(source.store.num_targets == 0 for source in sources):

@@ -24,6 +24,8 @@ class Source:
     weight: float | str | Fraction = 1.0
     prompt_weight: float = 1.0
     name: str = ""
+    note: str = ""
+    """What a person should know about it before the run; empty for most."""
 
 
 def open_store(corpus: str, split: str, tokenizer: Tokenizer) -> TokenStore:

@@ -91,7 +91,7 @@ def test_conversations_without_targets_are_refused(tmp_path: Path) -> None:
     asked = make_store(tmp_path / "asked", [[1, 2, 3]] * 3, [[0, 2 << 1, 2 << 1]] * 3)
     ignored = make_store(tmp_path / "ignored", [[1, 2]], [[0, IGNORED << 1]])
     for source in (Source(asked, prompt_weight=0, name="asked"), Source(ignored, name="ignored")):
-        with pytest.raises(UserError, match=rf"{source.name} has nothing to train on: no message"):
+        with pytest.raises(UserError, match=rf"{source.name} has nothing to train on: the assist"):
             DataLoader([source], batch_size=1, sequence_length=5)
     DataLoader([Source(asked, prompt_weight=0.1)], batch_size=1, sequence_length=5)
 

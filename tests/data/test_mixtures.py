@@ -13,7 +13,7 @@ import tiny_runs
 import torch
 from stores import numbered_store
 
-from nanochat.config import BaseConfig
+from nanochat.config import BaseConfig, MidConfig, SftConfig
 from nanochat.data import sources as sources_module
 from nanochat.data.conversations import conversations_store
 from nanochat.data.loader import DataLoader
@@ -193,13 +193,15 @@ def test_several_corpora_are_replayed_by_their_shares(two: tuple[Path, str, str]
     base, first, second = two
     config = tiny_runs.mid_config(first, corpus=(f"{first}:3", f"{second}:1"), replay=0.2)
     with tiny_runs.base_dir(base):
-        sources = build_sources(config, Tokenizer.load())
+        sources = build_sources(config, Tokenizer.load(), 256)
     amounts = {s.name: Fraction(str(s.weight)) * targets(s.store) for s in sources}
     total = sum(amounts.values())
     assert amounts[first] / total == Fraction("0.15")
     assert amounts[second] / total == Fraction("0.05")
     with tiny_runs.base_dir(base), pytest.raises(UserError, match="--corpus bbe: write a corpus"):
-        build_sources(tiny_runs.changed(config, corpus=(f"{first}:3", "bbe")), Tokenizer.load())
+        build_sources(
+            tiny_runs.changed(config, corpus=(f"{first}:3", "bbe")), Tokenizer.load(), 256
+        )
 
 
 # What is held out
@@ -353,12 +355,38 @@ def test_mid_and_sft_log_the_losses_of_held_out_conversations(
         trained, held_out = (
             {bytes(s.store.ids(i)) for s in sources for i in range(len(s.store))}
             for sources in (
-                task_sources(config, tokenizer),
-                build_held_out(config, tokenizer).conversations,
+                task_sources(config, tokenizer, 64),
+                build_held_out(config, tokenizer, 64).conversations,
             )
         )
     assert len(held_out) > 64
     assert not trained & held_out
+
+
+@pytest.mark.parametrize("how", ["truncate", "split", "drop"])
+def test_long_conversations_are_trained_on_as_asked(encoded: Path, how: str) -> None:
+    """Rows of 100 tokens, and conversations of up to 200."""
+    with tiny_runs.base_dir(encoded):
+        config = tiny_runs.sft_config(tiny_runs.corpus(encoded))
+        assert (MidConfig().long_conversations, SftConfig().long_conversations) == (
+            "split",
+            "truncate",
+        )
+        config = tiny_runs.changed(config, long_conversations=how)
+        sources = task_sources(config, Tokenizer.load(), 100)
+        loader = DataLoader(sources, batch_size=1, sequence_length=100, epochs=1)
+        starts, whole = set(), 0
+        while not loader.finished:
+            for source, document, start, stop in loader.peek()[0]:
+                starts.add(start)
+                whole += start == 0 and stop == len(sources[source].store.ids(document))
+            next(loader)
+        assert starts == ({0} if how != "split" else starts | {100})
+        assert all(source.note.endswith(f"(--long-conversations {how})") for source in sources)
+        assert sources[0].note.startswith("arithmetic: ")
+        sizes = [len(s.store) for s in task_sources(config, Tokenizer.load(), 1000)]
+        assert (sizes == [len(s.store) for s in sources]) == (how != "drop")
+    assert whole > 20
 
 
 # Several ranks

@@ -1,6 +1,7 @@
 """Stores are written whole or not at all, and never opened torn or with another tokenizer."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 from stores import Echo, make_store
 
+from nanochat import paths
 from nanochat.data import conversations
 from nanochat.data import store as stores_module
-from nanochat.data.conversations import conversations_store
+from nanochat.data.conversations import conversations_store, fit_conversations
 from nanochat.data.loader import DataLoader
 from nanochat.data.sources import Source
 from nanochat.data.store import TokenStore, merge_stores
@@ -357,6 +359,39 @@ def test_errors_from_rendering_name_the_row_too(tokenizer: Tokenizer) -> None:
 def test_an_empty_split_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="echo/train has no rows"):
         conversations_store(Echo(0), tokenizer)
+
+
+def test_long_conversations_lose_their_end_or_stay_out(tokenizer: Tokenizer) -> None:
+    """Rows of 8 tokens hold 9: half of the conversations are longer, by 1 to 6 tokens."""
+    documents = [list(range(100 * i, 100 * i + n)) for i, n in enumerate([9, 10, 3, 15])]
+    store = make_store(paths.stores_dir() / "s", documents, [[i % 2 for i in d] for d in documents])
+    same, note = fit_conversations(store, 14, "drop")
+    assert (same, note) == (store, "")
+    same, note = fit_conversations(store, 8, "split")
+    assert same is store
+    assert note == (
+        "2 of 4 conversations are longer than 9 tokens: 7 tokens (18.9%) are trained on without "
+        "the beginning of their conversation (--long-conversations split)"
+    )
+    for how, kept, share in (
+        ("truncate", [d[:9] for d in documents], r"7 tokens \(18\.9%\) are cut off"),
+        ("drop", [documents[0], documents[2]], r"25 tokens \(67\.6%\) are left out"),
+    ):
+        fitted, note = fit_conversations(store, 8, how)  # type: ignore[arg-type]
+        assert re.search(share, note)
+        assert [fitted.ids(i).tolist() for i in range(len(fitted))] == kept
+        assert [mask_of(fitted, i).tolist() for i in range(len(fitted))] == [
+            [token % 2 for token in ids] for ids in kept
+        ]
+        assert fitted.num_tokens == sum(map(len, kept))
+        assert fitted.lengths(np.arange(len(kept))).tolist() == [len(ids) for ids in kept]
+        last = len(kept) - 1
+        assert fitted.ids(last, 1, 99).tolist() == kept[last][1:]
+        assert fitted.ids(last, 99).tolist() == []
+        with pytest.raises(IndexError):
+            fitted.ids(len(kept))
+    with pytest.raises(UserError, match=r"4 of 4 conversations .*none is left"):
+        fit_conversations(store, 1, "drop")
 
 
 def test_processes_do_not_change_the_store(

@@ -490,29 +490,29 @@ def test_an_extended_run_resumes_only_as_such(extended: Path, whole: Path) -> No
 def test_long_documents_have_their_share(whole: Path) -> None:
     config = mid_config(whole, long_fraction=0.34)
     with tiny_runs.base_dir(whole):
-        sources = build_sources(config, Tokenizer.load())
+        sources = build_sources(config, Tokenizer.load(), 256)
         amounts = [Fraction(str(s.weight)) * s.store.num_targets for s in sources]
         long = sources[-1].store
         assert isinstance(long, LongDocuments)
         assert long.lengths(np.arange(len(long))).min() >= 160
         assert amounts[-1] / sum(amounts) == Fraction("0.34")
         assert amounts[-2] / sum(amounts) == Fraction("0.2")
-        plain = build_sources(tiny_runs.changed(config, context_length=None), Tokenizer.load())
+        plain = build_sources(tiny_runs.changed(config, context_length=None), Tokenizer.load(), 256)
         assert len(plain) == len(sources) - 1, "without an extension all documents are long enough"
-        without = build_sources(tiny_runs.changed(config, long_fraction=0.0), Tokenizer.load())
+        without = build_sources(tiny_runs.changed(config, long_fraction=0.0), Tokenizer.load(), 256)
         assert [s.store.folder for s in without] == [s.store.folder for s in plain]
         longest = LongDocuments(sources[-2].store, 0).longest
         with pytest.raises(UserError, match=f"has 5000 tokens, the longest has {longest}; choose"):
-            build_sources(tiny_runs.changed(config, context_length=5000), Tokenizer.load())
+            build_sources(tiny_runs.changed(config, context_length=5000), Tokenizer.load(), 256)
         with pytest.raises(UserError, match=r"--long-fraction 0.8 .* below 1 together with"):
-            build_sources(tiny_runs.changed(config, long_fraction=0.8), Tokenizer.load())
+            build_sources(tiny_runs.changed(config, long_fraction=0.8), Tokenizer.load(), 256)
 
 
 def test_passkeys_of_a_mixture_fit_the_context(whole: Path) -> None:
     config = mid_config(whole, mix=("passkey:20:needles=1:distractors=0",), context_length=200,
                         long_fraction=0.0)  # fmt: skip
     with tiny_runs.base_dir(whole):
-        [source] = task_sources(config, Tokenizer.load())
+        [source] = task_sources(config, Tokenizer.load(), 256)
         lengths = source.store.lengths(np.arange(20))
     assert 100 < lengths.max() <= 200
 

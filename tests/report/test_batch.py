@@ -183,10 +183,10 @@ def test_settings_come_from_the_run_and_flags_override_them(
     assert view.sequence_length == 90
     assert view.kinds["partial"] > 0
     assert "sft/default; seed 9" in view.settings
-    override = Config(stage="sft", prompt_weight=0.0, sequence_length=70, seed=2)
+    override = Config(stage="sft", prompt_weight=0.0, sequence_length=300, seed=2)
     view = show_batch.main(override, single)
     assert view is not None
-    assert view.sequence_length == 70
+    assert view.sequence_length == 300
     assert view.kinds["partial"] == 0
     assert "seed 2" in view.settings
 

@@ -22,7 +22,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 CACHE_FIELD = next(
     field.name
@@ -83,9 +84,18 @@ class NanoChatFullConfig(PretrainedConfig):
 class Visibility:
     """Which keys each query of a forward pass may see, built once per window size."""
 
-    def __init__(self, attention_mask: torch.Tensor | None, past: int, T: int):
-        """attention_mask: (B, up to S), 0 on padding; or (B, 1, T, S) as for static caches."""
-        self.mask, self.past, self.T = attention_mask, past, T
+    def __init__(
+        self,
+        attention_mask: torch.Tensor | None,
+        past: int,
+        T: int,
+        documents: torch.Tensor | None = None,
+    ):
+        """attention_mask: (B, up to S), 0 on padding; or (B, 1, T, S) as for static caches.
+
+        documents: (B or 1, T), the document that each token belongs to, in rows that hold several.
+        """
+        self.mask, self.past, self.T, self.documents = attention_mask, past, T, documents
         self.no_padding = attention_mask is None or (
             attention_mask.ndim == 2 and bool(attention_mask.all())
         )
@@ -100,7 +110,7 @@ class Visibility:
     def _build(self, window: int, S: int, device: torch.device) -> torch.Tensor | None:
         last = self.past + self.T
         everything = self.no_padding and last == S and (window == 0 or window >= S)
-        if everything and (self.T == 1 or self.past == 0):
+        if everything and self.documents is None and (self.T == 1 or self.past == 0):
             return None
         query = torch.arange(self.T, device=device) + self.past
         distance = query[:, None] - torch.arange(S, device=device)  # (T, S)
@@ -115,6 +125,8 @@ class Visibility:
             # A static cache has slots that the mask does not know yet; no query sees them.
             given = F.pad(self.mask.bool(), (0, S - self.mask.shape[1]))
             visible = visible & given[:, None, None, :]
+        if self.documents is not None:  # there is no cache then: S = T
+            visible = visible & (self.documents[:, None, :, None] == self.documents[:, None, None])
         # Padding sees itself: over no key at all, softmax is not defined.
         return visible | (distance == 0)
 
@@ -171,7 +183,7 @@ class MLP(nn.Module):
         return out
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: NanoChatFullConfig, layer_idx: int):
         super().__init__()
         self.eps = config.rms_norm_eps
@@ -207,19 +219,68 @@ class NanoChatFullModel(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: Any,
-    ) -> torch.Tensor:
-        """input_ids (B, T) -> (B, T, C)."""
-        T = input_ids.shape[1]
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        cache: Any = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        **unknown: Any,
+    ) -> BaseModelOutputWithPast:
+        """input_ids (B, T), or inputs_embeds (B, T, C) -> hidden states (B, T, C).
+
+        Keywords are those of NanoChatFullForCausalLM.forward.
+        """
+        for name, value in unknown.items():
+            # output_attentions=False and the like ask for nothing. Position within the cache is
+            # known from the cache itself, and the last names repeat what cu_seq_lens_q says.
+            known = ("cache_position", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+            if name not in known and value is not None and value is not False:
+                raise TypeError(
+                    f"NanoChatFullForCausalLM.forward does not know {name}={value!r}; "
+                    "leave it out (ignoring it could change what the model computes)"
+                )
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are the same argument: pass one of them")
+        cache = past_key_values if cache is None else cache
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds")
+        if input_ids is None and self.value_embeddings:
+            raise ValueError(
+                "inputs_embeds do not say which value embeddings to take: this model needs "
+                "input_ids (a model trained with --portable takes either)"
+            )
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        T = x.shape[1]
+        documents = None
+        if position_ids is not None and T > 1:
+            documents = documents_of(position_ids, attention_mask)
+        if cu_seq_lens_q is not None:
+            found = 1 if documents is None else int((documents[:, -1] + 1).sum())
+            if found != len(cu_seq_lens_q) - 1:
+                raise ValueError(
+                    f"cu_seq_lens_q names {len(cu_seq_lens_q) - 1} documents and position_ids "
+                    f"{found}; position_ids must begin anew with each document"
+                )
+        recomputed = self.training and torch.is_grad_enabled()
+        recomputed = recomputed and any(layer.gradient_checkpointing for layer in self.layers)
+        if cache is not None and (recomputed or documents is not None):
+            raise ValueError(
+                "no cache can be filled with gradient checkpointing, nor by rows of several "
+                "documents (position_ids that begin anew): leave it out"
+            )
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and cache is None and documents is None and not recomputed:
+            cache = DynamicCache()
         # A static cache counts in a tensor, which its first layer advances in place: + 0 copies it.
         past = 0 if cache is None else cache.get_seq_length() + 0
         if position_ids is None:
-            position_ids = (torch.arange(T, device=input_ids.device) + past)[None]
-        visibility = Visibility(attention_mask, past, T)
-        x = norm(self.embed_tokens(input_ids), self.config.rms_norm_eps)
+            position_ids = (torch.arange(T, device=x.device) + past)[None]
+        visibility = Visibility(attention_mask, past, T, documents)
+        x = norm(x, self.config.rms_norm_eps)
         first = x
         bases = {False: self.config.rope_base, True: self.config.windowed_rope_base}
         rotary = {
@@ -233,7 +294,8 @@ class NanoChatFullModel(nn.Module):
             if str(i) in self.value_embeddings:
                 value = self.value_embeddings[str(i)](input_ids)
             x = layer(x, value, rotary[self.config.windows[i] > 0], visibility, cache)
-        return norm(x, self.config.rms_norm_eps)
+        x = norm(x, self.config.rms_norm_eps)
+        return BaseModelOutputWithPast(last_hidden_state=x, **{CACHE_FIELD: cache})
 
 
 class NanoChatFullForCausalLM(PreTrainedModel, GenerationMixin):
@@ -241,6 +303,7 @@ class NanoChatFullForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     _no_split_modules = ("DecoderLayer",)
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: NanoChatFullConfig):
         super().__init__(config)
@@ -256,42 +319,42 @@ class NanoChatFullForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Any = None,
         return_dict: bool | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
-        shift_labels: torch.Tensor | None = None,
-        **unknown: Any,
+        **others: Any,
     ) -> Any:
-        """input_ids (B, T) -> softcapped float32 logits (B, T, V).
+        """input_ids (B, T), or inputs_embeds (B, T, C) -> softcapped float32 logits (B, T, V).
 
-        attention_mask is 0 on padding, which may be on either side. logits_to_keep: only the last
-        so many positions (0: all), or the positions in a tensor. cache and past_key_values are two
-        names of one argument: transformers calls it `cache` from 5.24 on. num_items_in_batch and
-        shift_labels go to the loss. Raises TypeError for every other keyword that is set.
+        attention_mask is 0 on padding, which may be on either side. position_ids (B or 1, T) that
+        do not grow from one token to the next begin another document, which sees nothing of those
+        before it in its row; cu_seq_lens_q and its like are accepted beside them. logits_to_keep:
+        only the last so many positions (0: all), or the positions in a tensor. cache and
+        past_key_values are two names of one argument: transformers calls it `cache` from 5.24 on.
+        num_items_in_batch and shift_labels go to the loss. Raises TypeError for every other keyword
+        that is set, and ValueError for inputs_embeds where the model has value embeddings.
         """
-        for name, value in unknown.items():
-            # output_attentions=False and the like ask for nothing. Position within the cache is
-            # known from the cache itself.
-            if name != "cache_position" and value is not None and value is not False:
-                raise TypeError(
-                    f"NanoChatFullForCausalLM.forward does not know {name}={value!r}; "
-                    "leave it out (ignoring it could change what the model computes)"
-                )
-        if cache is not None and past_key_values is not None:
-            raise ValueError("cache and past_key_values are the same argument: pass one of them")
-        cache = past_key_values if cache is None else cache
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if use_cache and cache is None:
-            cache = DynamicCache()
-        hidden = self.model(input_ids, attention_mask, position_ids, cache)
+        # In the signature it would be one more of the labels that the Trainer waits for.
+        shift_labels = others.pop("shift_labels", None)
+        output = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            cache,
+            **others,
+        )
+        hidden = output.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         cap = self.config.final_logit_softcapping
         logits = cap * torch.tanh(self.lm_head(hidden[:, kept]).float() / cap)
@@ -304,8 +367,33 @@ class NanoChatFullForCausalLM(PreTrainedModel, GenerationMixin):
                 num_items_in_batch=num_items_in_batch,
                 shift_labels=shift_labels,
             )
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_FIELD: cache})
-        return output if return_dict is not False else output.to_tuple()
+        result = CausalLMOutputWithPast(
+            loss=loss, logits=logits, **{CACHE_FIELD: getattr(output, CACHE_FIELD)}
+        )
+        return result if return_dict is not False else result.to_tuple()
+
+
+def documents_of(
+    position_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The number (B or 1, T) of each token's document in its row; None: one document per row.
+
+    A document begins where a position is not beyond the one before it. Padding has whatever
+    position, and is passed over.
+    """
+    T = position_ids.shape[1]
+    if attention_mask is not None and attention_mask.ndim != 2:
+        return None  # who computes such a mask says everything in it
+    index = torch.arange(T, device=position_ids.device)
+    real = torch.ones_like(position_ids, dtype=torch.bool)
+    if attention_mask is not None:
+        real = attention_mask[:, -T:].bool()
+        position_ids = position_ids.expand(real.shape[0], T)
+    last = torch.where(real, index, -1).cummax(dim=1).values  # the last real token so far
+    before = F.pad(last[:, :-1], (1, 0), value=-1)
+    grown = position_ids > position_ids.gather(1, before.clamp(min=0))
+    begins = real & (before >= 0) & ~grown
+    return begins.cumsum(dim=1) if begins.any() else None
 
 
 def norm(x: torch.Tensor, eps: float) -> torch.Tensor:

@@ -33,28 +33,46 @@ CHAT_TEMPLATE = r"""{%- set special_tokens = SPECIAL_TOKENS -%}
         {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
+{%- macro called(call) -%}
+    {%- set arguments = (call['function'] or call)['arguments'] -%}
+    {%- if arguments is not mapping -%}
+        {{- raise_exception('give a call\'s arguments as an object, not as a string') -}}
+    {%- endif -%}
+    {%- set values = arguments.values() | list -%}
+    {%- if values | length != 1 or values[0] is not string -%}
+        {{- raise_exception('a call has one argument, its text') -}}
+    {%- endif -%}
+    {{- '<|python_start|>' ~ plain(values[0]) ~ '<|python_end|>' -}}
+{%- endmacro -%}
+{%- if tools -%}
+    {{- raise_exception('there is no place for descriptions of tools: the model knows its own') -}}
+{%- endif -%}
 {%- if add_generation_prompt and messages and messages[-1]['role'] == 'assistant' -%}
     {%- set messages = messages[:-1] -%}
 {%- endif -%}
 {%- if not messages -%}
     {{- raise_exception('there is no message before the assistant\'s') -}}
 {%- endif -%}
-{%- set state = namespace(pending='') -%}
+{%- set state = namespace(pending='', called=false, open=false) -%}
 {{- '<|bos|>' -}}
 {%- for message in messages -%}
-    {%- if message['role'] == 'system' and merge_system -%}
+    {%- set is_system = message['role'] in ('system', 'developer') -%}
+    {%- if is_system and merge_system -%}
         {%- set state.pending = state.pending ~ text_of(message) ~ '\n\n' -%}
-    {%- elif message['role'] == 'system' -%}
+    {%- elif is_system -%}
         {{- '<|system_start|>' ~ text_of(message) ~ '<|system_end|>' -}}
     {%- elif message['role'] == 'user' -%}
         {{- '<|user_start|>' ~ state.pending ~ text_of(message) ~ '<|user_end|>' -}}
         {%- set state.pending = '' -%}
     {%- elif message['role'] == 'assistant' -%}
-        {{- '<|assistant_start|>' -}}
+        {%- if not state.open -%}
+            {{- '<|assistant_start|>' -}}
+        {%- endif -%}
+        {%- set state.open = true -%}
         {%- if message['content'] is string -%}
             {% generation %}{{ plain(message['content']) }}{% endgeneration %}
         {%- else -%}
-            {%- for part in message['content'] -%}
+            {%- for part in message['content'] or [] -%}
                 {%- if part['type'] == 'python_output' -%}
                     {{- '<|output_start|>' ~ plain(part['text']) ~ '<|output_end|>' -}}
                 {%- elif part['type'] == 'python' -%}
@@ -64,16 +82,37 @@ CHAT_TEMPLATE = r"""{%- set special_tokens = SPECIAL_TOKENS -%}
                 {%- endif -%}
             {%- endfor -%}
         {%- endif -%}
-        {% generation %}{{ '<|assistant_end|>' }}{% endgeneration %}
+        {%- set state.called = false -%}
+        {%- if message['tool_calls'] -%}
+            {%- if message['tool_calls'] | length != 1 -%}
+                {{- raise_exception('a message makes one call; its result comes before the next') -}}
+            {%- endif -%}
+            {%- set state.called = true -%}
+            {% generation %}{{ called(message['tool_calls'][0]) }}{% endgeneration %}
+        {%- endif -%}
+    {%- elif message['role'] == 'tool' -%}
+        {%- if not state.called -%}
+            {{- raise_exception('a message of the role tool follows no call') -}}
+        {%- endif -%}
+        {{- '<|output_start|>' ~ text_of(message) ~ '<|output_end|>' -}}
+        {%- set state.called = false -%}
     {%- else -%}
         {{- raise_exception('the role ' ~ message['role']
-                            ~ ' is none of system, user and assistant') -}}
+                            ~ ' is none of system, developer, user, assistant and tool') -}}
+    {%- endif -%}
+    {#- A turn of the assistant goes on with a call's result, and with what is said after it. -#}
+    {%- set next = loop.nextitem['role'] if loop.nextitem else 'nobody' -%}
+    {%- set answering = next == 'assistant' or (next == 'nobody' and add_generation_prompt) -%}
+    {%- set goes_on = answering if message['role'] == 'tool' else (state.called and next == 'tool') -%}
+    {%- if state.open and not goes_on -%}
+        {% generation %}{{ '<|assistant_end|>' }}{% endgeneration %}
+        {%- set state.open = false -%}
     {%- endif -%}
 {%- endfor -%}
 {%- if state.pending -%}
     {{- raise_exception('no user message follows the system message') -}}
 {%- endif -%}
-{%- if add_generation_prompt -%}
+{%- if add_generation_prompt and not state.open -%}
     {{- '<|assistant_start|>' -}}
 {%- endif -%}
 """  # noqa: E501

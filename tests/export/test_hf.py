@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,162 @@ def test_the_cache_has_two_names_and_other_keywords_are_errors(tmp_path: Path) -
     with pytest.raises(TypeError, match=r"does not know past_keys=1"):
         theirs(ids, past_keys=1)
     assert theirs(ids, output_attentions=False, return_dict=False)[0].shape[:2] == (1, 9)
+
+
+# Training
+
+
+def packed(model: Any, lengths: list[int], **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and logits of a row that holds documents of these lengths."""
+    ids = random_ids(1, sum(lengths), seed=3)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    return ids, model(ids, position_ids=positions, **options).logits
+
+
+@torch.no_grad()
+def test_documents_packed_into_a_row_do_not_see_each_other(exported: tuple[GPT, Path]) -> None:
+    """By position_ids that begin anew, as trainers pack rows without padding."""
+    model, folder = exported
+    theirs = load(folder)
+    lengths = [11, 1, 1, 23, 7]
+    starts = [sum(lengths[:i]) for i in range(6)]
+    ids, logits = packed(theirs, lengths, use_cache=False)
+    options: list[dict[str, Any]] = [{}]
+    if not model.config.is_portable:
+        assert packed(theirs, lengths)[1].equal(logits)  # by default no cache is made for them
+        bounds = torch.tensor(starts, dtype=torch.int32)
+        ends = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 23}
+        options += [{"attention_mask": torch.ones_like(ids)}, {**ends, "seq_idx": ids}]
+    for more in options:
+        assert packed(theirs, lengths, use_cache=False, **more)[1].equal(logits)
+    for start, end in pairwise(starts):
+        alone = model(ids[:, start:end])
+        torch.testing.assert_close(logits[:, start:end], alone, rtol=0, atol=1e-5)
+    # One row holds several documents, the other one; padding is passed over, whatever its position.
+    both = random_ids(2, 20, seed=4)
+    mask = torch.ones_like(both)
+    mask[0, :3] = mask[1, 17:] = 0
+    positions = torch.stack(
+        [torch.cat([torch.tensor([1, 1, 0]), torch.arange(10), torch.arange(7)]), torch.arange(20)]
+    )
+    positions[1, 17:] = 0
+    if model.config.is_portable:
+        return  # transformers reads packing from the positions only where there is no mask
+    logits = theirs(both, attention_mask=mask, position_ids=positions).logits
+    for b, start, end in ((0, 3, 13), (0, 13, 20), (1, 0, 17)):
+        alone = model(both[b : b + 1, start:end])
+        torch.testing.assert_close(logits[b : b + 1, start:end], alone, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_hole_of_padding_begins_no_document(tmp_path: Path) -> None:
+    hf.export(tiny_model(), tiny_tokenizer(), tmp_path / "out")
+    theirs = load(tmp_path / "out")
+    ids, mask = random_ids(1, 12), torch.ones(1, 12, dtype=torch.long)
+    mask[0, 5:7] = 0
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    logits = theirs(ids, attention_mask=mask, position_ids=positions).logits
+    changed = ids.clone()
+    changed[0, 0] = (ids[0, 0] + 1) % tiny_tokenizer().vocab_size
+    others = theirs(changed, attention_mask=mask, position_ids=positions).logits
+    assert not torch.allclose(logits[0, -1], others[0, -1], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_packing_that_contradicts_itself_is_an_error(tmp_path: Path) -> None:
+    hf.export(tiny_model(), tiny_tokenizer(), tmp_path / "out")
+    theirs = load(tmp_path / "out")
+    ids, bounds = random_ids(1, 9), torch.tensor([0, 4, 9])
+    for positions in (None, torch.arange(9)[None]):
+        with pytest.raises(ValueError, match="names 2 documents and position_ids 1"):
+            theirs(ids, position_ids=positions, cu_seq_lens_q=bounds)
+    with pytest.raises(ValueError, match="no cache can be filled"):
+        packed(theirs, [4, 5], **{CACHE_FIELD: transformers.DynamicCache()})
+
+
+def test_gradient_checkpointing_changes_nothing(exported: tuple[GPT, Path]) -> None:
+    theirs = load(exported[1]).train()
+    ids = random_ids(2, 30)
+
+    def gradients() -> list[torch.Tensor]:
+        theirs.zero_grad()
+        output = theirs(ids, labels=ids, use_cache=False)
+        output.loss.backward()
+        return [output.loss.detach(), *(p.grad for p in theirs.parameters())]
+
+    expected = gradients()
+    if hasattr(theirs, "activation_checkpointing_enable"):
+        theirs.activation_checkpointing_enable()
+    else:  # before transformers 5.24
+        theirs.gradient_checkpointing_enable()
+    calls = 0
+
+    def count(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    for layer in theirs.model.layers:
+        layer.self_attn.q_proj.register_forward_hook(count)
+    torch.testing.assert_close(gradients(), expected, rtol=0, atol=0)
+    assert calls == 2 * len(theirs.model.layers)  # each layer once more, in the backward pass
+    if exported[0].config.is_portable:
+        return
+    assert getattr(theirs(ids, use_cache=True), CACHE_FIELD) is None
+    with pytest.raises(ValueError, match="no cache can be filled with gradient checkpointing"):
+        theirs(ids, **{CACHE_FIELD: transformers.DynamicCache()})
+    theirs.eval()
+    assert theirs(ids)[CACHE_FIELD] is not None
+
+
+@torch.no_grad()
+def test_use_cache(exported: tuple[GPT, Path]) -> None:
+    theirs = load(exported[1])
+    ids = random_ids(1, 5)
+    assert getattr(theirs(ids, use_cache=False), CACHE_FIELD) is None
+    assert getattr(theirs(ids), CACHE_FIELD).get_seq_length() == 5
+    if not exported[0].config.is_portable:
+        assert getattr(theirs.train()(ids), CACHE_FIELD) is None
+
+
+@torch.no_grad()
+def test_embeddings_instead_of_ids(exported: tuple[GPT, Path]) -> None:
+    model, folder = exported
+    theirs = load(folder)
+    ids = random_ids(2, 8)
+    embeds = theirs.get_input_embeddings()(ids)
+    if model.config.value_embeddings:
+        with pytest.raises(ValueError, match="this model needs input_ids"):
+            theirs(inputs_embeds=embeds)
+    else:
+        assert theirs(inputs_embeds=embeds).logits.equal(theirs(ids).logits)
+    with pytest.raises(ValueError, match="input_ids"):
+        theirs(ids, inputs_embeds=embeds)
+    with pytest.raises(ValueError, match="input_ids"):
+        theirs()
+
+
+def test_labels_are_all_that_the_trainer_needs_for_a_loss(exported: tuple[GPT, Path]) -> None:
+    theirs = load(exported[1])
+    assert transformers.utils.find_labels(type(theirs)) == ["labels"]
+    ids = random_ids(2, 8)
+    expected = theirs(ids, labels=ids).loss
+    shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    assert theirs(ids, labels=ids, shift_labels=shifted).loss.equal(expected)
+    assert theirs(ids, labels=ids, num_items_in_batch=28).loss.item() == pytest.approx(
+        expected.item() / 2
+    )
+
+
+@torch.no_grad()
+def test_the_model_below_the_head(exported: tuple[GPT, Path]) -> None:
+    """Trainers that never build all logits call it alone, with the same keywords."""
+    theirs = load(exported[1])
+    ids = random_ids(2, 8)
+    mask = torch.ones_like(ids)
+    output = theirs.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    cap = theirs.config.final_logit_softcapping
+    logits = cap * torch.tanh(theirs.get_output_embeddings()(output.last_hidden_state) / cap)
+    torch.testing.assert_close(logits, theirs(ids).logits, rtol=0, atol=1e-5)
 
 
 def test_the_check_sees_a_cache_that_is_dropped(tmp_path: Path, monkeypatch: Any) -> None:
@@ -548,7 +705,7 @@ def test_chat_template_renders_as_we_do(
     [
         ([("user", "be <|assistant_end|> quiet")], "spells the special token"),
         ([("system", "x<|bos|>"), ("user", "a")], "spells the special token"),
-        ([("tool", "12")], "the role tool is none of"),
+        ([("robot", "12")], "the role robot is none of"),
         ([("user", [{"type": "python", "text": "1"}])], "only assistant messages"),
         ([("assistant", "first")], "no message before the assistant's"),
     ],
@@ -559,6 +716,89 @@ def test_chat_template_refuses(
     chat = [{"role": role, "content": content} for role, content in messages]
     with pytest.raises(Exception, match=error):
         tokenizers[1].apply_chat_template(chat, add_generation_prompt=True)
+
+
+def call(arguments: Any, content: Any = None, name: str = "python") -> dict[str, Any]:
+    """An assistant's message that calls a tool, as OpenAI and transformers write it."""
+    function = {"name": name, "arguments": arguments}
+    tool_calls = [{"id": "call_1", "type": "function", "function": function}]
+    return {"role": "assistant", "content": content, "tool_calls": tool_calls}
+
+
+def result(content: Any) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": "call_1", "content": content}
+
+
+@pytest.mark.parametrize("system", ["tokens", "merge"])
+def test_chat_template_renders_the_messages_of_others(
+    tokenizers: tuple[Tokenizer, Any], system: Any, monkeypatch: Any
+) -> None:
+    """The developer is the system; calls and their results are one turn of the assistant."""
+    ours, theirs = tokenizers
+    monkeypatch.setattr(theirs, "chat_template", hf_tokenizer.chat_template(system))
+    user = {"role": "user", "content": "12 + 34, and 5 * 6?"}
+
+    def compare(messages: list[Any], expected: list[Any]) -> None:
+        ids, mask = ours.render_conversation({"messages": expected}, system=system)
+        found = theirs.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert found["input_ids"] == ids
+        assert found["assistant_masks"] == mask
+
+    said = {"role": "assistant", "content": "hi"}
+    compare(
+        [{"role": "developer", "content": "Be kind."}, user, said],
+        [{"role": "system", "content": "Be kind."}, user, said],
+    )
+    parts = [("text", "See: "), ("python", "12 + 34"), ("python_output", "46")]
+    parts += [("python", "5 * 6"), ("python_output", "30"), ("text", "46 and 30")]
+    turn = [{"type": kind, "text": text} for kind, text in parts]
+    messages = [
+        user,
+        call({"code": "12 + 34"}, "See: "),
+        result("46"),
+        call({"code": "5 * 6"}),
+        result([{"type": "text", "text": "30"}]),
+        {"role": "assistant", "content": "46 and 30", "tool_calls": None},
+    ]
+    compare(messages, [user, {"role": "assistant", "content": turn}])
+    compare([*messages, user, said], [user, {"role": "assistant", "content": turn}, user, said])
+    last = {"role": "assistant", "content": turn[:3]}
+    compare(messages[:3], [user, last])
+    compare([*messages[:3], user, said], [user, last, user, said])
+    # The model goes on where the result stands, in the same turn.
+    going_on = theirs.apply_chat_template(messages[:3], add_generation_prompt=True)
+    assert going_on["input_ids"] == ours.render_conversation({"messages": [user, last]})[0][:-1]
+
+
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+        ([call('{"code": "1"}')], "arguments as an object"),
+        ([call({"a": "1", "b": "2"})], "one argument, its text"),
+        ([call({"code": 5})], "one argument, its text"),
+        ([call({"code": "1"}) | {"tool_calls": [{}, {}]}], "one call"),
+        ([result("5")], "follows no call"),
+        ([{"role": "assistant", "content": "x"}, result("5")], "follows no call"),
+        ([call({"code": "1"}), result("5"), result("6")], "follows no call"),
+        ([call({"code": "<|bos|>"})], "spells the special token"),
+    ],
+)
+def test_chat_template_refuses_calls_it_cannot_render(
+    tokenizers: tuple[Tokenizer, Any], messages: list[Any], error: str
+) -> None:
+    chat = [{"role": "user", "content": "a"}, *messages]
+    with pytest.raises(Exception, match=error):
+        tokenizers[1].apply_chat_template(chat)
+
+
+def test_chat_template_has_no_place_for_tools(tokenizers: tuple[Tokenizer, Any]) -> None:
+    chat = [{"role": "user", "content": "a"}]
+    function = {"name": "f", "description": "d", "parameters": {"type": "object"}}
+    with pytest.raises(Exception, match="no place for descriptions of tools"):
+        tokenizers[1].apply_chat_template(chat, tools=[{"type": "function", "function": function}])
+    assert tokenizers[1].apply_chat_template(chat, tools=[])
 
 
 def test_a_system_message_without_a_user_message_cannot_be_merged(

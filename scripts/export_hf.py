@@ -29,9 +29,11 @@ class Config:
     step: int | None = None
     """The checkpoint's step; default: the newest."""
     out: Path | None = None
-    """Folder to write; default: NANOCHAT_BASE_DIR/export/<stage>-<tag>."""
+    """Folder to write; default: NANOCHAT_BASE_DIR/export/<stage>-<tag>, with -mlx for that."""
     weights: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the saved weights; float32 is exact."""
+    names: Literal["transformers", "mlx"] = "transformers"
+    """Whose names the tensors get. mlx: for mlx-lm on Apple silicon; needs a --portable model."""
     check: bool = True
     """Load what was written and compare it with the checkpoint."""
     texts: int = 10_000
@@ -50,11 +52,20 @@ def main(cfg: Config, runtime: Runtime) -> Path:
     model, tokenizer, meta = load_model(
         cfg.source, device=torch.device("cpu"), dtype=torch.float32, step=cfg.step
     )
-    folder = cfg.out or paths.base_dir() / "export" / f"{meta['stage']}-{meta['tag']}"
+    suffix = "" if cfg.names == "transformers" else f"-{cfg.names}"
+    folder = cfg.out or paths.base_dir() / "export" / f"{meta['stage']}-{meta['tag']}{suffix}"
     texts = cfg.texts if cfg.check else None
-    result = hf.export(model, tokenizer, folder, dtype=DTYPES[cfg.weights], meta=meta, texts=texts)
+    result = hf.export(
+        model,
+        tokenizer,
+        folder,
+        dtype=DTYPES[cfg.weights],
+        meta=meta,
+        texts=texts,
+        names=cfg.names,
+    )
     kind = "nanochat" if model.config.is_portable else "nanochat_full, with its own code"
-    runtime.print(f"written: {folder} (model type {kind})")
+    runtime.print(f"written: {folder} (model type {kind}; names of {cfg.names})")
     if result is not None:
         runtime.print(
             f"loaded by transformers: logits within {result.largest_difference:.1e}, "

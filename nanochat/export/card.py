@@ -10,8 +10,10 @@ from nanochat.eval.results import read_evaluation
 from nanochat.gpt import GPT
 
 
-def model_card(model: GPT, meta: Mapping[str, Any], modeling_file: str) -> str:
-    """The text of README.md."""
+def model_card(
+    model: GPT, meta: Mapping[str, Any], modeling_file: str, names: str = "transformers"
+) -> str:
+    """The text of README.md. names: whose the tensors' names are, transformers' or mlx-lm's."""
     config = model.config
     portable = config.is_portable
     stage, tag, step = (meta.get(key) for key in ("stage", "tag", "step"))
@@ -23,9 +25,13 @@ def model_card(model: GPT, meta: Mapping[str, Any], modeling_file: str) -> str:
         if portable
         else f"`nanochat_full`, defined by `{modeling_file}` in this folder"
     )
+    usage = _transformers_usage(config.context_length, remote)
+    if names == "mlx":
+        architecture = "`nanochat` in mlx-lm"
+        usage = ["```bash", 'mlx_lm.generate --model PATH --prompt "Who are you?"', "```"]
     lines = [
         "---",
-        "library_name: transformers",
+        f"library_name: {names}",
         "pipeline_tag: text-generation",
         "---",
         "",
@@ -43,18 +49,7 @@ def model_card(model: GPT, meta: Mapping[str, Any], modeling_file: str) -> str:
         "",
         "## Use",
         "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'tokenizer = AutoTokenizer.from_pretrained("PATH"{remote})',
-        f'model = AutoModelForCausalLM.from_pretrained("PATH"{remote})',
-        'messages = [{"role": "user", "content": "Who are you?"}]',
-        "inputs = tokenizer.apply_chat_template(",
-        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
-        ")",
-        f"output = model.generate(**inputs, max_new_tokens={min(256, config.context_length // 2)})",
-        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))',
-        "```",
+        *usage,
         "",
         "Batches are padded on the left, with `<|bos|>`. A text that is no conversation begins",
         "with `<|bos|>`; the tokenizer adds it. To keep a text that spells a special token from",
@@ -68,6 +63,23 @@ def model_card(model: GPT, meta: Mapping[str, Any], modeling_file: str) -> str:
         *_measurements(meta),
     ]
     return "\n".join(lines)
+
+
+def _transformers_usage(context_length: int, remote: str) -> list[str]:
+    return [
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("PATH"{remote})',
+        f'model = AutoModelForCausalLM.from_pretrained("PATH"{remote})',
+        'messages = [{"role": "user", "content": "Who are you?"}]',
+        "inputs = tokenizer.apply_chat_template(",
+        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+        ")",
+        f"output = model.generate(**inputs, max_new_tokens={min(256, context_length // 2)})",
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))',
+        "```",
+    ]
 
 
 def _training_rows(meta: Mapping[str, Any]) -> list[str]:

@@ -10,12 +10,13 @@ Only the real vocabulary is exported: `config.vocab_size` is the tokenizer's. Th
 embedding and head have beyond it, up to a multiple of 64, are read by nobody and never predicted.
 """
 
+import json
 import random
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -66,12 +67,14 @@ def export(
     dtype: torch.dtype = torch.float32,
     meta: Mapping[str, Any] | None = None,
     texts: int | None = None,
+    names: Literal["transformers", "mlx"] = "transformers",
 ) -> Check | None:
     """Write the model to `folder`, which must be new, empty or an earlier export.
 
     dtype: of the saved weights; float32 is exact. meta: the checkpoint's metadata, for the model
     card and the style in which system messages are rendered. texts: compare the result with the
-    model first, the tokenizers on so many texts; a folder that fails is not written.
+    model first, the tokenizers on so many texts; a folder that fails is not written. names: of the
+    tensors; mlx-lm has others for the `nanochat` type. They are given after the comparison.
     """
     from transformers import GenerationConfig
 
@@ -86,6 +89,8 @@ def export(
             raise UserError(
                 f"{folder} holds {others[0]!r}, which no export writes: choose another --out"
             )
+    if names == "mlx":
+        _check_fits_mlx(model)
     meta = meta or {}
     config = hf_config(model, tokenizer)
     config.dtype = dtype
@@ -95,8 +100,6 @@ def export(
     generation = GenerationConfig(bos_token_id=bos, eos_token_id=[end, bos], pad_token_id=bos)
     with paths.atomic_folder(folder) as temporary:
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        # Written for the owner alone otherwise; a server may run as someone else.
-        (temporary / "model.safetensors").chmod(0o644)
         config.save_pretrained(temporary)
         generation.save_pretrained(temporary)
         system = system_style(meta)
@@ -104,9 +107,35 @@ def export(
         if not model.config.is_portable:
             shutil.copy(Path(__file__).with_name(MODELING_FILE), temporary / MODELING_FILE)
         (temporary / "README.md").write_text(
-            model_card(model, meta, MODELING_FILE), encoding="utf-8"
+            model_card(model, meta, MODELING_FILE, names), encoding="utf-8"
         )
-        return None if texts is None else check(temporary, model, tokenizer, texts=texts)
+        result = None if texts is None else check(temporary, model, tokenizer, texts=texts)
+        if names == "mlx":
+            save_file(
+                {mlx_name(name): tensor for name, tensor in tensors.items()},
+                temporary / "model.safetensors",
+                metadata={"format": "mlx"},
+            )
+            # Releases of mlx-lm differ in where they look for the rotary base.
+            path = temporary / "config.json"
+            known = json.loads(path.read_text(encoding="utf-8"))
+            known["rope_theta"] = model.config.rope_base
+            path.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+        # Written for the owner alone otherwise; a server may run as someone else.
+        (temporary / "model.safetensors").chmod(0o644)
+        return result
+
+
+def _check_fits_mlx(model: GPT) -> None:
+    """UserError unless mlx-lm's `nanochat` type computes this model."""
+    config = model.config
+    if not config.is_portable:
+        raise UserError(
+            "--names mlx is for models trained with --portable: mlx-lm's type has no value "
+            "embeddings, residual scalars, windows or heads that do not fill the width"
+        )
+    if config.softcap != 15:
+        raise UserError(f"mlx-lm has a softcap of 15; this model has {config.softcap:g}")
 
 
 def hf_config(model: GPT, tokenizer: Tokenizer) -> Any:
@@ -185,6 +214,29 @@ def hf_name(name: str) -> str:
     if re.fullmatch(r"value_embeddings\.\d+\.weight", name):
         return f"model.{name}"
     raise UserError(f"the tensor {name} has no counterpart in transformers; export cannot drop it")
+
+
+_MLX = {
+    "model.embed_tokens": "transformer.wte",
+    "model.layers": "transformer.h",
+    "self_attn.q_proj": "attn.c_q",
+    "self_attn.k_proj": "attn.c_k",
+    "self_attn.v_proj": "attn.c_v",
+    "self_attn.o_proj": "attn.c_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+
+def mlx_name(name: str) -> str:
+    """The name in mlx-lm (0.32) of one of transformers' tensors.
+
+    >>> mlx_name("model.layers.3.mlp.fc1.weight")
+    'transformer.h.3.mlp.c_fc.weight'
+    """
+    for theirs, mlx in _MLX.items():
+        name = name.replace(theirs, mlx)
+    return name
 
 
 def hf_tensors(model: GPT) -> dict[str, torch.Tensor]:

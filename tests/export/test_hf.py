@@ -178,6 +178,36 @@ def test_the_cache_has_two_names_and_other_keywords_are_errors(tmp_path: Path) -
     assert theirs(ids, output_attentions=False, return_dict=False)[0].shape[:2] == (1, 9)
 
 
+def test_names_for_mlx(tmp_path: Path) -> None:
+    """A renaming, one to one; the base that mlx-lm reads stands in the configuration."""
+    from safetensors.torch import load_file
+
+    model = tiny_model(**{**PORTABLE, "rope_base": 70000.0})
+    for names in ("transformers", "mlx"):
+        assert hf.export(model, tiny_tokenizer(), tmp_path / names, texts=5, names=names)
+    plain = load_file(tmp_path / "transformers" / "model.safetensors")
+    mlx = load_file(tmp_path / "mlx" / "model.safetensors")
+    assert len(mlx) == len(plain)
+    for name, tensor in plain.items():
+        assert mlx[hf.mlx_name(name)].equal(tensor)
+    block = {"attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+    expected = {f"transformer.h.{i}.{part}.weight" for i in range(3) for part in block}
+    assert set(mlx) == {"transformer.wte.weight", "lm_head.weight", *expected}
+    config = json.loads((tmp_path / "mlx" / "config.json").read_text())
+    assert config["rope_theta"] == 70000.0
+    assert config["model_type"] == "nanochat"
+    card = (tmp_path / "mlx" / "README.md").read_text(encoding="utf-8")
+    assert "mlx_lm.generate" in card
+    assert "AutoModel" not in card
+    for settings, words in (
+        ({}, "trained with --portable"),
+        ({**PORTABLE, "softcap": 20.0}, "a softcap of 15; this model has 20"),
+        ({**PORTABLE, "head_dim": 4}, "heads that do not fill the width"),
+    ):
+        with pytest.raises(UserError, match=words):
+            hf.export(tiny_model(**settings), tiny_tokenizer(), tmp_path / "no", names="mlx")
+
+
 # Training
 
 

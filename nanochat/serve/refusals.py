@@ -83,11 +83,12 @@ def refusal(errors: Sequence[Any], body: Any) -> ApiError:
         return ApiError(400, "the body must be a JSON object, sent as application/json")
     if group[0]["type"].startswith("union_tag"):
         path = [*path, "role"]
-    name = _shown_path(path)
-    for field in path:
+    for i, field in enumerate(path):
         if field in UNSUPPORTED:
+            name = _shown_path(path[: i + 1])
             message = f"{name} is not supported: {UNSUPPORTED[field]}"
             return ApiError(400, message, "unsupported_parameter", name)
+    name = _shown_path(path)
     words = _SHAPES.get(str(path[0])) or _words(group)
     return ApiError(400, f"{name} {words}", param=name)
 

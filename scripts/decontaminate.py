@@ -5,9 +5,12 @@ Examples:
     python -m scripts.decontaminate --corpus climbmix --drop
 
 A document is contaminated if it has 13 consecutive words in common with a question or an answer
-(as in arXiv 2005.14165): lower case, without punctuation. Memory holds the evaluation tasks' words,
-whatever the size of the corpus. The report goes to report/decontamination-<store>.json under
-NANOCHAT_BASE_DIR.
+(as in arXiv 2005.14165): lower case, without punctuation. Questions with options are looked for as
+the model is asked, as other texts list them, and as the data set's row has them. A question of 8 to
+12 words, options included, is looked for as a whole. The report's "covered" counts the questions
+that have 8 words as the model is asked: a document that holds one is found. Memory holds the
+evaluation tasks' words, whatever the size of the corpus. The report goes to
+report/decontamination-<store>.json under NANOCHAT_BASE_DIR.
 
 What is read, and with --drop rewritten, is the encoded corpus that training reads. Run it after
 scripts.tok_encode, and again where that has appended shards; deleting the store and encoding the
@@ -26,13 +29,13 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from nanochat import paths
-from nanochat.conversation import parts
+from nanochat.conversation import parts as message_parts
 from nanochat.data.hub import open_corpus
 from nanochat.data.overlap import Index, Item, drop_documents, look_through
 from nanochat.data.store import TokenStore
 from nanochat.errors import UserError
 from nanochat.tokenizer import Tokenizer
-from tasks.common import Task
+from tasks.common import Conversation, HubTask, Task
 from tasks.registry import build
 
 if TYPE_CHECKING:  # the processes that read need no torch, which takes seconds to import
@@ -115,19 +118,38 @@ def evaluation_items(cfg: Config, runtime: Runtime) -> Iterator[Item]:
 
 
 def task_items(task: Task, label: str) -> Iterator[Item]:
-    """Questions with options as below; else the messages, without their tool calls."""
+    """Problems with options in every form of `choice_forms`; else the messages without tool calls.
+
+    The rows of a data set besides, as JSON and field by field.
+    """
     for i in range(len(task)):
         conversation = task[i]
         if "choices" in conversation:
-            choices = list(conversation["choices"])
-            right = choices.pop(conversation["letters"].index(conversation["answer"]))
-            texts = [f"{conversation['question']} {right}", *choices]
+            forms = choice_forms(conversation)
+            parts = [forms[-1], *conversation["choices"]]
         else:
-            texts = [
-                "".join(part["text"] for part in parts(message) if part["type"] == "text")
+            parts = [
+                "".join(part["text"] for part in message_parts(message) if part["type"] == "text")
                 for message in conversation["messages"]
             ]
-        yield Item(label, task.where(i), texts)
+            forms = parts[:1]
+        if isinstance(task, HubTask):
+            row = task.rows[i]
+            forms.append(json.dumps(row, ensure_ascii=False, default=str))
+            parts += [value for value in row.values() if isinstance(value, str)]
+        yield Item(label, task.where(i), forms, parts)
+
+
+def choice_forms(conversation: Conversation) -> list[str]:
+    """A question with its options: as the model is asked; lettered; bare; and its right answer."""
+    question, letters = conversation["question"], conversation["letters"]
+    options = list(zip(letters, conversation["choices"], strict=True))
+    return [
+        " ".join([question, *(f"{choice} {letter}" for letter, choice in options)]),
+        " ".join([question, *(f"{letter}. {choice}" for letter, choice in options)]),
+        " ".join([question, *conversation["choices"]]),
+        f"{question} {dict(options)[conversation['answer']]}",
+    ]
 
 
 def core_items(task: CoreTask) -> Iterator[Item]:
@@ -135,12 +157,12 @@ def core_items(task: CoreTask) -> Iterator[Item]:
     for i, item in enumerate(task.items):
         if task.kind == "multiple_choice":
             choices = list(item["choices"])
-            texts = [f"{item['query']} {choices.pop(item['gold'])}", *choices]
+            form, parts = f"{item['query']} {choices.pop(item['gold'])}", choices
         elif task.kind == "schema":
-            texts = [f"{item['context_options'][item['gold']]} {item['continuation']}"]
+            form, parts = f"{item['context_options'][item['gold']]} {item['continuation']}", []
         else:
-            texts = [f"{item['context']} {item['continuation']}"]
-        yield Item(f"CORE {task.label}", f"{task.label} item {i}", texts)
+            form, parts = f"{item['context']} {item['continuation']}", []
+        yield Item(f"CORE {task.label}", f"{task.label} item {i}", [form], [form, *parts])
 
 
 # The documents
@@ -149,7 +171,7 @@ def core_items(task: CoreTask) -> Iterator[Item]:
 def make_table(report: dict[str, Any]) -> Table:
     table = Table(title=f"{Path(report['store']).name}: {report['ngram']} words in common")
     table.add_column("evaluation task")
-    for name in ("items", "too short", "found", "documents"):
+    for name in ("items", "covered", "found", "documents"):
         table.add_column(name, justify="right")
     for task, counts in report["tasks"].items():
         table.add_row(task, *(f"{value:,}" for value in counts.values()))

@@ -24,36 +24,53 @@ _JOB_TOKENS = 2**20
 _WORD = re.compile(r"[^\W_]+")
 
 
+# Soft hyphens, joiners, direction marks, variation selectors: characters that nobody sees.
+_UNSEEN = re.compile(
+    "[\u00ad\u034f\u061c\u180b-\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]"
+)
+
+
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word of an n-gram is lost modulo 2^64
 
 
 _MAX_TASKS = 63  # bits of a set of tasks
 
 
+SHORTEST = 8
+"""Words of the shortest problem that is looked for: fewer are found in innocent texts too."""
+
+
 class Item(NamedTuple):
-    """A problem of a task: what it is called, and its texts."""
+    """A problem of a task: what it is called, and its texts.
+
+    forms: the problem in each form in which it may stand in a document, first the one that the
+        model is asked in. It is looked for by its first n words, and as a whole if it has fewer.
+    parts: texts of which any n words are looked for; none if it has fewer.
+    """
 
     task: str
     name: str
-    texts: list[str]
+    forms: list[str]
+    parts: list[str] = []  # noqa: RUF012 (a tuple's default is never changed)
 
 
 def split_words(text: str) -> list[str]:
-    """Lower case, punctuation and the forms of letters forgotten.
+    """Lower case, punctuation, the forms of letters and unseen characters forgotten.
 
-    >>> split_words("Don't panic: ﬁve_Apples!")
+    >>> split_words("Don't pa\\u00adnic: ﬁve_Apples!")
     ['don', 't', 'panic', 'five', 'apples']
     """
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
+        text = _UNSEEN.sub("", unicodedata.normalize("NFKC", text))
     return _WORD.findall(text.casefold())
 
 
 class Index:
-    """The n-grams of the evaluation tasks' words.
+    """The n-grams of the evaluation tasks' words, and whole problems that have fewer words.
 
     Words are numbered from 1; 0 is any word that no task has, and what lies between texts. About 20
-    bytes for each word of the tasks.
+    bytes for each word of the tasks. `covered` says for each item whether a document that holds its
+    first form is found.
     """
 
     def __init__(self, items: Sequence[Item], n: int):
@@ -65,30 +82,49 @@ class Index:
             raise UserError(f"{len(self.tasks)} tasks at once; look for at most {_MAX_TASKS}")
         words = array("i")
         ends = []
-        for item in items:
-            for text in item.texts:
-                words.extend(
-                    self.number.setdefault(w, len(self.number) + 1) for w in split_words(text)
-                )
+        short: dict[int, list[int]] = {}  # by length: where the short forms begin
+        self.covered = np.zeros(len(items), dtype=bool)
+        for i, item in enumerate(items):
+            for form, text in enumerate([*item.forms, *item.parts]):
+                start = len(words)
+                split = split_words(text)[: n if form < len(item.forms) else None]
+                if form < len(item.forms) and SHORTEST <= len(split) < n:
+                    short.setdefault(len(split), []).append(start)
+                if form == 0:
+                    self.covered[i] = len(split) >= min(SHORTEST, n)
+                words.extend(self.number.setdefault(w, len(self.number) + 1) for w in split)
                 words.append(0)
             ends.append(len(words))
         self.vocabulary = list(self.number)
         self.words = np.array(words, dtype=np.int32)
         self.ends = np.array(ends, dtype=np.int64)  # of each item's words
-        starts, hashes = _ngrams(self.words, n)
-        order = np.argsort(hashes, kind="stable")
-        starts, hashes = starts[order], hashes[order]
-        # Equal n-grams lie together: gram g has the places starts[bounds[g] : bounds[g + 1]].
-        first = np.flatnonzero(np.diff(hashes, prepend=~hashes[:1])) if len(hashes) else starts
-        self.hashes, self.starts = hashes[first], starts
-        self.bounds = np.append(first, len(starts))
+        # Of each length: the hashes of its grams, falling into place g, g + 1, ... of all grams.
+        self.tables: list[tuple[int, int, np.ndarray]] = []
+        places: list[np.ndarray] = []
+        bounds, lengths = [0], list[int]()
+        for length, starts in [(n, _starts(self.words, n)), *sorted(short.items())]:
+            starts = np.array(starts, dtype=np.int64)
+            hashes = _hashes(self.words, starts, length)
+            order = np.argsort(hashes, kind="stable")
+            starts, hashes = starts[order], hashes[order]
+            first = np.flatnonzero(np.diff(hashes, prepend=~hashes[:1])) if len(hashes) else starts
+            self.tables.append((length, len(lengths), hashes[first]))
+            places.append(starts)
+            bounds.extend((bounds[-1] + np.append(first[1:], len(starts))[: len(first)]).tolist())
+            lengths.extend([length] * len(first))
+        # Equal grams lie together: gram g has the places starts[bounds[g] : bounds[g + 1]].
+        self.starts = np.concatenate(places)
+        self.bounds = np.array(bounds, dtype=np.int64)
+        self.lengths = np.array(lengths, dtype=np.int64)
+        # Words that a short form begins with.
+        self.begins = np.zeros(len(self.vocabulary) + 1, dtype=bool)
+        self.begins[self.words[[start for starts in short.values() for start in starts]]] = True
 
         task_of = {task: number for number, task in enumerate(self.tasks)}
         bits = np.array([1 << task_of[item.task] for item in items], dtype=np.int64)
         owner = self.item_of(self.starts)
-        self.task_bits = np.bitwise_or.reduceat(bits[owner], first) if len(first) else bits[:0]
-        self.checked = np.zeros(len(items), dtype=bool)  # items with at least one n-gram
-        self.checked[owner] = True
+        grams = self.bounds[:-1]
+        self.task_bits = np.bitwise_or.reduceat(bits[owner], grams) if len(grams) else bits[:0]
 
     def item_of(self, starts: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.ends, starts, side="right")
@@ -98,36 +134,57 @@ class Index:
         return [number(word, 0) for word in split_words(text)]
 
     def find(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(places, grams): where in `words` (int32) an n-gram of the tasks begins, and which."""
-        places, hashes = _ngrams(words, self.n)
-        if len(self.hashes) == 0:
+        """(places, grams): where in `words` (int32) grams of the tasks begin, and which."""
+        found = [
+            self._find(words, _starts(words, length, begins), length, first, hashes)
+            for (length, first, hashes), begins in zip(
+                self.tables, [None, *[self.begins] * (len(self.tables) - 1)], strict=True
+            )
+        ]
+        places = np.concatenate([places for places, _ in found])
+        grams = np.concatenate([grams for _, grams in found])
+        order = np.argsort(places, kind="stable")
+        return places[order], grams[order]
+
+    def _find(
+        self, words: np.ndarray, places: np.ndarray, length: int, first: int, hashes: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if len(hashes) == 0:
             return places[:0], places[:0]
-        grams = np.searchsorted(self.hashes, hashes).clip(max=len(self.hashes) - 1)
-        hit = self.hashes[grams] == hashes
-        places, grams = places[hit], grams[hit]
+        own = _hashes(words, places, length)
+        grams = np.searchsorted(hashes, own).clip(max=len(hashes) - 1)
+        hit = hashes[grams] == own
+        places, grams = places[hit], grams[hit] + first
         # Hashes may collide: compare the words.
-        offsets = np.arange(self.n)
+        offsets = np.arange(length)
         theirs = self.words[self.starts[self.bounds[grams]][:, None] + offsets]
         same = (words[places[:, None] + offsets] == theirs).all(axis=1)
         return places[same], grams[same]
 
     def text(self, gram: int) -> str:
-        """The words of an n-gram."""
+        """The words of a gram."""
         start = self.starts[self.bounds[gram]]
-        numbers = self.words[start : start + self.n].tolist()
+        numbers = self.words[start : start + self.lengths[gram]].tolist()
         return " ".join(self.vocabulary[number - 1] for number in numbers)
 
 
-def _ngrams(words: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the n-grams without a 0 begin, int64, and their hashes, uint64."""
-    if len(words) < n:
-        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.uint64)
+def _starts(words: np.ndarray, length: int, begins: np.ndarray | None = None) -> np.ndarray:
+    """Where `length` words without a 0 begin, int64; with a word of `begins`, if given."""
+    if len(words) < length:
+        return np.empty(0, dtype=np.int64)
     zeros = np.concatenate([[0], np.cumsum(words == 0)])
-    starts = np.flatnonzero(zeros[n:] == zeros[:-n])
+    whole = zeros[length:] == zeros[:-length]
+    if begins is not None:
+        whole &= begins[words[: len(whole)]]
+    return np.flatnonzero(whole)
+
+
+def _hashes(words: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    """Hashes of the `length` words from each start on, uint64."""
     hashes = np.zeros(len(starts), dtype=np.uint64)
-    for offset in range(n):
+    for offset in range(length):
         hashes = hashes * _BASE + words[starts + offset].astype(np.uint64)
-    return starts, hashes
+    return hashes
 
 
 class Found(NamedTuple):
@@ -135,11 +192,11 @@ class Found(NamedTuple):
 
     documents: list[int]
     grams: list[int]
-    """An n-gram of each document."""
+    """A gram of each document."""
     task_bits: list[int]
-    """The tasks that share any n-gram with it."""
+    """The tasks that share any gram with it."""
     all_grams: np.ndarray
-    """Every n-gram that occurs."""
+    """Every gram that occurs."""
 
 
 def look_through(
@@ -167,11 +224,11 @@ def look_through(
         for document, gram in zip(f.documents, f.grams, strict=True)
     ]
     tasks: dict[str, dict[str, int]] = {
-        task: {"items": 0, "too_short": 0, "found": 0, "documents": 0} for task in index.tasks
+        task: {"items": 0, "covered": 0, "found": 0, "documents": 0} for task in index.tasks
     }
-    for (task, _), checked in zip(index.items, index.checked.tolist(), strict=True):
+    for (task, _), covered in zip(index.items, index.covered.tolist(), strict=True):
         tasks[task]["items"] += 1
-        tasks[task]["too_short"] += not checked
+        tasks[task]["covered"] += covered
     for item in items:
         tasks[index.items[item][0]]["found"] += 1
     for bits in (b for f in found for b in f.task_bits):
@@ -219,7 +276,7 @@ def _work(job: range) -> Found:
 
 
 def scan(store: TokenStore, tokenizer: Tokenizer, index: Index, documents: range) -> Found:
-    """Look for the index's n-grams in some documents."""
+    """Look for the index's grams in some documents."""
     words = array("i")
     ends = []
     for document in documents:

@@ -20,6 +20,7 @@ from nanochat.runtime import single
 from nanochat.tokenizer import Tokenizer
 from scripts import decontaminate, tok_encode
 from scripts.decontaminate import Config, task_items
+from tasks import registry
 from tasks.common import Conversation, Task, choice_conversation
 
 QUESTION = "How many of the seven small ships that left the old harbour at dawn came home again?"
@@ -103,7 +104,7 @@ def test_documents_that_share_thirteen_words_are_found_and_dropped(
         "quiz/test row 2",
     ]
     assert report["matches"][2]["words"] == ATE
-    assert report["tasks"] == {"quiz": {"items": 3, "too_short": 1, "found": 2, "documents": 3}}
+    assert report["tasks"] == {"quiz": {"items": 3, "covered": 2, "found": 2, "documents": 3}}
     assert (report["contaminated"], report["dropped"]) == (3, False)
     path = tmp_path / "base" / "report" / "decontamination-text.json"
     assert json.loads(path.read_text()) == report
@@ -128,25 +129,36 @@ def test_documents_that_share_thirteen_words_are_found_and_dropped(
 
 
 def test_all_that_is_found_is_what_a_plain_search_finds(
-    tokenizer: Tokenizer, tmp_path: Path
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Few words, so that n-grams occur by chance, within texts, across them, in several items."""
+    monkeypatch.setattr(overlap, "SHORTEST", 4)
     chance = random.Random(3)
 
     def text(length: int) -> str:
         return " ".join(chance.choice(["sea", "Ship", "king's", "é"]) for _ in range(length))
 
     items = [
-        Item("ab"[i % 2], str(i), [text(chance.randint(0, 9)) for _ in range(3)]) for i in range(40)
+        Item(
+            "ab"[i % 2],
+            str(i),
+            [text(chance.randint(0, 9))],
+            [text(chance.randint(0, 9)) for _ in range(2)],
+        )
+        for i in range(40)
     ]
     documents = [text(chance.randint(1, 30)) for _ in range(200)]
 
-    def grams(parts: Sequence[str]) -> set[tuple[str, ...]]:
-        words = [split_words(part) for part in parts]
-        return {tuple(w[i : i + 6]) for w in words for i in range(len(w) - 5)}
+    def grams(words: Sequence[str], lengths: Sequence[int]) -> set[tuple[str, ...]]:
+        return {tuple(words[i : i + n]) for n in lengths for i in range(len(words) - n + 1)}
 
-    of_items = [grams(item.texts) for item in items]
-    of_documents = [grams([document]) for document in documents]
+    def grams_of(item: Item) -> set[tuple[str, ...]]:
+        form = split_words(item.forms[0])
+        whole = {tuple(form[:6])} if len(form) >= 4 else set()
+        return whole.union(*(grams(split_words(text), [6]) for text in item.parts))
+
+    of_items = [grams_of(item) for item in items]
+    of_documents = [grams(split_words(document), [4, 5, 6]) for document in documents]
     index = Index(items, 6)
     store = store_of(tokenizer, tmp_path / "text", documents)
     report = look_through(store, tokenizer, index, workers=1)
@@ -161,7 +173,9 @@ def test_all_that_is_found_is_what_a_plain_search_finds(
         mine = [o for o, item in zip(of_items, items, strict=True) if item.task == task]
         assert report["tasks"][task] == {
             "items": 20,
-            "too_short": sum(not o for o in mine),
+            "covered": sum(
+                len(split_words(item.forms[0])) >= 4 for item in items if item.task == task
+            ),
             "found": sum(any(o & own for own in of_documents) for o in mine),
             "documents": sum(any(o & own for o in mine) for own in of_documents),
         }
@@ -176,6 +190,103 @@ def test_processes_find_the_same(
     monkeypatch.setattr(overlap, "_JOB_TOKENS", 300)
     assert look_through(store, tokenizer, index, workers=2) == alone
     assert [match["document"] for match in alone["matches"]] == [1, 3, 4, 7, 9, 10]
+
+
+class Short(Task):
+    """One question of up to 7 words; its options and their letters are 7 words more."""
+
+    def __init__(self, words: int) -> None:
+        super().__init__("short", "test")
+        self.words = words
+
+    def __len__(self) -> int:
+        return 1
+
+    def settings(self) -> dict[str, Any]:
+        return {}
+
+    def row(self, index: int) -> Conversation:
+        question = " ".join(["what", "is", "the", "name", "of", "this", "sea"][: self.words])
+        return choice_conversation(f"{question}?", ["salt", "a café", "red"], 2, self.where(0))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{asked}",
+        "{question}\n(A) salt\n(B) a café\n(C) red\nAnswer: C",
+        "{question}\n- Salt\n- A café\n- Red\n",
+        "{question} Red!",
+        "What is the na\u00adme of th\u200bis sea: re\ufeffd",
+        "What is the name of this sea? salt A cafe\u0301 red",
+    ],
+)
+def test_short_question_is_looked_for_as_a_whole_in_every_form(
+    text: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    conversation = Short(7)[0]
+    asked = conversation["messages"][0]["content"]
+    text = "So: " + text.format(asked=asked, question=conversation["question"]) + " That is all."
+    store = store_of(tokenizer, tmp_path / "text", [text, "what is the name of this sea salt"])
+    index = Index(list(task_items(Short(7), "short")), 13)
+    report = look_through(store, tokenizer, index, workers=1)
+    assert [match["document"] for match in report["matches"]] == [0]
+    assert report["tasks"]["short"] == {"items": 1, "covered": 1, "found": 1, "documents": 1}
+
+
+def test_what_problems_share_is_not_looked_for(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Options that many questions have are in no n-gram but the one that begins with a question."""
+    options = ["I and II only", "I and III only", "II and III only", "I, II and III"]
+    question = choice_conversation("Which of the laws of motion did he find?", options, 0, "here")
+    item = Item("a", "0", decontaminate.choice_forms(question), options)
+    store = store_of(tokenizer, tmp_path / "text", ["Which one? " + " ".join(options)])
+    assert look_through(store, tokenizer, Index([item], 13), workers=1)["contaminated"] == 0
+
+
+def test_what_is_too_short_is_not_covered() -> None:
+    """Options and letters count."""
+    assert Index(list(task_items(Short(1), "short")), 13).covered.tolist() == [True]
+    assert Index(list(task_items(Short(0), "short")), 13).covered.tolist() == [False]
+
+
+def test_rows_of_a_data_set_are_looked_for_as_they_are(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With GSM8K's marks and HumanEval's tests, which the conversations lack."""
+    gsm8k = tmp_path / "hub/openai/gsm8k/main"
+    humaneval = tmp_path / "hub/openai/openai_humaneval/openai_humaneval"
+    monkeypatch.setenv("NANOCHAT_HUB_DIR", str(tmp_path / "hub"))
+    answer = "".join(f"{n} and {n} is {n}+{n}=<<{n}+{n}={2 * n}>>{2 * n}.\n" for n in range(9))
+    check = "def check(candidate):\n" + "".join(
+        f"    assert candidate({n}, 'blue') == {n * n}\n" for n in range(9)
+    )
+    for folder, row in (
+        (gsm8k, {"question": "How many?", "answer": f"{answer}#### 16"}),
+        (
+            humaneval,
+            {
+                "task_id": "0",
+                "prompt": "def f(x):\n",
+                "canonical_solution": "    return x\n",
+                "test": check,
+                "entry_point": "f",
+            },
+        ),
+    ):
+        folder.mkdir(parents=True)
+        (folder / "test.jsonl").write_text(json.dumps(row) + "\n")
+    items = [
+        item
+        for spec in ("gsm8k", "humaneval")
+        for item in task_items(registry.build(spec, "test"), spec)
+    ]
+    store = store_of(tokenizer, tmp_path / "text", [f"Easy:\n{answer}", f"Tests:\n{check}", "No."])
+    report = look_through(store, tokenizer, Index(items, 13), workers=1)
+    assert [match["document"] for match in report["matches"]] == [0, 1]
+    assert [match["item"] for match in report["matches"]] == [
+        "gsm8k/test row 0",
+        "humaneval/test row 0",
+    ]
 
 
 def test_equal_hashes_of_unequal_words_are_no_match(monkeypatch: pytest.MonkeyPatch) -> None:

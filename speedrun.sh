@@ -127,7 +127,7 @@ if [ "$profile" = gpu ]; then
 else
     case "$profile" in
         cpu)
-            vocabulary=4096 problems=200
+            vocabulary=4096 problems=256  # whole test splits
             base=(--depth 4 --context-length 256 --num-steps 440 --save-every 110 --eval-every 110)
             chat=(--save-every 100 --eval-every 0)
             mid_mix=(customjson:2 simplespelling:9000:1 spellingbee:3000:1 arithmetic:3500:1)

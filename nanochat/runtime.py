@@ -93,6 +93,14 @@ class Runtime:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Each rank's `value`, in the order of the ranks, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
     def in_turns(self, build: Callable[[], T]) -> T:
         """`build()` on rank 0, then on the first rank of each other machine, then on the rest.
 

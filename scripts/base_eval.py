@@ -3,33 +3,40 @@
 Examples:
     python -m scripts.base_eval --source base
     python -m scripts.base_eval --source base --core yes
+    python -m scripts.base_eval --source base --text wiki.test.txt
     python -m scripts.base_eval --hf PATH         the CORE metric of any Hugging Face causal LM
 
-CORE (arXiv 2406.11794) needs its task files in NANOCHAT_BASE_DIR/eval_bundle or `--bundle`; with
-`--core yes` and with `--hf` they are downloaded where they are missing.
+CORE (arXiv 2406.11794, in the variant of nanochat's base_eval) needs its task files in
+NANOCHAT_BASE_DIR/eval_bundle or `--bundle`; with `--core yes` and with `--hf` they are downloaded
+where they are missing.
+
+Results go to report/eval_<stage>-<tag>.json under NANOCHAT_BASE_DIR, each with all that says what
+was measured: a quick look never takes the place of a longer one.
 """
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from nanochat import paths
 from nanochat.checkpoint_manager import find, load_model, read_meta
-from nanochat.cli import Group, launch
+from nanochat.cli import launch
 from nanochat.config import Computing
 from nanochat.data.hub import BUNDLE_URL, fetch_bundle
 from nanochat.data.sources import open_store
 from nanochat.errors import UserError
+from nanochat.eval import record
 from nanochat.eval.core import describe_core, evaluate_core
-from nanochat.eval.losses import bits_per_byte
-from nanochat.eval.results import read_evaluation, record_evaluation, weights_digest
+from nanochat.eval.losses import bits_per_byte, text_loss
 from nanochat.export.load import load_hf
 from nanochat.runtime import Runtime
+from nanochat.tokenizer import Tokenizer
 from scripts.base_train import sample_texts
 
 
 @dataclass(frozen=True)
-class Core(Group):
+class Core:
     """The CORE metric."""
 
     core: Literal["auto", "yes", "no"] = "auto"
@@ -47,7 +54,9 @@ class Core(Group):
 
 
 @dataclass(frozen=True)
-class Config(Core, Computing):
+class Config:
+    run: Computing = field(default_factory=Computing)
+    metric: Core = field(default_factory=Core)
     source: str = "base"
     """A stage (base, mid, sft, rl), stage/tag, or a checkpoint folder."""
     step: int | None = None
@@ -56,84 +65,90 @@ class Config(Core, Computing):
     """Corpus for bits per byte."""
     eval_tokens: int = 2**20
     """Tokens of each split that are measured, at least one row."""
+    text: Path | None = None
+    """A file of held-out text: measure its bits per byte and the perplexity of its words."""
     batch_size: int = 16
     """Rows computed at once."""
     resume: bool = False
     """Keep what an earlier run of this command has measured on this checkpoint."""
 
 
-def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
-    bundle = core_bundle(cfg, runtime)
-    if cfg.hf:
+def main(cfg: Config, runtime: Runtime) -> list[record.Measurement]:
+    """Returns the measurements that were asked for, new and kept ones."""
+    bundle = core_bundle(cfg.metric, runtime)
+    if cfg.metric.hf:
         if bundle is None:
-            raise UserError(f"--core {cfg.core} and --hf {cfg.hf}: nothing would be measured")
-        scorer, encoder = load_hf(cfg.hf, runtime, cfg.trust_remote_code)
-        result = evaluate_core(scorer, encoder, bundle, runtime, cfg.max_per_task)
+            raise UserError(
+                f"--core {cfg.metric.core} and --hf {cfg.metric.hf}: nothing would be measured"
+            )
+        scorer, encoder = load_hf(cfg.metric.hf, runtime, cfg.metric.trust_remote_code)
+        result = evaluate_core(scorer, encoder, bundle, runtime, cfg.metric.max_per_task)
         runtime.print(describe_core(result))
-        return {"core": result}
+        return []
 
-    asked = questions(cfg, bundle, runtime)
-    if bundle is None and cfg.core == "auto":
+    meta = read_meta(find(cfg.source, cfg.step), verify=False)
+    asked = questions(cfg, bundle, Tokenizer.load(), meta, runtime)
+    if bundle is None and cfg.metric.core == "auto":
         runtime.print(
             f"CORE is not measured: {paths.eval_bundle_dir()} is missing (--core yes downloads it)"
         )
-    known: dict[str, Any] = {}
+    answers: dict[tuple[str, str], record.Measurement] = {}
     if cfg.resume:
-        meta = read_meta(find(cfg.source, cfg.step), verify=False)
-        weights = weights_digest(meta)
-        known = read_evaluation(meta["stage"], meta["tag"], meta["step"], weights)
-        known = runtime.broadcast_object(known)
-    answered = known.get("asked", {})
-    kept = [name for name, question in asked.items() if answered.get(name) == question]
-    for name in kept:
-        runtime.print(f"{name}: kept from an earlier run")
-    if len(kept) == len(asked):
-        return known
+        known = runtime.broadcast_object(record.of_checkpoint(meta))
+        for (kind, name), settings in asked.items():
+            if kept := record.find(known, kind, name, settings):
+                answers[kind, name] = kept
+                runtime.print(f"{record.labels([kept])[0]}: kept from an earlier run")
+    if len(answers) == len(asked):
+        return list(answers.values())
 
     model, tokenizer, meta = load_model(
         cfg.source, device=runtime.device, dtype=runtime.dtype, step=cfg.step
     )
-
-    def record(name: str, **values: Any) -> None:
-        """Each answer as soon as it is known."""
-        answered[name] = asked[name]
-        known.update(values, asked=answered)
-        if runtime.is_main:
-            weights = weights_digest(meta)
-            stage, tag, step = meta["stage"], meta["tag"], meta["step"]
-            record_evaluation(stage, tag, step, weights=weights, asked=answered, **values)
-
-    if "bpb" not in kept:
-        bpb = {}
-        for split in ("train", "val"):
-            bpb[split] = bits_per_byte(
-                model,
-                tokenizer,
-                open_store(cfg.corpus, split, tokenizer),
-                cfg.eval_tokens,
-                sequence_length=model.config.context_length,
-                batch_size=cfg.batch_size,
-                runtime=runtime,
-            )["bpb"]
-            runtime.print(f"{cfg.source}: {bpb[split]:.4f} bits per byte on {split}")
-        samples = []
-        if runtime.is_main:
-            samples = [
-                {"prompt": prompt, "text": text}
-                for prompt, text in sample_texts(model, tokenizer, temperature=0.0)
-            ]
-            for sample in samples:
-                runtime.print(f"  {sample['prompt']} |{sample['text']}")
-        record("bpb", bpb=bpb, samples=samples)
-    if bundle is not None and "core" not in kept:
-        core = evaluate_core(model, tokenizer, bundle, runtime, cfg.max_per_task)
-        runtime.print(describe_core(core))
-        key = "core" if "core" in core else "core_partial"
-        record("core", **{key: core[key]}, core_tasks=core)
-    return known
+    shape: dict[str, Any] = {
+        "sequence_length": model.config.context_length,
+        "batch_size": cfg.batch_size,
+        "runtime": runtime,
+    }
+    for (kind, name), settings in asked.items():
+        if (kind, name) in answers:
+            continue
+        if kind == "bpb":
+            store = open_store(cfg.corpus, name, tokenizer)
+            result = bits_per_byte(model, tokenizer, store, cfg.eval_tokens, **shape)
+            runtime.print(
+                f"{cfg.source}: {with_interval(result, 'bpb')} bits per byte on {name}, "
+                f"{result['tokens']:,} tokens, {result['bytes']:,} bytes"
+            )
+        elif kind == "text":
+            assert cfg.text is not None
+            result = text_loss(model, tokenizer, read_text(cfg.text), **shape)
+            runtime.print(
+                f"{cfg.source}: {with_interval(result, 'bpb')} bits per byte of {name}, "
+                f"{result['word_perplexity']:,.2f} perplexity of its {result['words']:,} words"
+            )
+        elif kind == "samples":
+            result = {"samples": []}
+            if runtime.is_main:
+                for prompt, text in sample_texts(model, tokenizer, temperature=0.0):
+                    runtime.print(f"  {prompt} |{text}")
+                    result["samples"].append({"prompt": prompt, "text": text})
+        else:
+            assert bundle is not None
+            result = evaluate_core(model, tokenizer, bundle, runtime, cfg.metric.max_per_task)
+            runtime.print(describe_core(result))
+        if runtime.is_main:  # each as soon as it is known
+            answers[kind, name] = record.record(meta, kind, name, settings, result)
+    return list(runtime.broadcast_object(answers).values())
 
 
-def core_bundle(cfg: Config, runtime: Runtime) -> Path | None:
+def with_interval(result: dict[str, Any], name: str) -> str:
+    if result["ci"] is None:
+        return f"{result[name]:.4f}"
+    return f"{result[name]:.4f} ({result['ci'][0]:.4f} to {result['ci'][1]:.4f})"
+
+
+def core_bundle(cfg: Core, runtime: Runtime) -> Path | None:
     """The folder of CORE's task files; None where CORE is not to be measured."""
     if cfg.core == "no":
         return None
@@ -149,21 +164,52 @@ def core_bundle(cfg: Config, runtime: Runtime) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def questions(cfg: Config, bundle: Path | None, runtime: Runtime) -> dict[str, dict[str, Any]]:
-    """What is to be measured, and what its result depends on beside the model."""
+def questions(
+    cfg: Config, bundle: Path | None, tokenizer: Tokenizer, meta: dict[str, Any], runtime: Runtime
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """(kind, name) of what is to be measured -> all that its result depends on beside the model."""
     dtype = str(runtime.dtype)
-    asked: dict[str, dict[str, Any]] = {
-        "bpb": {"corpus": cfg.corpus, "eval_tokens": cfg.eval_tokens, "dtype": dtype}
-    }
+    shape = {"context_length": meta["model_config"]["context_length"], "dtype": dtype}
+    asked: dict[tuple[str, str], dict[str, Any]] = {}
+    for split in ("train", "val"):
+        store = open_store(cfg.corpus, split, tokenizer)
+        asked["bpb", split] = {
+            "corpus": cfg.corpus,
+            "split": split,
+            "eval_tokens": cfg.eval_tokens,
+            "digest": store.meta["fingerprint"],
+            **shape,
+        }
+    asked["samples", "samples"] = {"dtype": dtype}
+    if cfg.text is not None:
+        digest = hashlib.sha256(read_text(cfg.text).encode()).hexdigest()
+        asked["text", cfg.text.name] = {"digest": digest, **shape}
     if bundle is not None:
-        files = [path.stat() for path in bundle.rglob("*") if path.is_file()]
-        asked["core"] = {
-            "max_per_task": cfg.max_per_task,
+        asked["core", "CORE"] = {
+            "max_per_task": cfg.metric.max_per_task,
             "dtype": dtype,
-            # A partial score is measured again when more task files are there.
-            "bundle": [len(files), sum(file.st_size for file in files)],
+            "files": folder_digest(bundle),
         }
     return asked
+
+
+def read_text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise UserError(f"--text {path} is not UTF-8 text ({error})") from error
+    if not text.split():
+        raise UserError(f"--text {path} has no words; name a file of text")
+    return text
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 of the names and contents of all files in a folder."""
+    sha = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        sha.update(f"{path.relative_to(folder)} {content}\n".encode())
+    return sha.hexdigest()
 
 
 if __name__ == "__main__":

@@ -3,64 +3,52 @@
 Categorical tasks are answered by the most likely option, generative ones by decoding, with the
 calculator. Without --task all tasks that have answers to check are measured.
 
-Results go to report/eval_<stage>-<tag>.json under NANOCHAT_BASE_DIR, next to what is known of the
-same checkpoint, each as soon as its task is done. With --resume a task that has been measured on
-this checkpoint with these settings is not measured again.
+Results go to report/eval_<stage>-<tag>.json under NANOCHAT_BASE_DIR, each as soon as its task is
+done, with all that says what was measured: a quick look never takes the place of a whole test.
+Every problem with its answers is a line of a file in report/problems. With --resume a task that has
+been measured on this checkpoint with these settings is not measured again.
 
 Examples:
     python -m scripts.chat_eval --source sft --task spellingbee --max-problems 100
+    python -m scripts.chat_eval --source sft --task mmlu --shots 5 --against mid
     torchrun --standalone --nproc_per_node 8 -m scripts.chat_eval --source sft
 """
 
+import hashlib
+import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
-import torch
 import tyro
 from rich.table import Table
 
 from nanochat.checkpoint_manager import find, load_model, read_meta, system_style
-from nanochat.cli import Group, launch
+from nanochat.cli import launch
 from nanochat.config import Computing
 from nanochat.conversation import parts
 from nanochat.errors import UserError
+from nanochat.eval import record
 from nanochat.eval.options import GPTScorer, crop, length_blocks
-from nanochat.eval.results import (
-    evaluation_path,
-    read_evaluation,
-    record_evaluation,
-    task_result,
-    weights_digest,
-)
+from nanochat.eval.results import clustered_interval, task_result
 from nanochat.gpt import GPT
 from nanochat.infer.engine import Engine, Request, SamplingParams
 from nanochat.progress import Bar, progress_bar
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import SystemStyle, Tokenizer
 from tasks.common import Conversation, Task, pass_at_k
-from tasks.registry import build
+from tasks.registry import EVALUATED, build
 
-ALL_TASKS = (
-    "arc:easy",
-    "arc:challenge",
-    "mmlu",
-    "gsm8k",
-    "humaneval",
-    "simplespelling",
-    "spellingbee",
-    "arithmetic",
-)
 MAX_EXCHANGES = 10
 """Conversations that are recorded of a task whose rows have a kind."""
 
 
 @dataclass(frozen=True)
-class Sampling(Group):
+class Answering:
     """How the answers of generative tasks are drawn."""
 
     num_samples: int = 1
@@ -78,7 +66,9 @@ class Sampling(Group):
 
 
 @dataclass(frozen=True)
-class Config(Sampling, Computing):
+class Config:
+    run: Computing = field(default_factory=Computing)
+    answering: Answering = field(default_factory=Answering)
     source: str = "sft"
     """A stage (base, mid, sft, rl), stage/tag, or a checkpoint folder."""
     step: int | None = None
@@ -89,10 +79,14 @@ class Config(Sampling, Computing):
     """Split of the tasks."""
     max_problems: int | None = None
     """At most so many problems of each task, evenly spread over it; default: all."""
+    shots: int = 0
+    """Solved examples before each problem, as 5 of the subject for mmlu or 8 for gsm8k."""
     batch_size: int = 32
     """Problems (categorical) or samples (generative) computed at once."""
     show: int = 0
     """Print so many problems of each task with the answers and the verdicts."""
+    against: str | None = None
+    """Compare with this checkpoint, measured before with the same settings: McNemar's test."""
     resume: bool = False
     """Keep what an earlier run of this command has measured on this checkpoint."""
 
@@ -101,98 +95,186 @@ class Config(Sampling, Computing):
 class Answers:
     """What one rank found out about its problems of a task."""
 
-    right: dict[int, int] = field(default_factory=dict)
-    """Problem -> how many of its samples are right."""
-    options: dict[int, int] = field(default_factory=dict)
-    """Problem -> how many options it has, in a categorical task."""
-    truncated: int = 0
-    """Problems whose prompt did not fit the context; its beginning was cut off."""
+    problems: list[dict[str, Any]] = field(default_factory=list)
+    """One of each problem: "problem" (its number in the task), "right" (how many of its samples
+    are), "truncated" (its prompt was cut, or lost examples, to fit the context), "answers", ..."""
     shown: list[str] = field(default_factory=list)
-    exchanges: list[dict[str, Any]] = field(default_factory=list)
-    """Of a task whose rows have a kind: some conversations with their answers, kinds in turn."""
 
 
-def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
-    """Returns what is known of the checkpoint now: the content of its report file."""
-    for name, value in (
-        ("max-problems", cfg.max_problems),
-        ("num-samples", cfg.num_samples),
-        ("batch-size", cfg.batch_size),
+def main(cfg: Config, runtime: Runtime) -> dict[str, record.Measurement]:
+    """Returns the measurement of each task that was asked for, new or kept."""
+    drawn = cfg.answering
+    for name, value, least in (
+        ("max-problems", cfg.max_problems, 1),
+        ("num-samples", drawn.num_samples, 1),
+        ("batch-size", cfg.batch_size, 1),
+        ("shots", cfg.shots, 0),
     ):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value} must be at least 1")
-    if cfg.num_samples > 1 and cfg.temperature == 0:
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value} must be at least {least}")
+    if drawn.num_samples > 1 and drawn.temperature == 0:
         raise UserError(
-            f"--num-samples {cfg.num_samples} at --temperature 0 gives equal samples; "
+            f"--num-samples {drawn.num_samples} at --temperature 0 gives equal samples; "
             "set a temperature such as 0.8"
         )
-    tasks = {spec: build(spec, cfg.split) for spec in cfg.task or ALL_TASKS}
+    tasks = {spec: build(spec, cfg.split) for spec in cfg.task or EVALUATED}
     for spec, task in tasks.items():
         check_task(task, spec)
-    settings = {spec: settings_of(task, cfg, runtime) for spec, task in tasks.items()}
-    results: dict[str, dict[str, Any]] = {}
+    examples = {spec: load_examples(spec, task, cfg.shots) for spec, task in tasks.items()}
+    settings = {
+        spec: settings_of(task, examples[spec], cfg, runtime) for spec, task in tasks.items()
+    }
+    meta = read_meta(find(cfg.source, cfg.step), verify=False)
+    results: dict[str, record.Measurement] = {}
     if cfg.resume:
-        meta = read_meta(find(cfg.source, cfg.step), verify=False)
-        results = runtime.broadcast_object(finished(meta, settings, cfg))
-        for spec, result in results.items():
-            runtime.print(f"{spec}: {result['accuracy']:.4f}, kept from an earlier run")
+        known = runtime.broadcast_object(record.of_checkpoint(meta))
+        for spec in tasks:
+            kept = record.find(known, "task", spec, settings[spec])
+            if kept and has_estimates(kept["result"], drawn):
+                results[spec] = kept
+                accuracy = kept["result"]["accuracy"]
+                runtime.print(f"{spec}: {accuracy:.4f}, kept from an earlier run")
     todo = {spec: task for spec, task in tasks.items() if spec not in results}
     if todo:
         model, tokenizer, meta = load_model(
             cfg.source, step=cfg.step, device=runtime.device, dtype=runtime.dtype
         )
-    stage, tag, step = meta["stage"], meta["tag"], int(meta["step"])
-    weights = weights_digest(meta)
-    runtime.print(f"{stage}/{tag} step {step}: {', '.join(todo) or 'all tasks are measured'}")
-    system = system_style(meta)
+    title = f"{meta['stage']}/{meta['tag']} step {meta['step']}"
+    runtime.print(f"{title}: {', '.join(todo) or 'all tasks are measured'}")
     for spec, task in todo.items():
-        result = evaluate_task(model, tokenizer, task, cfg, runtime, label=spec, system=system)
-        results[spec] = {**result, **settings[spec]}
-        if runtime.is_main:
-            record_evaluation(stage, tag, step, {spec: results[spec]}, weights=weights)
-    record: dict[str, Any] = {}
-    if runtime.is_main:
-        # Over all that is known of this checkpoint: tasks may be measured in several runs.
-        known = read_evaluation(stage, tag, step, weights)["results"]
-        chat_core = math.fsum(result["centered"] for result in known.values()) / len(known)
-        record = record_evaluation(stage, tag, step, weights=weights, chat_core=chat_core)
-        results = {spec: results[spec] for spec in tasks}
-        runtime.console.print(make_table(results, f"{stage}/{tag} step {step}"))
-        runtime.print(
-            f"ChatCORE {chat_core:.4f}: mean centred accuracy of {', '.join(known)}\n"
-            f"written to {evaluation_path(stage, tag)}"
+        result, problems = evaluate_task(
+            model,
+            tokenizer,
+            task,
+            cfg,
+            runtime,
+            label=spec,
+            system=system_style(meta),
+            examples=examples[spec],
         )
-    return cast(dict[str, Any], runtime.broadcast_object(record))
+        if runtime.is_main:
+            results[spec] = record.record(meta, "task", spec, settings[spec], result, problems)
+    results = runtime.broadcast_object({spec: results[spec] for spec in tasks if spec in results})
+    if runtime.is_main:
+        runtime.console.print(make_table(results, title))
+        known = record.of_checkpoint(meta)
+        for name, text in record.chat_core_texts(known).items():
+            runtime.print(f"{name}: {text}")
+        if cfg.against is not None:
+            for line in compared(results, cfg.against):
+                runtime.print(line)
+        runtime.print(f"written to {record.evaluation_path(meta['stage'], meta['tag'])}")
+    return results
 
 
-def settings_of(task: Task, cfg: Config, runtime: Runtime) -> dict[str, Any]:
+def compared(results: Mapping[str, record.Measurement], source: str) -> list[str]:
+    """A line for each task: how its problems were answered by this checkpoint and by another."""
+    other = read_meta(find(source, None), verify=False)
+    known = record.of_checkpoint(other)
+    name = f"{other['stage']}/{other['tag']} step {other['step']}"
+    lines = []
+    for spec, one in results.items():
+        before = record.find(known, "task", spec, one["settings"])
+        test = record.compare(before, one) if before else None
+        if test is None:
+            lines.append(f"{spec}: {name} was not measured with these settings, one answer each")
+        else:
+            lines.append(
+                f"{spec}: against {name} {test['gained']} more problems are right and "
+                f"{test['lost']} no longer; McNemar's p = {test['p']:.3g}"
+            )
+    return lines
+
+
+def settings_of(
+    task: Task, examples: Sequence[Conversation], cfg: Config, runtime: Runtime
+) -> dict[str, Any]:
     """What a result depends on, beside the model."""
-    return {
-        "task": task.fingerprint(),
+    chosen = chosen_problems(task, cfg)
+    digest = hashlib.sha256(f"{type(task).__name__} {task.VERSION}".encode())
+    for conversation in (*examples, *(task[i] for i in chosen)):
+        digest.update(json.dumps(conversation, sort_keys=True, default=str).encode())
+    settings: dict[str, Any] = {
         "split": cfg.split,
-        "max_problems": cfg.max_problems,
-        "num_samples": cfg.num_samples,
-        "temperature": cfg.temperature,
-        "top_k": cfg.top_k,
-        "max_tokens": cfg.max_tokens,
-        "seed": cfg.seed,
+        "problems": len(chosen),
+        "of": len(task),
+        "shots": cfg.shots,
+        "digest": digest.hexdigest(),
         "dtype": str(runtime.dtype),
     }
+    if task.eval_type == "generative":
+        drawn = cfg.answering
+        settings |= {
+            "max_tokens": drawn.max_tokens,
+            "temperature": drawn.temperature,
+            "num_samples": drawn.num_samples,
+        }
+        if drawn.temperature > 0:
+            settings |= {"top_k": drawn.top_k, "seed": drawn.seed}
+    return settings
 
 
-def finished(
-    meta: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]], cfg: Config
-) -> dict[str, dict[str, Any]]:
-    """The recorded results of this checkpoint that the same settings gave."""
-    recorded = read_evaluation(meta["stage"], meta["tag"], int(meta["step"]), weights_digest(meta))
-    kept = {}
-    for spec, wanted in settings.items():
-        result = recorded.get("results", {}).get(spec, {})
-        same = all(key in result and result[key] == value for key, value in wanted.items())
-        estimates = {str(k) for k in cfg.pass_at if k <= result.get("samples", 0)}
-        if same and estimates <= set(result.get("pass_at", {})):
-            kept[spec] = result
-    return kept
+def chosen_problems(task: Task, cfg: Config) -> list[int]:
+    """Spread over the task: many are sorted by subject."""
+    count = min(len(task), cfg.max_problems or len(task))
+    return [k * len(task) // count for k in range(count)]
+
+
+def has_estimates(result: Mapping[str, Any], drawn: Answering) -> bool:
+    """Whether pass@k was recorded for each k that is asked for now."""
+    wanted = {str(k) for k in drawn.pass_at if k <= result.get("samples", 0)}
+    return wanted <= set(result.get("pass_at", {}))
+
+
+def load_examples(spec: str, task: Task, shots: int) -> list[Conversation]:
+    """Solved rows to show before a problem: the first ones, of each subject if there are any."""
+    if shots == 0:
+        return []
+    try:
+        source = build(spec, task.EXAMPLES)
+    except UserError as error:
+        raise UserError(f"--shots {shots}: {spec} has no examples to show ({error})") from error
+    kept: dict[str, list[Conversation]] = defaultdict(list)
+    for row in source:
+        subject = row.get("subject", "")
+        if len(kept[subject]) < shots:
+            kept[subject].append(row)
+        elif "subject" not in row:
+            break
+    for subject, rows in kept.items():
+        if len(rows) < shots:
+            raise UserError(
+                f"--shots {shots}: {spec} has only {len(rows)} examples {subject}".rstrip()
+            )
+    return [row for rows in kept.values() for row in rows]
+
+
+def examples_for(
+    conversation: Conversation, examples: Sequence[Conversation]
+) -> list[Conversation]:
+    subject = conversation.get("subject")
+    return [example for example in examples if example.get("subject") == subject]
+
+
+def render_prompt(
+    tokenizer: Tokenizer,
+    conversation: Conversation,
+    examples: Sequence[Conversation],
+    limit: int,
+    system: SystemStyle,
+) -> tuple[list[int], bool]:
+    """The prompt with the last examples that fit into `limit` tokens; whether any was left out.
+
+    Without examples it may be longer than that.
+    """
+    shown = examples_for(conversation, examples)
+    for left_out in range(len(shown) + 1):
+        turns = [message for example in shown[left_out:] for message in example["messages"]]
+        whole = {**conversation, "messages": [*turns, *conversation["messages"]]}
+        prompt = tokenizer.render_for_completion(whole, system)
+        if len(prompt) <= limit:
+            break
+    return prompt, left_out > 0
 
 
 def check_task(task: Task, spec: str) -> None:
@@ -212,55 +294,64 @@ def evaluate_task(
     *,
     label: str | None = None,
     system: SystemStyle = "tokens",
-) -> dict[str, Any]:
-    """The result of a task over all ranks, the same on every rank.
+    examples: Sequence[Conversation] = (),
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(result, its problems in order) of a task over all ranks, the same on every rank.
 
     Problem i and its samples have random streams of their own, so the result depends neither on
     the batch size nor on the number of ranks (up to the rounding of matrix products).
     """
     label = label or task.name
     check_task(task, label)
-    count = min(len(task), cfg.max_problems or len(task))
-    # Spread over the task: many are sorted by subject.
-    chosen = [k * len(task) // count for k in range(count)]
+    chosen = chosen_problems(task, cfg)
     categorical = task.eval_type == "categorical"
-    samples = 1 if categorical else cfg.num_samples
+    samples = 1 if categorical else cfg.answering.num_samples
     measure = _answer_categorical if categorical else _answer_generative
     with progress_bar(label, 1) if runtime.is_main else nullcontext() as bar:
-        answers = measure(model, tokenizer, task, chosen, cfg, runtime, system, bar)
+        answers = measure(model, tokenizer, task, chosen, cfg, runtime, system, examples, bar)
     for text in answers.shown:
         runtime.print(text)
 
-    right = torch.zeros(count, dtype=torch.int64)
-    options = torch.zeros(count, dtype=torch.int64)
-    for k in answers.right:
-        right[k], options[k] = answers.right[k], answers.options.get(k, 0)
-    truncated = torch.tensor([answers.truncated])
-    # int64 sums are exact, in whatever order the ranks are added.
-    hits, num_options, (num_truncated,) = (
-        runtime.all_reduce_sum(counts.to(runtime.device)).tolist()
-        for counts in (right, options, truncated)
-    )
-    chance = math.fsum(1 / n for n in num_options) / count if categorical else 0.0
-    more: dict[str, Any] = {"truncated": num_truncated, "eval_type": task.eval_type}
-    if samples > 1:
-        more["samples"] = samples
-        more["pass_at"] = {
-            str(k): math.fsum(pass_at_k(samples, n, k) for n in hits) / count
-            for k in cfg.pass_at
-            if k <= samples
+    found = [one for part in runtime.gather_objects(answers.problems) for one in part]
+    problems = sorted(found, key=lambda one: int(one["problem"]))
+    count, hits = len(problems), [int(one["right"]) for one in problems]
+    chance = math.fsum(1 / one["options"] for one in problems) / count if categorical else 0.0
+    more: dict[str, Any] = {
+        "truncated": sum(one["truncated"] for one in problems),
+        "eval_type": task.eval_type,
+    }
+    by_subject: dict[str, list[int]] = defaultdict(list)
+    for one in problems:
+        if one.get("subject"):
+            by_subject[one["subject"]].append(one["right"])
+    if by_subject:
+        more["by_subject"] = {
+            subject: {"correct": sum(right) / samples, "total": len(right)}
+            for subject, right in sorted(by_subject.items())
         }
     if task.BY_KIND:
-        kinds: dict[str, list[int]] = {}
-        for i, right_samples in zip(chosen, hits, strict=True):
-            kinds.setdefault(task[i]["kind"], []).append(right_samples)
+        rows = [task[one["problem"]] for one in problems]
+        kinds: dict[str, list[int]] = defaultdict(list)
+        for row, right in zip(rows, hits, strict=True):
+            kinds[row["kind"]].append(right)
         more["kinds"] = {
-            kind: task_result(sum(found) / samples, len(found), 0.0)
-            for kind, found in kinds.items()
+            kind: task_result(sum(right) / samples, len(right), 0.0)
+            for kind, right in kinds.items()
         }
-        more["exchanges"] = answers.exchanges
-    correct = sum(hits) if samples == 1 else sum(hits) / samples
-    return task_result(correct, count, chance, **more)
+        places = _in_turn([row["kind"] for row in rows])[:MAX_EXCHANGES]
+        more["exchanges"] = [_exchange(rows[place], problems[place]) for place in places]
+    if samples == 1:
+        return task_result(sum(hits), count, chance, **more), problems
+    more["samples"] = samples
+    more["pass_at"] = {
+        str(k): math.fsum(pass_at_k(samples, n, k) for n in hits) / count
+        for k in cfg.answering.pass_at
+        if k <= samples
+    }
+    if "majority" in problems[0]:
+        more["majority"] = sum(one["majority"] for one in problems) / count
+    interval = list(clustered_interval(hits, samples))
+    return task_result(sum(hits) / samples, count, chance, ci=interval, **more), problems
 
 
 def _answer_categorical(
@@ -271,45 +362,71 @@ def _answer_categorical(
     cfg: Config,
     runtime: Runtime,
     system: SystemStyle,
+    examples: Sequence[Conversation],
     bar: Bar | None,
 ) -> Answers:
     """Choose the most likely of each problem's options."""
     answers = Answers()
     scorer = GPTScorer(model)
     # Cheap to know for all problems without encoding them.
-    lengths = [sum(len(str(m["content"])) for m in task[i]["messages"]) for i in chosen]
+    lengths = [
+        sum(
+            len(str(message["content"]))
+            for one in (task[i], *examples_for(task[i], examples))
+            for message in one["messages"]
+        )
+        for i in chosen
+    ]
     blocks = length_blocks(lengths, cfg.batch_size)[runtime.rank :: runtime.world_size]
     if bar is not None:
         bar.resize(sum(len(block) for block in blocks))
     for block in blocks:
         conversations = [task[chosen[k]] for k in block]
-        prompts, options = [], []
+        prompts, options, cuts = [], [], []
         for conversation in conversations:
-            prompt = tokenizer.render_for_completion(conversation, system)
             encoded = encode_options(tokenizer, conversation["letters"])
+            limit = scorer.context_length + 1 - max(len(option) for option in encoded)
+            prompt, fewer = render_prompt(tokenizer, conversation, examples, limit, system)
             prompt, encoded, cut = _crop_chat(prompt, encoded, scorer.context_length)
-            answers.truncated += cut
             prompts.append(prompt)
             options.append(encoded)
-        for k, conversation, scored in zip(
-            block, conversations, scorer.score(prompts, options), strict=True
+            cuts.append(fewer or cut)
+        for k, conversation, scored, cut in zip(
+            block, conversations, scorer.score(prompts, options), cuts, strict=True
         ):
             values = [option.logprob for option in scored]
             answer = conversation["letters"][values.index(max(values))]
-            answers.right[k] = int(task.evaluate(conversation, answer))
-            answers.options[k] = len(scored)
+            right = task.evaluate(conversation, answer)
+            answers.problems.append(
+                {
+                    "problem": chosen[k],
+                    "right": int(right),
+                    "options": len(scored),
+                    "truncated": cut,
+                    "answers": [answer],
+                    **_known(conversation),
+                    "logprobs": dict(zip(conversation["letters"], values, strict=True)),
+                }
+            )
             if len(answers.shown) < cfg.show:
                 chances = ", ".join(
                     f"{letter} {math.exp(value):.3f}"
                     for letter, value in zip(conversation["letters"], values, strict=True)
                 )
-                verdict = "right" if answers.right[k] else f"wrong: {conversation.get('answer')}"
+                verdict = "right" if right else f"wrong: {conversation.get('answer')}"
                 answers.shown.append(
                     _shown(task, chosen[k], conversation, [f"{answer} ({verdict}; {chances})"])
                 )
         if bar is not None:
-            bar.set(len(answers.right))
+            bar.set(len(answers.problems))
     return answers
+
+
+def _known(conversation: Conversation) -> dict[str, Any]:
+    """What is known of a problem: its answer and its subject, if it has them."""
+    return {
+        key: conversation[key] for key in ("answer", "subject", "kind") if conversation.get(key)
+    }
 
 
 def encode_options(tokenizer: Tokenizer, letters: Sequence[str]) -> list[list[int]]:
@@ -343,34 +460,40 @@ def _answer_generative(
     cfg: Config,
     runtime: Runtime,
     system: SystemStyle,
+    examples: Sequence[Conversation],
     bar: Bar | None,
 ) -> Answers:
     """Decode answers and judge them, in threads: judging may run programs."""
     answers = Answers()
+    drawn = cfg.answering
     params = SamplingParams(
-        temperature=cfg.temperature, top_k=cfg.top_k, max_tokens=cfg.max_tokens, seed=cfg.seed
+        temperature=drawn.temperature,
+        top_k=drawn.top_k,
+        max_tokens=drawn.max_tokens,
+        seed=drawn.seed,
     )
     engine = Engine(model, tokenizer, max_slots=cfg.batch_size)
     mine = range(len(chosen))[runtime.rank :: runtime.world_size]
     # A longer prompt is cut, to leave the answer a quarter of the context (or all it may have).
-    room = min(cfg.max_tokens, max(1, engine.context_length // 4))
+    room = min(drawn.max_tokens, max(1, engine.context_length // 4))
+    limit = max(1, engine.context_length - room)
     conversations: dict[int, Conversation] = {}
     prompts: dict[int, list[int]] = {}
+    truncated: dict[int, bool] = {}
     for k in mine:
         conversations[k] = task[chosen[k]]
-        prompt = tokenizer.render_for_completion(conversations[k], system)
-        limit = max(1, engine.context_length - room)
+        prompt, fewer = render_prompt(tokenizer, conversations[k], examples, limit, system)
+        truncated[k] = fewer or len(prompt) > limit
         if len(prompt) > limit:
-            answers.truncated += 1
             prompt = [prompt[0], *prompt[len(prompt) - limit + 1 :]] if limit > 1 else prompt[-1:]
         prompts[k] = prompt
     requests: dict[Request, int] = {}
     # The longest first: prompts that are read side by side are then of similar length.
     for k in sorted(mine, key=lambda k: (-len(prompts[k]), k)):
-        requests[engine.submit(prompts[k], params, cfg.num_samples, index=chosen[k])] = k
+        requests[engine.submit(prompts[k], params, drawn.num_samples, index=chosen[k])] = k
 
     if bar is not None:
-        bar.resize(len(mine) * cfg.num_samples)
+        bar.resize(len(mine) * drawn.num_samples)
     verdicts: dict[int, dict[int, Future[bool]]] = {k: {} for k in mine}  # by sample
     with ThreadPoolExecutor(thread_name_prefix="judge") as pool:
         while not engine.idle:
@@ -383,30 +506,44 @@ def _answer_generative(
                 )
                 if bar is not None:
                     bar.advance(1)
-        for k, futures in verdicts.items():
-            answers.right[k] = sum(bool(future.result()) for future in futures.values())
+        right = {
+            k: [bool(futures[sample].result()) for sample in sorted(futures)]
+            for k, futures in verdicts.items()
+        }
     by_problem = {k: request for request, k in requests.items()}
-    if task.BY_KIND:
-        for k in _in_turn([conversations[k]["kind"] for k in mine])[:MAX_EXCHANGES]:
-            k = mine[k]
-            said = list(conversations[k]["messages"])
-            if said[-1]["role"] == "assistant":
-                said.pop()  # the reference
-            answers.exchanges.append(
-                {
-                    "kind": conversations[k]["kind"],
-                    "messages": [[m["role"], "".join(p["text"] for p in parts(m))] for m in said],
-                    "answer": by_problem[k].completions[0].written,
-                    "right": verdicts[k][0].result(),
-                }
-            )
-    for k in list(mine)[: cfg.show]:
-        texts = []
-        for sample, completion in enumerate(by_problem[k].completions):
-            verdict = "right" if verdicts[k][sample].result() else "wrong"
-            texts.append(f"{completion.written} ({verdict}, {completion.finish_reason})")
-        answers.shown.append(_shown(task, chosen[k], conversations[k], texts))
+    votes = drawn.num_samples > 1 and type(task).vote is not Task.vote
+    for k in mine:
+        completions = by_problem[k].completions
+        one: dict[str, Any] = {
+            "problem": chosen[k],
+            "right": sum(right[k]),
+            "truncated": truncated[k],
+            "answers": [completion.written for completion in completions],
+            **_known(conversations[k]),
+        }
+        if drawn.num_samples > 1:
+            one["verdicts"] = right[k]
+        if votes:
+            cast = [task.vote(conversations[k], completion.text) for completion in completions]
+            one["majority"] = majority(cast, right[k])
+        answers.problems.append(one)
+    for one in answers.problems[: cfg.show]:
+        k = chosen.index(one["problem"])
+        texts = [
+            f"{completion.written} ({'right' if verdict else 'wrong'}, {completion.finish_reason})"
+            for completion, verdict in zip(by_problem[k].completions, right[k], strict=True)
+        ]
+        answers.shown.append(_shown(task, one["problem"], conversations[k], texts))
     return answers
+
+
+def majority(votes: Sequence[Any], right: Sequence[bool]) -> bool:
+    """Whether the answer that most samples gave is right; of equally many the first one given.
+
+    votes: what each sample answered, None for nothing.
+    """
+    counts = Counter(vote for vote in votes if vote is not None)
+    return bool(counts) and right[votes.index(counts.most_common(1)[0][0])]
 
 
 def _in_turn(kinds: Sequence[str]) -> list[int]:
@@ -423,6 +560,19 @@ def _in_turn(kinds: Sequence[str]) -> list[int]:
     return [place for _, place in sorted(rounds)]
 
 
+def _exchange(row: Conversation, problem: dict[str, Any]) -> dict[str, Any]:
+    """A conversation without its reference, and what was answered first."""
+    said = list(row["messages"])
+    if said[-1]["role"] == "assistant":
+        said.pop()
+    return {
+        "kind": row["kind"],
+        "messages": [[m["role"], "".join(part["text"] for part in parts(m))] for m in said],
+        "answer": problem["answers"][0],
+        "right": bool(problem.get("verdicts", [problem["right"]])[0]),
+    }
+
+
 def _shown(task: Task, index: int, conversation: Conversation, answers: list[str]) -> str:
     """A problem for the console; under torchrun rank 0 shows its own ones."""
     messages = list(conversation["messages"])
@@ -434,27 +584,30 @@ def _shown(task: Task, index: int, conversation: Conversation, answers: list[str
     return "\n".join([*lines, *(f"answer: {answer}" for answer in answers)])
 
 
-def make_table(results: dict[str, dict[str, Any]], title: str) -> Table:
+def make_table(results: Mapping[str, record.Measurement], title: str) -> Table:
     table = Table(title=title)
     table.add_column("task", no_wrap=True)
     for name in ("accuracy", "95 %", "chance", "centred", "problems"):
         table.add_column(name, justify="right", no_wrap=True)
     notes = {}
-    for spec, result in results.items():
+    for spec, measured in results.items():
+        result = measured["result"]
         notes[spec] = [f"pass@{k} {value:.4f}" for k, value in result.get("pass_at", {}).items()]
+        if "majority" in result:
+            notes[spec].append(f"majority {result['majority']:.4f}")
         if result["truncated"]:
             notes[spec].append(f"{result['truncated']} truncated")
     if any(notes.values()):
         table.add_column("notes")
     lines = [
-        (name, line)
-        for spec, result in results.items()
+        (name, line, measured["settings"]["of"])
+        for spec, measured in results.items()
         for name, line in [
-            (spec, result),
-            *((f"  {k}", r) for k, r in result.get("kinds", {}).items()),
+            (spec, measured["result"]),
+            *((f"  {kind}", one) for kind, one in measured["result"].get("kinds", {}).items()),
         ]
     ]
-    for spec, result in lines:
+    for spec, result, whole in lines:
         low, high = result["ci"]
         table.add_row(
             spec,
@@ -462,7 +615,8 @@ def make_table(results: dict[str, dict[str, Any]], title: str) -> Table:
             f"{low:.3f}-{high:.3f}",
             f"{result['chance']:.3f}",
             f"{result['centered']:.4f}",
-            f"{result['total']:,}",
+            f"{result['total']:,}"
+            + (f" of {whole:,}" if spec in results and result["total"] < whole else ""),
             *([", ".join(notes.get(spec, []))] if any(notes.values()) else []),
         )
     return table

@@ -1,8 +1,8 @@
 """What a model makes of a long context.
 
 Loss by position, what the far context gains, bits per byte at the first and the present context,
-and a grid of hidden words (tasks/passkey.py) by depth and length. Written to
-report/long_eval_<stage>-<tag>.json, from which scripts.report draws.
+and a grid of hidden words (tasks/passkey.py) by depth and length. Written, with all that says what
+was measured, to report/eval_<stage>-<tag>.json, from which scripts.report draws.
 
 A model whose context was never extended can be asked beyond it, its rotary base as it is.
 
@@ -13,23 +13,22 @@ Examples:
 
 # B batch, T time (the context), W the short context, S targets per short row
 
-import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from rich.table import Table
 
-from nanochat import paths
 from nanochat.checkpoint_manager import load_model
-from nanochat.cli import Group, launch
+from nanochat.cli import launch
 from nanochat.config import Computing
 from nanochat.data.sources import open_store
 from nanochat.errors import UserError
 from nanochat.eval.long_context import losses_by_position
 from nanochat.eval.losses import bits_per_byte, summed
 from nanochat.eval.options import GPTScorer
+from nanochat.eval.record import record
 from nanochat.gpt import GPT, extend_context
 from nanochat.infer.engine import Engine, SamplingParams
 from nanochat.runtime import Runtime
@@ -39,7 +38,7 @@ from tasks.passkey import FILLER, Haystack, Passkey, corpus_sentences
 
 
 @dataclass(frozen=True)
-class Passkeys(Group):
+class Passkeys:
     """Words hidden in long texts."""
 
     lengths: tuple[int, ...] = ()
@@ -58,7 +57,9 @@ class Passkeys(Group):
 
 
 @dataclass(frozen=True)
-class Config(Passkeys, Computing):
+class Config:
+    run: Computing = field(default_factory=Computing)
+    passkeys: Passkeys = field(default_factory=Passkeys)
     source: str = "mid"
     """A stage (base, mid, sft, rl), stage/tag, or a checkpoint folder."""
     step: int | None = None
@@ -107,19 +108,27 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
         },
         **losses_by_position(model, store, T, cfg.eval_tokens, cfg.batch_size, runtime),
     }
-    if cfg.samples:
-        corpus = cfg.haystack == "corpus"
+    if cfg.passkeys.samples:
+        corpus = cfg.passkeys.haystack == "corpus"
         haystack = Haystack(corpus_sentences(store, tokenizer) if corpus else FILLER, tokenizer)
-        result["passkey"] = passkey_grid(model, tokenizer, haystack, T, cfg, runtime)
+        result["passkey"] = passkey_grid(model, tokenizer, haystack, T, cfg.passkeys, runtime)
     if runtime.is_main:
-        path = paths.report_dir() / f"long_eval_{meta['stage']}-{meta['tag']}.json"
-        paths.atomic_write(path, json.dumps(result, indent=2) + "\n")
+        settings = {
+            "corpus": cfg.corpus,
+            "split": cfg.split,
+            "digest": store.meta["fingerprint"],
+            "eval_tokens": cfg.eval_tokens,
+            "context_length": T,
+            "passkeys": asdict(cfg.passkeys),
+            "dtype": str(runtime.dtype),
+        }
+        record(meta, "long_context", "long context", settings, result)
         show(result, runtime)
     return result
 
 
 def passkey_grid(
-    model: GPT, tokenizer: Tokenizer, haystack: Haystack, T: int, cfg: Config, runtime: Runtime
+    model: GPT, tokenizer: Tokenizer, haystack: Haystack, T: int, cfg: Passkeys, runtime: Runtime
 ) -> dict[str, Any]:
     """Shares of hidden words that are found, by depth and length.
 

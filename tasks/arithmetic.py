@@ -12,6 +12,7 @@ so no held-out problem is a training problem with other people, things or phrasi
 
 from dataclasses import dataclass
 from dataclasses import field as default
+from fractions import Fraction
 from random import Random
 from typing import Any
 
@@ -331,6 +332,9 @@ class Arithmetic(Task):
         if "check" in conversation:
             return parse_number(completion) is not None
         return final_answer(completion) is not None
+
+    def vote(self, conversation: Conversation, completion: str) -> Fraction | None:
+        return final_answer(completion)
 
 
 if __name__ == "__main__":

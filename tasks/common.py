@@ -12,7 +12,7 @@ import os
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -46,6 +46,8 @@ class Task(ABC):
     """Whether there is a split val with nothing in it that is in train."""
     BY_KIND: ClassVar[bool] = False
     """Whether rows have a `kind`, by which results are told as well, with some of the answers."""
+    EXAMPLES: ClassVar[str] = "train"
+    """The split whose rows are shown as solved examples before a problem."""
 
     def __init__(self, name: str, split: str):
         self.name = name
@@ -95,6 +97,10 @@ class Task(ABC):
     def well_formed(self, conversation: Conversation, completion: str) -> bool:
         """Whether there is an answer in `completion` that can be judged, right or wrong."""
         return bool(completion.strip())
+
+    def vote(self, conversation: Conversation, completion: str) -> Hashable | None:
+        """What `completion` answers, to be counted in a majority vote; None for nothing."""
+        return None
 
     def fingerprint(self) -> str:
         """Of name, split, settings, data and code version: the rows are equal where it is."""

@@ -1,6 +1,7 @@
 """GSM8K: grade school word problems whose solutions call a calculator (arXiv 2110.14168)."""
 
 import re
+from fractions import Fraction
 
 from nanochat.errors import UserError
 from nanochat.tools.calculator import CalculatorError, calculate
@@ -34,6 +35,9 @@ class GSM8K(HubTask):
 
     def well_formed(self, conversation: Conversation, completion: str) -> bool:
         return final_answer(completion) is not None
+
+    def vote(self, conversation: Conversation, completion: str) -> Fraction | None:
+        return final_answer(completion)
 
 
 def solution_parts(solution: str) -> list[dict[str, str]]:

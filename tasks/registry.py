@@ -8,7 +8,7 @@ that the table below names. In a mixture the last part, if it is a number, is th
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanochat.errors import UserError
 from tasks.arc import ARC
@@ -29,24 +29,35 @@ from tasks.specs import construct, is_file
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 from tasks.views import HELD_OUT_ROWS, TaskMixture, TaskSlice, hold_out
 
-# name: (constructor, the option that a bare value means)
-TASKS: dict[str, tuple[Callable[..., Task], str | None]] = {
-    "arc": (ARC, "subset"),
-    "arithmetic": (Arithmetic, "size"),
-    "customjson": (CustomJSON, "path"),
-    "first_contact": (FirstContact, None),
-    "followups": (FollowUps, "size"),
-    "gsm8k": (GSM8K, None),
-    "humaneval": (HumanEval, None),
-    "identity": (Identity, "size"),
-    "ignorance": (Ignorance, "size"),
-    "mmlu": (MMLU, None),
-    "passages": (Passages, "size"),
-    "passkey": (Passkey, "size"),
-    "simplespelling": (SimpleSpelling, "size"),
-    "smoltalk": (SmolTalk, None),
-    "spellingbee": (SpellingBee, "size"),
+
+class Entry(NamedTuple):
+    """A task that specs can name."""
+
+    constructor: Callable[..., Task]
+    bare: str | None = None
+    """The option that a bare value in a spec means."""
+    evaluated: tuple[str, ...] = ()
+    """The specs that `chat_eval` measures where none is named."""
+
+
+TASKS = {
+    "arc": Entry(ARC, "subset", evaluated=("arc:easy", "arc:challenge")),
+    "arithmetic": Entry(Arithmetic, "size", evaluated=("arithmetic",)),
+    "customjson": Entry(CustomJSON, "path"),
+    "first_contact": Entry(FirstContact),
+    "followups": Entry(FollowUps, "size"),
+    "gsm8k": Entry(GSM8K, evaluated=("gsm8k",)),
+    "humaneval": Entry(HumanEval, evaluated=("humaneval",)),
+    "identity": Entry(Identity, "size"),
+    "ignorance": Entry(Ignorance, "size"),
+    "mmlu": Entry(MMLU, evaluated=("mmlu",)),
+    "passages": Entry(Passages, "size"),
+    "passkey": Entry(Passkey, "size"),
+    "simplespelling": Entry(SimpleSpelling, "size", evaluated=("simplespelling",)),
+    "smoltalk": Entry(SmolTalk),
+    "spellingbee": Entry(SpellingBee, "size", evaluated=("spellingbee",)),
 }
+EVALUATED = tuple(spec for entry in TASKS.values() for spec in entry.evaluated)
 EXAMPLES = {
     "customjson": "Who are you?",
     "simplespelling": "Spell cat",
@@ -68,7 +79,8 @@ def build(spec: str, split: str, **options: Any) -> Task:
     name = spec.partition(":")[0]
     if name not in TASKS:
         raise UserError(f"unknown task '{name}'; there are {', '.join(sorted(TASKS))}")
-    return construct(*TASKS[name], spec, split, **options)
+    entry = TASKS[name]
+    return construct(entry.constructor, entry.bare, spec, split, **options)
 
 
 def split_weight(spec: str) -> tuple[str, float]:

@@ -33,6 +33,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -275,6 +276,9 @@ class SpellingBee(_WordTask):
 
     def well_formed(self, conversation: Conversation, completion: str) -> bool:
         return final_answer(completion) is not None
+
+    def vote(self, conversation: Conversation, completion: str) -> Fraction | None:
+        return final_answer(completion)
 
 
 def made_up_word(words: Sequence[str], random: Random) -> str:

@@ -64,11 +64,11 @@ def test_a_weight_where_none_belongs_is_named() -> None:
 def test_the_task_of_the_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
     page = (ROOT / "docs" / "customize.md").read_text("utf-8")
     [source] = re.findall(r"```python\n(\"\"\"Reversing words.*?)```", page, re.DOTALL)
-    [entry] = re.findall(r"```python\n    \"reverse\": \((\w+), \"(\w+)\"\),\n```", page)
+    [entry] = re.findall(r"```python\n    \"reverse\": Entry\((\w+), \"(\w+)\"\),\n```", page)
     assert len([line for line in source.splitlines() if line]) <= 30
     names: dict[str, Any] = {}
     exec(source, names)
-    monkeypatch.setitem(registry.TASKS, "reverse", (names[entry[0]], entry[1]))
+    monkeypatch.setitem(registry.TASKS, "reverse", registry.Entry(names[entry[0]], entry[1]))
     train, test = (registry.build("reverse:200", split) for split in ("train", "test"))
     assert isinstance(train, Task)
     assert len(train) == 200

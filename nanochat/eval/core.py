@@ -1,4 +1,14 @@
-"""The CORE metric of DataComp-LM (arXiv 2406.11794): 22 few-shot tasks for base models.
+"""CORE as nanochat's base_eval computes it: 22 few-shot tasks for base models.
+
+The tasks, the number of examples and the centring are those of DataComp-LM (arXiv 2406.11794).
+Scores compare with nanochat's own, and only roughly with those of the paper, whose harness lays out
+and draws differently:
+- Examples are drawn per item from a generator of its own, and items are shuffled, with the seeds
+  below.
+- Examples are always separated by a blank line, question and answer by `continuation_delimiter`
+  of core.yaml; other delimiters in it are ignored.
+- An alternative is scored from the first token on in which the alternatives differ: a beginning
+  that options share counts for none of them.
 
 Three kinds of task:
 - multiple_choice: one question, several answers; the answer whose tokens are on average the most

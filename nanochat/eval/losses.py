@@ -125,6 +125,46 @@ def bits_per_byte(
     return evaluate_bpb(model, batches, sizes, runtime)
 
 
+def text_loss(
+    model: GPT,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    runtime: Runtime,
+) -> dict[str, Any]:
+    """`evaluate_bpb` of one text, and the perplexity of its words.
+
+    Every token is a target once, after `<|bos|>` and the tokens before it in a row of
+    `sequence_length`; rows follow one another without overlap. "word_perplexity" is e to the power
+    of the text's nats per word, and "words" are what white space separates: so texts in one
+    language compare between tokenizers. `text` has at least one word.
+    """
+    ids = torch.tensor([tokenizer.bos, *tokenizer.encode(text)])
+    T = sequence_length
+    num_rows = -(-(len(ids) - 1) // T)
+    padded = torch.zeros(num_rows * T + 1, dtype=torch.int64)
+    padded[: len(ids)] = ids
+    inputs = padded[:-1].view(num_rows, T)
+    targets = torch.where(torch.arange(num_rows * T) < len(ids) - 1, padded[1:], -1)
+    targets = targets.view(num_rows, T)
+
+    def batches() -> Iterator[Batch]:
+        mine = range(runtime.rank, num_rows, runtime.world_size)
+        for start in range(0, len(mine), batch_size):
+            rows = list(mine[start : start + batch_size])
+            weights = (targets[rows] >= 0).float()
+            one_document = torch.zeros(len(rows), T, dtype=torch.int32)
+            yield Batch(inputs[rows], targets[rows], weights, one_document).to(runtime.device)
+
+    sizes = torch.as_tensor(tokenizer.token_bytes()).to(runtime.device)
+    result = evaluate_bpb(model, batches(), sizes, runtime)
+    words = len(text.split())
+    nats = result["loss"] * result["tokens"]
+    return {**result, "words": words, "word_perplexity": math.exp(min(700.0, nats / words))}
+
+
 def mixture_bpb(sources: Sequence[Source], results: Sequence[Mapping[str, float]]) -> float:
     """Bits per byte of text in which the sources are mixed by their weights.
 

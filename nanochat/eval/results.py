@@ -1,16 +1,11 @@
-"""Results of evaluations: intervals, centred scores, and the file they are kept in."""
+"""Accuracies as evaluations write them down: intervals, centred scores, paired tests."""
 
-import json
 import math
-from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from nanochat import paths
 
-
-def wilson_interval(correct: float, total: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(correct: float, total: float, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's score interval of a proportion, by default at 95 %.
 
     >>> [round(x, 4) for x in wilson_interval(8, 10)]
@@ -25,13 +20,44 @@ def wilson_interval(correct: float, total: int, z: float = 1.959964) -> tuple[fl
     return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
 
 
+def clustered_interval(hits: Sequence[int], samples: int) -> tuple[float, float]:
+    """95 % interval of the share of right answers, `samples` of them to each problem.
+
+    hits: right answers of each problem. Answers to one problem resemble each other: what counts is
+    how far problems differ. Wilson's interval for the number of independent answers that would have
+    this variance: between the number of problems, where all answers to one are alike, and the
+    number of answers, where problems are equally hard.
+    """
+    count = len(hits)
+    p = sum(hits) / (count * samples)
+    effective = float(count)
+    if count > 1 and 0 < p < 1:
+        variance = math.fsum((n / samples - p) ** 2 for n in hits) / (count - 1) / count
+        most = float(count * samples)
+        effective = min(most, max(effective, p * (1 - p) / variance)) if variance else most
+    return wilson_interval(p * effective, effective)
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """McNemar's exact two-sided p: how likely is so uneven a split if both models are as good?
+
+    gained, lost: problems that only the one, only the other model answers rightly.
+
+    >>> mcnemar(1, 9)
+    0.021484375
+    """
+    n = gained + lost
+    tail = sum(math.comb(n, k) for k in range(min(gained, lost) + 1))
+    return min(1.0, tail / 2 ** (n - 1)) if n else 1.0
+
+
 def centered(accuracy: float, chance: float) -> float:
     """0 for guessing, 1 for all right."""
     return (accuracy - chance) / (1 - chance)
 
 
 def task_result(correct: float, total: int, chance: float, **more: Any) -> dict[str, Any]:
-    """How every evaluation writes down a task's accuracy."""
+    """How every evaluation writes down a task's accuracy; `ci` in `more` replaces Wilson's."""
     accuracy = correct / total
     return {
         "accuracy": accuracy,
@@ -42,55 +68,3 @@ def task_result(correct: float, total: int, chance: float, **more: Any) -> dict[
         "centered": centered(accuracy, chance),
         **more,
     }
-
-
-def evaluation_path(stage: str, tag: str) -> Path:
-    return paths.report_dir() / f"eval_{stage}-{tag}.json"
-
-
-def weights_digest(meta: Mapping[str, Any]) -> str | None:
-    """What tells a checkpoint from another of the same name and step (a run begun anew)."""
-    files: Mapping[str, Mapping[str, str]] = meta.get("files", {})
-    return files.get("model.safetensors", {}).get("sha256")
-
-
-def read_evaluation(stage: str, tag: str, step: int, weights: str | None = None) -> dict[str, Any]:
-    """What is known of this checkpoint; of another step of its run nothing is: {}.
-
-    With `weights` (of `weights_digest`) nothing either of other weights.
-    """
-    with suppress(FileNotFoundError, ValueError):  # none yet, or a torn one
-        known = json.loads(evaluation_path(stage, tag).read_text(encoding="utf-8"))
-        if (
-            isinstance(known, dict)
-            and known.get("step") == step
-            and (weights is None or known.get("weights") == weights)
-        ):
-            return known
-    return {}
-
-
-def record_evaluation(
-    stage: str,
-    tag: str,
-    step: int,
-    results: Mapping[str, Mapping[str, Any]] | None = None,
-    *,
-    weights: str | None = None,
-    **values: Any,
-) -> dict[str, Any]:
-    """Add `results` (task -> task_result) and other values to what is known; returns all of it."""
-    path = evaluation_path(stage, tag)
-    with paths.lock(path):  # two evaluations at once would forget each other's results
-        known = read_evaluation(stage, tag, step, weights)
-        merged = {
-            **known,
-            "stage": stage,
-            "tag": tag,
-            "step": step,
-            **({"weights": weights} if weights else {}),
-            **values,
-            "results": {**known.get("results", {}), **(results or {})},
-        }
-        paths.atomic_write(path, json.dumps(merged, indent=2) + "\n")
-    return merged

@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 from nanochat import __version__, paths
-from nanochat.eval.results import read_evaluation
+from nanochat.eval.record import Measurement, chat_core_texts, labels, of_checkpoint, to_show
 from nanochat.gpt import GPT
 
 
@@ -95,19 +95,12 @@ def _measurements(meta: Mapping[str, Any]) -> list[str]:
     """What was measured of this checkpoint, and of those that it was begun from."""
     lines = ["## Measured", ""]
     for stage, tag, step, known in _lineage(meta):
+        measured = [one for one in to_show(known) if one["kind"] in ("bpb", "text", "core", "task")]
         rows = []
-        for split, value in known.get("bpb", {}).items():
-            rows.append(f"| bits per byte, {split} | {value:.4f} |")
-        for key, name in (("core", "CORE"), ("core_partial", "CORE"), ("chat_core", "ChatCORE")):
-            if known.get(key) is not None:
-                note = " (of some of its tasks)" if key == "core_partial" else ""
-                rows.append(f"| {name}{note} | {known[key]:.4f} |")
-        for task, result in known.get("results", {}).items():
-            low, high = result["ci"]
-            rows.append(
-                f"| {task} | {result['accuracy']:.1%} of {result['total']:,} "
-                f"(95 % interval {low:.1%} to {high:.1%}) |"
-            )
+        for label, one in zip(labels(measured), measured, strict=True):
+            if cell := _cell(one["kind"], one["result"]):
+                rows.append(f"| {label} | {cell} |")
+        rows += [f"| {name} | {text} |" for name, text in chat_core_texts(known).items()]
         if rows:
             lines += [f"| {stage}/{tag}, step {step:,} | |", "|---|---|", *rows, ""]
     rows = [f"| {name} | {value:.2f} |" for name, value in _bytes_per_token(meta).items()]
@@ -116,6 +109,24 @@ def _measurements(meta: Mapping[str, Any]) -> list[str]:
     if len(lines) == 2:
         lines += ["Nothing was measured of this checkpoint.", ""]
     return lines
+
+
+def _cell(kind: str, result: Mapping[str, Any]) -> str:
+    key = {"task": "accuracy", "core": "core" if "core" in result else "core_partial"}.get(
+        kind, "bpb"
+    )
+    if not isinstance(result.get(key), int | float):
+        return ""
+    interval = result.get("ci")
+    form = ".1%" if kind == "task" else ".4f"
+    text = f"{result[key]:{form}}"
+    if kind == "task":
+        text += f" of {result['total']:,}"
+    if interval:
+        text += f" (95 % interval {interval[0]:{form}} to {interval[1]:{form}})"
+    if kind == "text":
+        text += f", {result['word_perplexity']:,.1f} a word"
+    return text
 
 
 def _bytes_per_token(meta: Mapping[str, Any]) -> dict[str, float]:
@@ -128,14 +139,22 @@ def _bytes_per_token(meta: Mapping[str, Any]) -> dict[str, float]:
     return {}
 
 
-def _lineage(meta: Mapping[str, Any]) -> Iterator[tuple[str, str, int, dict[str, Any]]]:
-    """(stage, tag, step, evaluation) of a checkpoint and its ancestors, as long as they exist."""
+def _lineage(meta: Mapping[str, Any]) -> Iterator[tuple[str, str, int, list[Measurement]]]:
+    """(stage, tag, step, measurements) of a checkpoint and its ancestors, as long as they exist."""
     while {"stage", "tag", "step"} <= meta.keys():
         stage, tag, step = meta["stage"], meta["tag"], meta["step"]
         trained = meta.get("train_state", {}).get("metrics", {}).get("bpb")
-        measured = read_evaluation(stage, tag, step)
-        if "bpb" not in measured and isinstance(trained, float):
-            measured["bpb"] = {"validation": trained}
+        measured = of_checkpoint(meta)
+        if isinstance(trained, float) and not any(one["kind"] == "bpb" for one in measured):
+            measured.append(
+                {
+                    "kind": "bpb",
+                    "name": "validation",
+                    "step": step,
+                    "settings": {"corpus": "when it was trained"},
+                    "result": {"bpb": trained},
+                }
+            )
         yield stage, tag, step, measured
         source = meta.get("source") or {}
         try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat import paths
+from nanochat.eval.record import Measurement, read_measurements, to_show
 from nanochat.report.blocks import Record, as_mapping, whole_text
 
 STAGES = {
@@ -89,13 +90,13 @@ class Material:
 
     runs: dict[str, Run]
     """By stage, in the order of the stages."""
-    evaluations: dict[str, Record]
-    """By stage: report/eval_<stage>-<tag>.json."""
+    evaluations: dict[str, list[Measurement]]
+    """By stage: of report/eval_<stage>-<tag>.json the run's last step that was measured."""
     tokenizer: Record | None
     missing: list[str]
     price_per_hour: float | None = None
     long_evaluations: list[Record] = field(default_factory=list)
-    """report/long_eval_<stage>-<tag>.json, of all tags where none was chosen."""
+    """What scripts.long_eval measured, of all tags where none was chosen."""
 
 
 def collect(tag: str | None = None, price_per_hour: float | None = None) -> Material:
@@ -104,7 +105,7 @@ def collect(tag: str | None = None, price_per_hour: float | None = None) -> Mate
     Of each stage the run named `tag`; without a tag, the one that was written last.
     """
     runs: dict[str, Run] = {}
-    evaluations: dict[str, Record] = {}
+    evaluations: dict[str, list[Measurement]] = {}
     missing: list[str] = []
     root = paths.base_dir() / "runs"
     for stage in STAGES:
@@ -128,27 +129,43 @@ def collect(tag: str | None = None, price_per_hour: float | None = None) -> Mate
         results = sorted(
             paths.report_dir().glob(f"eval_{stage}-{wanted}.json"), key=lambda p: p.stat().st_mtime
         )
-        evaluation = _read_json(results[-1], missing) if results else None
-        if evaluation is not None:
-            evaluations[stage] = evaluation
-            last = runs[stage].last.get("step") if stage in runs else None
-            if last is not None and evaluation.get("step") != last:
+        last = runs[stage].last.get("step") if stage in runs else None
+        measured = _read_record(results[-1], missing) if results else []
+        measured = [one for one in measured if one["kind"] != "long_context"]
+        if measured:
+            steps = {one["step"] for one in measured}
+            step = last if last in steps else measured[-1]["step"]
+            evaluations[stage] = to_show([one for one in measured if one["step"] == step])
+            if last is not None and step != last:
                 missing.append(
                     f"an evaluation of {stage} at its last step {whole_text(last)}; "
-                    f"the one shown is of step {whole_text(evaluation.get('step'))}"
+                    f"the one shown is of step {whole_text(step)}"
                 )
         elif stage in runs:
             script = "base_eval" if stage == "base" else "chat_eval"
             missing.append(f"an evaluation of {stage} (python -m scripts.{script})")
-    found = sorted(paths.report_dir().glob(f"long_eval_*-{tag or '*'}.json"))
-    read = (_read_json(path, missing) for path in found)
-    long_evaluations = [record for record in read if record is not None]
+    long_evaluations = []
+    # Earlier versions of long_eval wrote files of their own.
+    for path in sorted(paths.report_dir().glob(f"long_eval_*-{tag or '*'}.json")):
+        record = _read_json(path, missing)
+        long_evaluations += [] if record is None else [record]
+    for path in sorted(paths.report_dir().glob(f"eval_*-{tag or '*'}.json")):
+        measured = [one for one in _read_record(path, []) if one["kind"] == "long_context"]
+        long_evaluations += [one["result"] | one["settings"] for one in to_show(measured)]
     tokenizer = None
     if (paths.report_dir() / "tok_eval.json").is_file():
         tokenizer = _read_json(paths.report_dir() / "tok_eval.json", missing)
     else:
         missing.append("the tokenizer's evaluation (python -m scripts.tok_eval)")
     return Material(runs, evaluations, tokenizer, missing, price_per_hour, long_evaluations)
+
+
+def _read_record(path: Path, missing: list[str]) -> list[Measurement]:
+    try:
+        return read_measurements(path)
+    except (OSError, ValueError):
+        missing.append(f"a readable {path.name}")
+        return []
 
 
 def _read_json(path: Path, missing: list[str]) -> Record | None:

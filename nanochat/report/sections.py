@@ -6,6 +6,7 @@ Reads `runs/<stage>-<tag>/metrics.jsonl` of every stage and the `report/*.json` 
 rest is rendered.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from typing import Any
 
 from nanochat import paths
 from nanochat.errors import UserError
+from nanochat.eval.record import Measurement, chat_core_texts, compare, find, labels
 from nanochat.report.blocks import (
     Block,
     Plot,
@@ -58,7 +60,7 @@ def compose(material: Material) -> list[Section]:
     if material.evaluations or any(run.evals for run in material.runs.values()):
         sections.append(_evaluations(material))
     for stage, run in material.runs.items():
-        sections.append(stage_section(run, material.evaluations.get(stage, {})))
+        sections.append(stage_section(run, material.evaluations.get(stage, [])))
     if material.long_evaluations:
         sections.append(long_context_section(material.long_evaluations))
     if material.tokenizer is not None:
@@ -76,9 +78,10 @@ def compose(material: Material) -> list[Section]:
 def _first_contact(material: Material) -> list[Section]:
     """What the last stage that was asked answers to first messages: exchanges, shares by kind."""
     for stage in reversed(STAGES):
-        results = as_mapping(material.evaluations.get(stage, {}).get("results"))
-        result = as_mapping(results.get("first_contact"))
-        if result:
+        measured = material.evaluations.get(stage, [])
+        found = [one["result"] for one in measured if one["name"] == "first_contact"]
+        if found:
+            result = found[-1]
             break
     else:
         return []
@@ -225,11 +228,6 @@ def _evaluations(material: Material) -> Section:
         for key, value in last_evals.get(stage, {}).items():
             if key not in ("kind", "step") and (x := as_number(value)) is not None:
                 held_out.setdefault(_measure(key), {})[stage] = x
-        measured = material.evaluations.get(stage, {}).get("bpb")
-        for split, value in (as_mapping(measured) or {"val": measured}).items():
-            if (x := as_number(value)) is not None:
-                name = "validation bpb" if split == "val" else f"{split} bpb"
-                held_out.setdefault(name, {})[stage] = x
     measures = [
         [name, *(f"{values[s]:.4f}" if s in values else "–" for s in stages)]
         for name, values in held_out.items()
@@ -238,54 +236,50 @@ def _evaluations(material: Material) -> Section:
     for name, values in held_out.items():
         if "bpb" in name:
             add(name, {stage: f"{value:.4f}" for stage, value in values.items()})
-    cores = {stage: _core(material.evaluations.get(stage, {})) for stage in stages}
-    for partial in (False, True):
-        name = "CORE, partial" if partial else "CORE"
-        add(name, {s: text for s, (text, is_partial, _) in cores.items() if is_partial == partial})
-    tasks: dict[str, None] = {}
-    for stage in stages:
-        tasks |= dict.fromkeys(as_mapping(material.evaluations.get(stage, {}).get("results")))
-    for task in tasks:
-        results = {
-            stage: as_mapping(
-                as_mapping(material.evaluations.get(stage, {}).get("results")).get(task)
-            )
-            for stage in stages
-        }
-        chances = {
-            f"{x:.3f}" for r in results.values() if (x := as_number(r.get("chance"))) is not None
-        }
-        add(task, {s: _accuracy(r) for s, r in results.items()}, ", ".join(sorted(chances)))
-    chat_core = {
-        stage: f"{x:.4f}"
-        for stage in stages
-        if (x := as_number(material.evaluations.get(stage, {}).get("chat_core"))) is not None
-    }
-    add("ChatCORE", chat_core)
+    measured = [
+        (stage, one) for stage in stages for one in _tabled(material.evaluations.get(stage, []))
+    ]
+    # A row is of one label: of equal settings, whatever the stage.
+    by_label: dict[tuple[str, str], dict[str, Record]] = {}
+    told = labels([one for _, one in measured])
+    for (stage, one), label in zip(measured, told, strict=True):
+        by_label.setdefault((one["kind"], label), {})[stage] = one["result"]
+    for kind in _TABLED:
+        if kind == "task":
+            texts = {s: chat_core_texts(material.evaluations.get(s, [])) for s in stages}
+            for name in dict.fromkeys(name for known in texts.values() for name in known):
+                add(name, {stage: known.get(name, "") for stage, known in texts.items()})
+        for (found, label), results in by_label.items():
+            if found == kind:
+                chances = {
+                    f"{x:.3f}"
+                    for result in results.values()
+                    if (x := as_number(result.get("chance"))) is not None
+                }
+                cells = {stage: _cell(kind, result) for stage, result in results.items()}
+                add(label, cells, ", ".join(sorted(chances)))
+                votes = {
+                    stage: f"{x:.3f}"
+                    for stage, result in results.items()
+                    if (x := as_number(result.get("majority"))) is not None
+                }
+                add(f"{label}, majority vote", votes)
     note = (
-        "Accuracies with their 95 % intervals (Wilson). bpb: bits per byte, lower is better. "
-        "ChatCORE: mean accuracy of the tasks, centred so that guessing is 0."
+        "Accuracies and bits per byte with their 95 % intervals. bpb: bits per byte, lower is "
+        "better. ChatCORE: mean accuracy of a set of tasks on their whole test splits, centred so "
+        "that guessing is 0. CORE: as nanochat's base_eval computes it."
     )
     head = ["", *(s.upper() for s in stages)]
     blocks: list[Block] = [Table([*head, "chance"], rows, note)] if rows else []
     if measures:
         note = "At a run's last evaluation. Losses: of held-out conversations, in nats a token."
         blocks.append(Table(["held out", *head[1:]], measures, note))
-    for stage in stages:
-        core = cores[stage][2]
-        rows = [
-            [
-                label,
-                _accuracy(as_mapping(result)),
-                *(fixed_text(as_mapping(result).get(name), 3) for name in ("chance", "centered")),
-            ]
-            for label, result in as_mapping(core.get("tasks")).items()
-        ]
-        if rows:
-            missing = core.get("missing") or []
-            note = f"Missing, not counted: {', '.join(map(str, missing))}." if missing else ""
-            head = [f"CORE of {stage}", "accuracy", "chance", "centred"]
-            blocks.append(Table(head, rows, note))
+    for (kind, label), results in by_label.items():
+        if kind == "core":
+            blocks += [_core_tasks(f"{label} of {s}", result) for s, result in results.items()]
+        if kind == "task":
+            blocks += _by_subject(label, results)
+    blocks += _paired(material, stages)
     return Section("Evaluation", blocks)
 
 
@@ -300,28 +294,91 @@ def _measure(key: str) -> str:
     return key.replace("_", " ")
 
 
-def _core(evaluation: Record) -> tuple[str, bool, Record]:
-    """The score, whether it is partial, and evaluate_core's result if that is recorded."""
-    result = as_mapping(evaluation.get("core_tasks"))
-    partial = "core" not in evaluation
-    value = as_number(evaluation.get("core_partial" if partial else "core"))
+_TABLED = ("bpb", "text", "core", "task", "chat_core")
+"""Kinds of measurements in the table of all, in its order."""
+
+
+def _tabled(measured: list[Measurement]) -> list[Measurement]:
+    return [one for one in measured if one["kind"] in _TABLED]
+
+
+def _cell(kind: str, result: Record) -> str:
+    if kind == "task":
+        return _accuracy(result)
+    if kind == "text":
+        return _with_interval(result, "bpb", 4) + (
+            f", {x:,.1f} a word" if (x := as_number(result.get("word_perplexity"))) else ""
+        )
+    key = kind if kind != "core" or "core" in result else "core_partial"
+    return _with_interval(result, key, 4)
+
+
+def _core_tasks(title: str, core: Record) -> Table:
+    rows = [
+        [
+            label,
+            _accuracy(as_mapping(result)),
+            *(fixed_text(as_mapping(result).get(name), 3) for name in ("chance", "centered")),
+        ]
+        for label, result in as_mapping(core.get("tasks")).items()
+    ]
+    missing = core.get("missing") or []
+    note = f"Missing, not counted: {', '.join(map(str, missing))}." if missing else ""
+    return Table([title, "accuracy", "chance", "centred"], rows, note)
+
+
+def _by_subject(label: str, results: dict[str, Record]) -> list[Block]:
+    """A table of a task's subjects, if it has any."""
+    subjects = {stage: as_mapping(result.get("by_subject")) for stage, result in results.items()}
+    names = sorted({str(name) for known in subjects.values() for name in known})
+    rows = []
+    for name in names:
+        cells = []
+        for known in subjects.values():
+            correct, total = (
+                as_number(as_mapping(known.get(name)).get(key)) for key in ("correct", "total")
+            )
+            cells.append(f"{(correct or 0) / total:.3f} of {total:,.0f}" if total else "–")
+        rows.append([name, *cells])
+    return [Table([label, *(stage.upper() for stage in results)], rows)] if rows else []
+
+
+def _paired(material: Material, stages: list[str]) -> list[Block]:
+    """McNemar's test between each two stages that answered the same problems."""
+    rows = []
+    tasks = {
+        stage: [one for one in material.evaluations.get(stage, []) if one["kind"] == "task"]
+        for stage in stages
+    }
+    for before, after in itertools.pairwise(stages):
+        for one in tasks[after]:
+            other = find(tasks[before], "task", one["name"], one["settings"])
+            test = compare(other, one) if other else None
+            if test is not None:
+                change = [f"+{test['gained']:,}", f"−{test['lost']:,}", f"{test['p']:.3g}"]
+                rows.append([f"{before} to {after}", labels([one])[0], *change])
+    note = (
+        "Problems that only the later, only the earlier stage answers rightly, and McNemar's exact "
+        "two-sided p: how likely so uneven a split would be if both were as good."
+    )
+    head = ["between stages", "task", "gained", "lost", "p"]
+    return [Table(head, rows, note)] if rows else []
+
+
+def _with_interval(result: Record, key: str, digits: int) -> str:
+    value = as_number(result.get(key))
     if value is None:
-        return "", partial, result
-    if partial and result:
-        done, total = (whole_text(result.get(key)) for key in ("num_tasks", "num_tasks_total"))
-        return f"{value:.4f} ({done} of {total} tasks)", partial, result
-    return f"{value:.4f}", partial, result
-
-
-def _accuracy(result: Record) -> str:
-    accuracy = as_number(result.get("accuracy"))
-    if accuracy is None:
         return ""
     interval = result.get("ci")
     ends = [as_number(x) for x in interval] if isinstance(interval, list) else []
     if len(ends) == 2 and ends[0] is not None and ends[1] is not None:
-        return f"{accuracy:.3f} ({ends[0]:.2f}–{ends[1]:.2f})"
-    return f"{accuracy:.3f}"
+        few = max(2, digits - 1)
+        return f"{value:.{digits}f} ({ends[0]:.{few}f}–{ends[1]:.{few}f})"
+    return f"{value:.{digits}f}"
+
+
+def _accuracy(result: Record) -> str:
+    return _with_interval(result, "accuracy", 3)
 
 
 def _tokenizer(result: Record) -> Section:
@@ -388,7 +445,7 @@ _EVAL_PANELS = (
 )
 
 
-def stage_section(run: Run, evaluation: Record) -> Section:
+def stage_section(run: Run, measured: list[Measurement]) -> Section:
     blocks: list[Block] = []
     names = dict.fromkeys(_PANELS)
     for record in run.train.values():
@@ -448,9 +505,11 @@ def stage_section(run: Run, evaluation: Record) -> Section:
         blocks.append(Table(["trained on", "documents", "tokens", "share"], rows))
     for step in sorted(run.samples)[-1:]:
         blocks += [_sample(f"sample at step {step:,}", sample) for sample in run.samples[step]]
-    for sample in evaluation.get("samples") or []:
-        label = f"sample of the evaluation at step {whole_text(evaluation.get('step'))}"
-        blocks.append(_sample(label, as_mapping(sample)))
+    for one in measured:
+        if one["kind"] == "samples":
+            label = f"sample of the evaluation at step {whole_text(one['step'])}"
+            samples = one["result"].get("samples") or []
+            blocks += [_sample(label, as_mapping(sample)) for sample in samples]
     kind = STAGES[run.stage]
     return Section(f"{run.stage.upper()}: {kind}", blocks)
 
@@ -483,6 +542,9 @@ def long_context_section(records: list[Record]) -> Section:
 
     grids: dict[str, list[Block]] = {"forced": [], "generated": []}
     for column, (name, record) in enumerate(zip(names, records, strict=True)):
+        if "corpus" in record:
+            add("corpus", column, f"{record['corpus']}, {record.get('split')}")
+            add("tokens of a loss, at most", column, whole_text(record.get("eval_tokens")))
         add("context of the model", column, whole_text(record.get("model_context_length")))
         add("context at first", column, whole_text(record.get("first_context_length")))
         add("rotary base", column, whole_text(record.get("rope_base")))

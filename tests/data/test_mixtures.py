@@ -397,12 +397,18 @@ def data_commands(runtime: Runtime, folder: Path, first: str, second: str) -> di
     mix = (f"{first}:0.75", f"{second}:0.25")
     base = tiny_runs.base_config(first, mix=mix, duration={"num_steps": 4})
     mid = tiny_runs.mid_config(first, corpus=mix, replay=0.3, duration={"num_steps": 2})
-    chat = chat_eval.Config(source="mid", task=("arithmetic:9",), max_tokens=3, batch_size=4)
+    chat = chat_eval.Config(
+        answering=chat_eval.Answering(max_tokens=3),
+        source="mid",
+        task=("arithmetic:9",),
+        batch_size=4,
+    )
     leaks = decontaminate.Config(corpus=(first,), task=("arithmetic:9",), ngram=1, workers=1)
     tiny_runs.train("base", folder, base, runtime)
     tiny_runs.train("mid", folder, mid, runtime)
     with tiny_runs.base_dir(folder):
-        results = chat_eval.main(chat, runtime)["results"]
+        measured = chat_eval.main(chat, runtime)
+        results = {spec: one["result"] for spec, one in measured.items()}
         reports = decontaminate.main(leaks, runtime).values()
     return {"chat": results, "documents": [report["matches"] for report in reports]}
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import threading
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import processes
@@ -13,10 +14,11 @@ import torch
 from tiny_models import tiny_model, tiny_tokenizer
 
 from nanochat.errors import UserError
-from nanochat.eval.results import wilson_interval
+from nanochat.eval.record import labels, problems_path
+from nanochat.eval.results import clustered_interval, mcnemar, wilson_interval
 from nanochat.runtime import Runtime, single
 from scripts import chat_eval
-from scripts.chat_eval import Config, encode_options, evaluate_task
+from scripts.chat_eval import Answering, Config, encode_options, evaluate_task, majority
 from tasks.common import Conversation, Task, pass_at_k
 
 
@@ -73,11 +75,18 @@ class Writing(Task):
 
 LONG_OPTIONS = ("the king", "the", "a word", "sea")
 CATEGORICAL = Config(batch_size=8)
-GENERATIVE = Config(batch_size=8, num_samples=3, temperature=1.0, max_tokens=6, pass_at=(1, 2, 3))
+GENERATIVE = Config(
+    batch_size=8,
+    answering=Answering(num_samples=3, temperature=1.0, max_tokens=6, pass_at=(1, 2, 3)),
+)
+
+
+def answering(cfg: Config, **changes: Any) -> Config:
+    return dataclasses.replace(cfg, answering=dataclasses.replace(cfg.answering, **changes))
 
 
 def evaluate(task: Task, cfg: Config, runtime: Runtime | None = None) -> dict[str, Any]:
-    return evaluate_task(tiny_model(), tiny_tokenizer(), task, cfg, runtime or single())
+    return evaluate_task(tiny_model(), tiny_tokenizer(), task, cfg, runtime or single())[0]
 
 
 @pytest.mark.parametrize("letters", [("a", "b", "k", "w"), LONG_OPTIONS])
@@ -138,8 +147,7 @@ def test_results_depend_neither_on_batch_size_nor_on_ranks() -> None:
 
 def test_another_seed_draws_other_samples() -> None:
     answers = {
-        evaluate(Writing(), dataclasses.replace(GENERATIVE, seed=seed))["correct"]
-        for seed in range(4)
+        evaluate(Writing(), answering(GENERATIVE, seed=seed))["correct"] for seed in range(4)
     }
     assert len(answers) > 1
 
@@ -160,7 +168,7 @@ class Counting(Writing):
 
 
 def test_pass_at_k_of_several_samples() -> None:
-    cfg = dataclasses.replace(GENERATIVE, pass_at=(1, 2, 3, 10))
+    cfg = answering(GENERATIVE, pass_at=(1, 2, 3, 10))
     result = evaluate(Counting(), cfg)
     assert result["samples"] == 3
     assert result["correct"] == pytest.approx((0 + 1 + 2 + 3) / 3)
@@ -201,7 +209,7 @@ def test_problems_of_a_quick_look_are_spread_over_the_task() -> None:
             seen.append(index)
             return super().row(index)
 
-    cfg = dataclasses.replace(GENERATIVE, max_problems=4, num_samples=1)
+    cfg = answering(dataclasses.replace(GENERATIVE, max_problems=4), num_samples=1)
     assert evaluate(Watched(), cfg)["total"] == 4
     assert sorted(set(seen)) == [0, 3, 6, 9]
 
@@ -233,51 +241,197 @@ def test_results_by_kind_and_some_exchanges() -> None:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model called sft/try, step 7, and tasks called choosing and writing."""
+    """Checkpoints sft/try and mid/try, step 7, and tasks called choosing and writing."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    meta = {"stage": "sft", "tag": "try", "step": 7}
+
+    def meta(source: str) -> dict[str, Any]:
+        return {"stage": source, "tag": "try", "step": 7}
+
+    monkeypatch.setattr(chat_eval, "find", lambda source, step: source)
+    monkeypatch.setattr(chat_eval, "read_meta", lambda folder, verify: meta(folder))
     monkeypatch.setattr(
-        chat_eval, "load_model", lambda *args, **kwargs: (tiny_model(), tiny_tokenizer(), meta)
+        chat_eval,
+        "load_model",
+        lambda source, **_: (tiny_model(seed=len(source) % 2), tiny_tokenizer(), meta(source)),
     )
     tasks = {"choosing": Choosing, "writing": Writing}
     monkeypatch.setattr(chat_eval, "build", lambda spec, split: tasks[spec]())
     return tmp_path / "report" / "eval_sft-try.json"
 
 
+TINY = answering(Config(source="sft", batch_size=4), max_tokens=4)
+
+
 def test_main_writes_what_it_prints_and_keeps_other_tasks(
     checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cfg = Config(task=("choosing",), show=2, batch_size=4, max_tokens=4)
-    chat_eval.main(cfg, single())
+    cfg = dataclasses.replace(TINY, task=("choosing",), show=2)
+    first = chat_eval.main(cfg, single())["choosing"]
     out = capsys.readouterr().out
     assert out.count("--- choosing/test row") == 2
-    assert "ChatCORE" in out
-    record = chat_eval.main(dataclasses.replace(cfg, task=("writing",)), single())
-    assert json.loads(checkpoint.read_text()) == record
-    assert (record["stage"], record["tag"], record["step"]) == ("sft", "try", 7)
-    assert list(record["results"]) == ["choosing", "writing"]
-    assert record["chat_core"] == pytest.approx(
-        sum(result["centered"] for result in record["results"].values()) / 2
-    )
+    assert "ChatCORE" not in out, "neither task is of a set"
+    second = chat_eval.main(dataclasses.replace(cfg, task=("writing",)), single())["writing"]
+    known = json.loads(checkpoint.read_text())
+    assert (known["stage"], known["tag"]) == ("sft", "try")
+    assert known["measured"] == [first, second]
+    assert second["settings"]["problems"] == second["settings"]["of"] == 12
     out = capsys.readouterr().out
     assert out.count("--- writing/test row") == 2
     assert "user: 0\nanswer: " in out
     assert "(right, " in out or "(wrong, " in out
 
 
+def test_every_problem_is_a_line_and_stages_are_compared(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = dataclasses.replace(TINY, task=("choosing", "writing"))
+    before = chat_eval.main(dataclasses.replace(cfg, source="base"), single())
+    after = chat_eval.main(dataclasses.replace(cfg, against="base"), single())
+    out = capsys.readouterr().out
+    for spec, one in after.items():
+        lines = [
+            [json.loads(line) for line in problems_path(side).read_text().splitlines()]
+            for side in (before[spec], one)
+        ]
+        assert [line["problem"] for line in lines[1]] == list(range(one["result"]["total"]))
+        assert sum(line["right"] for line in lines[1]) == one["result"]["correct"]
+        assert all(line["answers"] for line in lines[1])
+        pairs = [(a["right"], b["right"]) for a, b in zip(*lines, strict=True)]
+        gained, lost = pairs.count((0, 1)), pairs.count((1, 0))
+        assert gained + lost > 0
+        expected = f"{spec}: against base/try step 7 {gained} more problems are right and {lost} no"
+        assert expected in out
+        assert f"p = {mcnemar(gained, lost):.3g}" in out
+    chat_eval.main(dataclasses.replace(cfg, against="base", max_problems=3), single())
+    assert "base/try step 7 was not measured with these settings" in capsys.readouterr().out
+
+
+class Exam(Choosing):
+    """Questions of two subjects; the examples of each tell its name."""
+
+    EXAMPLES = "dev"
+
+    def __init__(self, split: str = "test"):
+        super().__init__(size=12)
+        self.split = split
+
+    def row(self, index: int) -> Conversation:
+        conversation = super().row(index)
+        subject = ("sea", "king")[index % 2]
+        if self.split == "dev":
+            conversation["messages"][0]["content"] = f"{subject} {index}"
+        return {**conversation, "subject": subject}
+
+
+def test_examples_of_the_subject_stand_before_the_question(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(chat_eval, "build", lambda spec, split: Exam(split))
+    asked: list[list[str]] = []
+    tokenizer = tiny_tokenizer()
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        def render_for_completion(self, conversation: Conversation, system: Any) -> list[int]:
+            asked.append([m["content"] for m in conversation["messages"] if m["role"] == "user"])
+            return tokenizer.render_for_completion(conversation, system)
+
+    cfg = dataclasses.replace(TINY, task=("exam",), shots=2)
+    examples = chat_eval.load_examples("exam", Exam(), 2)
+    model = tiny_model()
+    long = dataclasses.replace(model.config, context_length=2000)
+    model.config = long
+    result, _ = evaluate_task(
+        model, Watched(), Exam(), cfg, single(), examples=examples  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert result["truncated"] == 0
+    shown = {tuple(turns[:-1]) for turns in asked}
+    assert shown == {("sea 0", "sea 2"), ("king 1", "king 3")}
+    subjects = result["by_subject"]
+    assert list(subjects) == ["king", "sea"]
+    assert sum(one["correct"] for one in subjects.values()) == result["correct"]
+    assert sum(one["total"] for one in subjects.values()) == 12
+
+    # In a short context examples give way before the question does.
+    asked.clear()
+    lengths = [len(tokenizer.render_for_completion(Exam()[i])) for i in range(12)]
+    model.config = dataclasses.replace(long, context_length=max(lengths) + 12)
+    result, _ = evaluate_task(
+        model, Watched(), Exam(), cfg, single(), examples=examples  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert result["truncated"] > 0
+    fitting = asked[-1]
+    assert len(fitting) < 3, "the last try has fewer examples"
+    assert fitting[-1].startswith(("what is", "0", "4", "8")), "and the question"
+
+    measured = chat_eval.main(cfg, single())["exam"]
+    assert labels([measured]) == ["exam, 2 shots"]
+    with pytest.raises(UserError, match="--shots 9: exam has only 6 examples"):
+        chat_eval.main(dataclasses.replace(cfg, shots=9), single())
+
+
+def test_votes_are_counted() -> None:
+    assert majority(["a", "b", "b", None, None, None], [True, False, False, True, True, True]) is (
+        False
+    )
+    assert majority(["a", "b"], [True, False]), "of equally many the first one"
+    assert not majority([None, None], [True, True])
+
+    class Voting(Writing):
+        """Half of the samples of each problem say "1", and the rest differ."""
+
+        def evaluate(self, conversation: Conversation, completion: str) -> bool:
+            return self.vote(conversation, completion) == 1
+
+        def vote(self, conversation: Conversation, completion: str) -> int:
+            return len(completion) % 2
+
+    cfg = answering(GENERATIVE, num_samples=9, max_tokens=3)
+    result, problems = evaluate_task(tiny_model(), tiny_tokenizer(), Voting(), cfg, single())
+    for one in problems:
+        assert one["majority"] == (one["right"] > 4)
+        assert len(one["verdicts"]) == len(one["answers"]) == 9
+    assert result["majority"] == sum(one["right"] > 4 for one in problems) / len(problems)
+    assert "majority" not in evaluate(Writing(), GENERATIVE), "its answers cannot be counted"
+
+
+def test_the_interval_of_several_samples_is_of_problems_not_alike() -> None:
+    """Simulated: it holds the truth 19 times in 20, and is narrower than that of N answers."""
+    random, samples, count = Random(0), 16, 100
+    held, narrower = 0, []
+    for _ in range(300):
+        chances = [random.betavariate(2, 3) for _ in range(count)]
+        hits = [sum(random.random() < p for _ in range(samples)) for p in chances]
+        low, high = clustered_interval(hits, samples)
+        held += low <= 0.4 <= high
+        wide = wilson_interval(sum(hits) / samples, count)
+        narrower.append((high - low) / (wide[1] - wide[0]))
+    assert 275 <= held <= 295
+    assert 0.4 < sum(narrower) / len(narrower) < 0.6
+    same = [samples, 0] * 10
+    assert clustered_interval(same, samples) == pytest.approx(wilson_interval(10, 20), abs=0.01)
+    assert clustered_interval([0] * 20, samples) == wilson_interval(0, 20)
+    result = evaluate(Writing(20), GENERATIVE)
+    wide = wilson_interval(result["correct"], 20)
+    assert result["ci"][1] - result["ci"][0] < wide[1] - wide[0]
+
+
 def test_what_cannot_be_measured_is_explained(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(match: str, **settings: Any) -> None:
+    def fails(match: str, cfg: Config) -> None:
         with pytest.raises(UserError, match=match):
-            chat_eval.main(Config(**{"task": ("writing",), **settings}), single())
+            chat_eval.main(dataclasses.replace(cfg, task=("writing",)), single())
 
-    fails("--max-problems 0", max_problems=0)
-    fails("--batch-size 0", batch_size=0)
-    fails("--temperature 0 gives equal samples", num_samples=2)
+    fails("--max-problems 0", Config(max_problems=0))
+    fails("--batch-size 0", Config(batch_size=0))
+    fails("--shots -1", Config(shots=-1))
+    fails("--temperature 0 gives equal samples", answering(Config(), num_samples=2))
     monkeypatch.setattr(chat_eval, "build", lambda spec, split: Writing(0))
-    fails("writing: the split 'test' is empty")
+    fails("writing: the split 'test' is empty", Config())
     monkeypatch.setattr(Writing, "evaluate", Task.evaluate)
     monkeypatch.setattr(chat_eval, "build", lambda spec, split: Writing())
-    fails("writing has no answers to check")
+    fails("writing has no answers to check", Config())
     assert not checkpoint.exists()

@@ -34,6 +34,7 @@ from nanochat.data.sources import Source
 from nanochat.data.store import LongDocuments
 from nanochat.errors import UserError
 from nanochat.eval.long_context import losses_by_position
+from nanochat.eval.record import read_measurements
 from nanochat.gpt import GPT, GPTConfig, config_from_depth, extend_context
 from nanochat.hardware import Machine
 from nanochat.infer.engine import Engine, SamplingParams
@@ -676,7 +677,8 @@ def grid(sight: int, **changes: Any) -> dict[str, Any]:
     model = tiny_model(kind=Reader, n_layer=1, windows=(), context_length=640)
     assert isinstance(model, Reader)
     model.sight = sight
-    cfg = long_eval.Config(**{"samples": 2, "depths": (0.0, 1.0), "lengths": (300, 600), **changes})
+    settings = {"samples": 2, "depths": (0.0, 1.0), "lengths": (300, 600)}
+    cfg = long_eval.Passkeys(**{**settings, **changes})  # type: ignore[arg-type]
     haystack = Haystack(FILLER, tiny_tokenizer())
     return long_eval.passkey_grid(model, tiny_tokenizer(), haystack, 640, cfg, runtime.single())
 
@@ -777,9 +779,12 @@ def test_the_script_measures_beyond_the_context_and_the_report_shows_it(
     shutil.copytree(extended, folder)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder))
     cfg = long_eval.Config(
-        "mid", corpus=mid_config(whole).corpus[0], split="train", eval_tokens=2000, samples=1,
-        lengths=(150,), distractors=0, haystack="filler",
-    )  # fmt: skip
+        passkeys=long_eval.Passkeys(samples=1, lengths=(150,), distractors=0, haystack="filler"),
+        source="mid",
+        corpus=mid_config(whole).corpus[0],
+        split="train",
+        eval_tokens=2000,
+    )
     mid = long_eval.main(cfg, runtime.single())
     assert list(mid["bpb"]) == ["64", "160"]
     base = long_eval.main(replace(cfg, source="base", context_length=160), runtime.single())
@@ -798,8 +803,15 @@ def test_the_script_measures_beyond_the_context_and_the_report_shows_it(
     assert [re.findall("<th>(base/default|mid/default)</th>", row) for row in beside[-2:]] == [
         ["base/default", "mid/default"]
     ] * 2, "forced, then generated"
-    # Whatever is in the file, the rest is shown.
+    # Another split is beside it, not in its place.
+    long_eval.main(replace(cfg, split="val", context_length=64), runtime.single())
+    kept = read_measurements(folder / "report" / "eval_mid-default.json")
+    assert [one["settings"]["split"] for one in kept] == ["train", "val"]
+    assert kept[0]["result"]["bpb"] == mid["bpb"]
+    # Files of earlier versions are shown too, and whatever is in them, the rest is.
     path = folder / "report" / "long_eval_mid-default.json"
+    path.write_text(json.dumps({**mid, "bpb": {"160": 7.25}}))
+    assert "7.2500" in sections.write_report()[1].read_text()
     broken = {"bpb": 3, "passkey": {"forced": [[None, 2]], "depths": ["x"], "lengths": [1]}}
     path.write_text(json.dumps({**broken, "loss_by_position": [3]}))
     assert "Long context" in sections.write_report()[1].read_text()

@@ -1,6 +1,5 @@
 """Option likelihoods: sharing the prompt changes nothing; intervals and records are right."""
 
-import json
 import random
 
 import pytest
@@ -128,20 +127,3 @@ def test_task_result_is_centred() -> None:
     assert result["accuracy"] == 0.625
     assert result["centered"] == pytest.approx(0.5)
     assert result["note"] == "x"
-
-
-def test_records_of_a_checkpoint_add_up_and_those_of_another_are_forgotten(
-    tmp_path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    first = results.task_result(1, 2, 0.0)
-    second = results.task_result(2, 2, 0.0)
-    results.record_evaluation("sft", "a", 5, {"gsm8k": first}, bpb={"val": 1.0})
-    both = results.record_evaluation("sft", "a", 5, {"mmlu": second})
-    assert both["results"] == {"gsm8k": first, "mmlu": second}
-    assert both["bpb"] == {"val": 1.0}
-    assert json.loads((tmp_path / "report/eval_sft-a.json").read_text()) == both
-    newer = results.record_evaluation("sft", "a", 6, {"mmlu": first})
-    assert newer == {"stage": "sft", "tag": "a", "step": 6, "results": {"mmlu": first}}
-    (tmp_path / "report/eval_sft-a.json").write_text('{"step": 6, "resu')
-    assert results.record_evaluation("sft", "a", 6)["results"] == {}

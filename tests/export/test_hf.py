@@ -848,7 +848,8 @@ def test_export_of_a_trained_model(encoded: Path, tmp_path: Path) -> None:
     import tiny_runs
 
     from nanochat import runtime
-    from nanochat.eval.results import record_evaluation, task_result
+    from nanochat.eval.record import record
+    from nanochat.eval.results import task_result
     from scripts import export_hf
 
     folder = tmp_path / "artifacts"
@@ -856,9 +857,14 @@ def test_export_of_a_trained_model(encoded: Path, tmp_path: Path) -> None:
     config = tiny_runs.base_config(tiny_runs.corpus(encoded), duration={"num_steps": 2})
     tiny_runs.train("base", folder, config)
     with tiny_runs.base_dir(folder):
-        record_evaluation(
-            "base", "default", 2, {"some_task": task_result(3, 4, 0.25)}, bpb={"val": 2.5}, core=0.1
-        )
+        meta = {"stage": "base", "tag": "default", "step": 2}
+        settings = {"split": "test", "problems": 4, "of": 9}
+        record(meta, "task", "some_task", settings, task_result(3, 4, 0.25))
+        corpus = {"corpus": "books", "split": "val"}
+        record(meta, "bpb", "val", corpus, {"bpb": 2.5, "tokens": 1000})
+        record(meta, "core", "CORE", {"max_per_task": None}, {"core": 0.1, "ci": [0.05, 0.15]})
+        quick = {"core": 0.9, "ci": [0.8, 1.0]}
+        record(meta, "core", "CORE", {"max_per_task": 5}, quick)
         written = export_hf.main(
             export_hf.Config(source="base", texts=50), runtime.single(device="cpu")
         )
@@ -868,8 +874,10 @@ def test_export_of_a_trained_model(encoded: Path, tmp_path: Path) -> None:
     for part in (
         "`base`",
         "step 2",
-        "| bits per byte, val | 2.5000 |",
+        "| bits per byte, books, val, 1,000 tokens | 2.5000 |",
+        "| some_task, 4 of 9 problems |",
         "CORE | 0.1000",
         "75.0% of 4",
     ):
         assert part in card
+    assert "0.9" not in card, "a quick look beside the whole"

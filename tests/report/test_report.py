@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from nanochat.errors import UserError
-from nanochat.eval.results import record_evaluation, task_result
+from nanochat.eval.record import evaluation_path, record
+from nanochat.eval.results import task_result
 from nanochat.report import sections as report
 from nanochat.report.blocks import Plot, Quote, Section, Table, Text, count_text, duration_text
 from nanochat.report.material import STAGES, collect, read_run
@@ -100,6 +101,12 @@ def tables(sections: list[Section]) -> list[Table]:
     return [b for section in sections for b in section.blocks if isinstance(b, Table)]
 
 
+def note(
+    stage: str, kind: str, name: str, result: dict[str, Any], step: int = 8, **settings: Any
+) -> None:
+    record({"stage": stage, "tag": "x", "step": step}, kind, name, settings, result)
+
+
 def row(sections: list[Section], name: str) -> list[str]:
     found = [r[1:] for table in tables(sections) for r in table.rows if r[0] == name]
     assert len(found) == 1, f"{name}: {found}"
@@ -134,16 +141,26 @@ class Page(HTMLParser):
 def test_everything_recorded_is_in_both_reports(base: Path) -> None:
     for stage in ("base", "mid", "sft", "rl"):
         write_run(base, f"{stage}-x", whole_run(stage))
-        results = {"gsm8k": task_result(30, 40, 0.0), "mmlu": task_result(10, 40, 0.25)}
-        record_evaluation(stage, "x", 8, results, chat_core=0.375, bpb={"val": 1.0625})
+        whole = {"split": "test", "problems": 40, "of": 40}
+        note(stage, "task", "gsm8k", task_result(30, 40, 0.0), **whole)
+        by_subject = {"law": {"correct": 4, "total": 16}, "art": {"correct": 6, "total": 24}}
+        note(stage, "task", "mmlu", task_result(10, 40, 0.25, by_subject=by_subject), **whole)
+        drawn = {**whole, "num_samples": 4, "temperature": 0.8}
+        note(stage, "task", "gsm8k", task_result(20, 40, 0.0, majority=0.625), **drawn)
+        bpb = {"bpb": 1.0625, "ci": [1.05, 1.075], "tokens": 5000}
+        note(stage, "bpb", "val", bpb, corpus="books", split="val")
+        for name in ("simplespelling", "spellingbee"):
+            result = task_result(128, 256, 0.0)
+            note(stage, "task", name, result, split="test", problems=256, of=256)
     core = {
+        "core_partial": 0.125,
         "num_tasks": 1,
         "num_tasks_total": 2,
         "missing": ["squad"],
         "tasks": {"copa": task_result(60, 100, 0.5)},
     }
-    samples = [{"prompt": "Once", "text": "upon | a time"}]
-    record_evaluation("base", "x", 8, core_partial=0.125, core_tasks=core, samples=samples)
+    note("base", "core", "CORE", core, max_per_task=None)
+    note("base", "samples", "samples", {"samples": [{"prompt": "Once", "text": "upon | a time"}]})
     (base / "report" / "tok_eval.json").write_text(
         json.dumps(
             {
@@ -167,12 +184,21 @@ def test_everything_recorded_is_in_both_reports(base: Path) -> None:
     assert row(sections, "state") == ["finished"] * 4
     assert row(sections, "device") == ["cpu"]
     assert row(sections, "parameters") == ["1,234"]
-    assert row(sections, "validation bpb") == ["1.0625"] * 4 + [""]
+    assert row(sections, "validation bpb") == ["1.2000"] * 4 + [""]
+    name = "bits per byte, books, val, 5,000 tokens"
+    assert row(sections, name) == ["1.0625 (1.050–1.075)"] * 4 + [""]
     evaluation = [section for section in sections if section.title == "Evaluation"]
     assert row(evaluation, "gsm8k")[0].startswith("0.750 (0.60")
     assert row(sections, "mmlu")[4] == "0.250"
-    assert row(sections, "ChatCORE") == ["0.3750"] * 4 + [""]
-    assert row(sections, "CORE, partial")[:2] == ["0.1250 (1 of 2 tasks)", "–"]
+    assert row(evaluation, "gsm8k, 4 samples, temperature 0.8")[0].startswith("0.500 (")
+    voted = "gsm8k, 4 samples, temperature 0.8, majority vote"
+    assert row(evaluation, voted) == ["0.625"] * 4 + [""]
+    of_generated = row(sections, "ChatCORE of generated tasks")
+    assert of_generated == ["0.5000, partial (2 of 3)"] * 4 + [""]
+    of_nanochat = row(sections, "ChatCORE of nanochat's tasks")
+    assert of_nanochat == ["0.5000, partial (1 of 6)"] * 4 + [""], "its gsm8k has 40 problems"
+    assert row(evaluation, "law") == ["0.250 of 16"] * 4
+    assert row(sections, "CORE, partial (1 of 2 tasks)")[:2] == ["0.1250", "–"]
     assert row(sections, "copa")[0].startswith("0.600")
     assert row(sections, "prose") == ["99", "4.25"]
     shares = [t.rows for t in tables(sections) if t.head[0] == "trained on"]
@@ -236,7 +262,7 @@ def test_what_was_read_is_never_markup(base: Path) -> None:
     records.insert(1, {"kind": "eval", "step": 0, "bpb": 3.0, evil: 1.0, "b": 2.0})
     records.insert(2, train(0, 5.0, **{evil: 1.0}))
     write_run(base, f"base-{'x'}", records)
-    record_evaluation("base", "x", 8, {evil: task_result(1, 2, 0.0)})
+    note("base", "task", evil, task_result(1, 2, 0.0))
     markdown, page = (path.read_text() for path in report.write_report())
     assert "script" not in Page(page).tags
     assert "<script" not in page
@@ -265,7 +291,7 @@ def test_missing_stages_are_named(base: Path, present: list[str]) -> None:
 
 
 def test_an_evaluation_without_its_run_is_shown(base: Path) -> None:
-    record_evaluation("sft", "x", 8, {"gsm8k": task_result(1, 2, 0.0)})
+    note("sft", "task", "gsm8k", task_result(1, 2, 0.0))
     sections = compose(collect())
     assert row(sections, "gsm8k")[0].startswith("0.500")
 
@@ -277,7 +303,7 @@ def test_the_report_opens_with_what_the_model_answers(base: Path) -> None:
     ]
     kinds = {"sums": task_result(9, 10, 0.0)}
     result = {**task_result(9, 10, 0.0), "kinds": kinds, "exchanges": exchanges}
-    record_evaluation("sft", "x", 8, {"first_contact": result})
+    note("sft", "task", "first_contact", result)
     markdown, page = (path.read_text() for path in report.write_report())
     first, second = re.findall("^## (.*)", markdown, re.MULTILINE)[:2]
     assert (first, second) == ("First contact", "Run")
@@ -289,18 +315,85 @@ def test_the_report_opens_with_what_the_model_answers(base: Path) -> None:
 
 def test_an_evaluation_of_an_older_step_says_so(base: Path) -> None:
     write_run(base, "sft-x", whole_run("sft"))
-    record_evaluation("sft", "x", 4, {"gsm8k": task_result(1, 2, 0.0)})
+    note("sft", "task", "gsm8k", task_result(1, 2, 0.0), step=4)
     assert any("at its last step 8; the one shown is of step 4" in m for m in collect().missing)
-    record_evaluation("sft", "x", 8, {"gsm8k": task_result(1, 2, 0.0)})
+    note("sft", "task", "gsm8k", task_result(2, 2, 0.0))
+    note("sft", "task", "gsm8k", task_result(1, 2, 0.0), step=4)
     assert not any("last step" in m for m in collect().missing)
+    evaluation = [section for section in compose(collect()) if section.title == "Evaluation"]
+    assert row(evaluation, "gsm8k")[0].startswith("1.000")
 
 
-def test_a_whole_core_hides_a_partial_one(base: Path) -> None:
-    record_evaluation("base", "x", 8, core_partial=0.25)
-    record_evaluation("base", "x", 8, core=0.5)
+def test_a_quick_look_is_hidden_by_the_whole_and_else_says_what_it_is(base: Path) -> None:
+    note("base", "core", "CORE", {"core": 0.5}, max_per_task=None)
+    note("base", "core", "CORE", {"core": 0.75}, max_per_task=5)
+    note("base", "task", "gsm8k", task_result(1, 2, 0.0), split="test", problems=2, of=1319)
+    note("base", "task", "gsm8k", task_result(3, 4, 0.0), split="train", problems=4, of=4)
     sections = compose(collect())
     assert row(sections, "CORE") == ["0.5000", ""]
-    assert not [r for table in tables(sections) for r in table.rows if "partial" in r[0]]
+    assert row(sections, "gsm8k, 2 of 1,319 problems")[0].startswith("0.500")
+    assert row(sections, "gsm8k, split train")[0].startswith("0.750")
+    names = [r[0] for table in tables(sections) for r in table.rows]
+    assert not [name for name in names if "at most" in name or name == "gsm8k"]
+    assert not [name for name in names if name.startswith("ChatCORE")]
+
+
+def test_stages_that_answered_the_same_problems_are_compared(base: Path) -> None:
+    problems = {
+        "mid": [{"problem": i, "right": int(i < 10)} for i in range(40)],
+        "sft": [{"problem": i, "right": int(9 <= i < 30)} for i in range(40)],
+    }
+    settings = {"split": "test", "problems": 40, "of": 40}
+    for stage, lines in problems.items():
+        right = sum(line["right"] for line in lines)
+        meta = {"stage": stage, "tag": "x", "step": 8}
+        record(meta, "task", "gsm8k", settings, task_result(right, 40, 0.0), lines)
+    assert row(compose(collect()), "mid to sft") == ["gsm8k", "+20", "−9", "0.0614"]
+    assert "McNemar" in report.write_report()[1].read_text()
+
+
+def test_records_of_earlier_versions_are_shown(base: Path) -> None:
+    """A file as they wrote it: one checkpoint's results by the task's name."""
+    old = {
+        "stage": "sft",
+        "tag": "x",
+        "step": 8,
+        "weights": "abc",
+        "asked": {"bpb": {"corpus": "books", "eval_tokens": 1000, "dtype": "torch.float32"}},
+        "bpb": {"train": 1.5, "val": 1.25},
+        "samples": [{"prompt": "Once", "text": "upon"}],
+        "core_partial": 0.25,
+        "core_tasks": {
+            "core_partial": 0.25,
+            "ci": [0.125, 0.375],
+            "tasks": {"copa": task_result(60, 100, 0.5)},
+            "num_tasks": 1,
+            "num_tasks_total": 22,
+            "missing": ["squad"],
+            "max_per_task": None,
+        },
+        "core": 0.5,
+        "results": {
+            "gsm8k": {**task_result(1, 4, 0.0), "split": "test", "max_problems": 4, "seed": 1},
+            "mmlu": task_result(3, 4, 0.25),
+        },
+        "chat_core": 0.3125,
+    }
+    path = evaluation_path("sft", "x")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(old))
+    sections = compose(collect())
+    assert row(sections, "bits per byte, books, val") == ["1.2500", ""]
+    assert row(sections, "CORE, partial (1 of 22 tasks)") == ["0.2500 (0.125–0.375)", ""]
+    assert row(sections, "gsm8k, 4 problems")[0].startswith("0.250")
+    assert row(sections, "mmlu")[0].startswith("0.750")
+    assert row(sections, "mean of 2 tasks, centred") == ["0.3125", ""]
+    names = [r[0] for table in tables(sections) for r in table.rows]
+    assert "CORE" not in names
+    assert not [name for name in names if name.startswith("ChatCORE")]
+    note("sft", "task", "mmlu", task_result(4, 4, 0.25), split="test", problems=4, of=4)
+    assert row(compose(collect()), "mmlu")[0].startswith("1.000")
+    assert row(compose(collect()), "gsm8k, 4 problems")[0].startswith("0.250")
 
 
 def test_an_unfinished_run_with_odd_values_renders(base: Path) -> None:

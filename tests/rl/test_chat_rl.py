@@ -317,7 +317,7 @@ def test_the_report_shows_it(folder: Path) -> None:
 
 
 def register() -> None:
-    registry.TASKS["letters"] = (Letters, "kind")
+    registry.TASKS["letters"] = registry.Entry(Letters, "kind")
 
 
 COMMON = "--device cpu --dtype float32 --mix letters --prompts-per-step 4 --group-size 4 "

@@ -362,9 +362,8 @@ def test_examples_of_the_subject_stand_before_the_question(
         model, Watched(), Exam(), cfg, single(), examples=examples  # type: ignore[arg-type]
     )  # fmt: skip
     assert result["truncated"] > 0
-    fitting = asked[-1]
-    assert len(fitting) < 3, "the last try has fewer examples"
-    assert fitting[-1].startswith(("what is", "0", "4", "8")), "and the question"
+    assert min(len(turns) for turns in asked) < 3, "some were asked with fewer examples"
+    assert not any(turns[-1].startswith(("sea", "king")) for turns in asked)
 
     measured = chat_eval.main(cfg, single())["exam"]
     assert labels([measured]) == ["exam, 2 shots"]

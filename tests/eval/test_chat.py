@@ -224,7 +224,7 @@ def test_results_by_kind_and_some_exchanges() -> None:
         def evaluate(self, conversation: Conversation, completion: str) -> bool:
             return bool(conversation["kind"] == "sums")
 
-    result = evaluate(Kinds(), dataclasses.replace(GENERATIVE, num_samples=1))
+    result = evaluate(Kinds(), answering(GENERATIVE, num_samples=1))
     kinds = result["kinds"]
     assert list(kinds) == ["sums", "talk"]
     assert kinds["sums"]["accuracy"] == 1.0
@@ -235,7 +235,7 @@ def test_results_by_kind_and_some_exchanges() -> None:
     assert [one["kind"] for one in shown[:4]] == ["sums", "talk", "sums", "talk"]
     assert [one["right"] for one in shown[:2]] == [True, False]
     assert shown[0]["messages"][0][0] == "user"
-    table = chat_eval.make_table({"x": {**result, "truncated": 0}}, "t")
+    table = chat_eval.make_table({"x": {"result": result, "settings": {"of": 12}}}, "t")
     assert table.row_count == 3
 
 

@@ -803,10 +803,10 @@ def test_the_script_measures_beyond_the_context_and_the_report_shows_it(
     assert [re.findall("<th>(base/default|mid/default)</th>", row) for row in beside[-2:]] == [
         ["base/default", "mid/default"]
     ] * 2, "forced, then generated"
-    # Another split is beside it, not in its place.
-    long_eval.main(replace(cfg, split="val", context_length=64), runtime.single())
+    # A shorter look is beside it, not in its place.
+    long_eval.main(replace(cfg, eval_tokens=1000), runtime.single())
     kept = read_measurements(folder / "report" / "eval_mid-default.json")
-    assert [one["settings"]["split"] for one in kept] == ["train", "val"]
+    assert [one["settings"]["eval_tokens"] for one in kept] == [2000, 1000]
     assert kept[0]["result"]["bpb"] == mid["bpb"]
     # Files of earlier versions are shown too, and whatever is in them, the rest is.
     path = folder / "report" / "long_eval_mid-default.json"

@@ -126,8 +126,8 @@ def known_texts() -> tuple[str, ...]:
     """
     folder = stores_dir() / f"{noted_corpus() or ''}-train"
     if noted_corpus() and folder.is_dir():
-        tokenizer = Tokenizer.load()
-        return store_texts(TokenStore.open(folder, tokenizer.hash), tokenizer)
+        store = TokenStore.open(folder)
+        return store_texts(store, Tokenizer.find(store.meta["tokenizer_hash"]))
     return tuple(open_corpus("bbe").documents("train"))
 
 

@@ -24,6 +24,7 @@ from nanochat.data.store import TokenStore
 from nanochat.errors import UserError
 from nanochat.tokenizer import Tokenizer
 from scripts import tok_encode, tok_eval, tok_train
+from tasks import passages
 
 RUNTIME = runtime.single()
 
@@ -176,6 +177,18 @@ def test_a_tokenizer_in_use_is_not_replaced_unasked(encoded_shards: list[str]) -
     assert contents(open_store("tiny", "train", first)) == kept
     with pytest.raises(UserError, match=r"the tokenizer's name '\.\./x'"):
         train(name="../x")
+
+
+def test_passages_are_decoded_with_the_tokenizer_of_their_store(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train(name="other")
+    encode(tokenizer="other")
+    train(vocab_size=280)
+    monkeypatch.setattr(passages, "noted_corpus", lambda: "tiny")
+    passages.known_texts.cache_clear()
+    assert passages.known_texts()[0] == text(0, 0)
+    passages.known_texts.cache_clear()
 
 
 def test_forced_replacement_leaves_the_former_one_to_be_found() -> None:

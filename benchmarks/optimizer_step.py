@@ -28,12 +28,11 @@ from benchmarks.common import publish
 from nanochat import optim
 from nanochat.cli import parse
 from nanochat.config import Learning
-from nanochat.data.loader import Batch
 from nanochat.gpt import GPT, GPTConfig, config_from_depth
 from nanochat.hardware import tune_cpu
 from nanochat.optim import Hypers, Optimizer, parameter_rules
 from nanochat.runtime import DTYPES, best_dtype, single
-from nanochat.train import train_step
+from nanochat.train import Batch, train_step
 
 
 @dataclass(frozen=True)

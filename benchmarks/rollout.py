@@ -26,7 +26,6 @@ from benchmarks.common import publish
 from benchmarks.decode import made_up_tokenizer
 from nanochat.checkpoint_manager import load_model
 from nanochat.config import Learning
-from nanochat.data.loader import Batch
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.hardware import tune_cpu
 from nanochat.infer.engine import Completion, Engine, SamplingParams
@@ -35,7 +34,7 @@ from nanochat.rl.rollouts import Prompt, Verdict, as_sample, roll_out, tally
 from nanochat.rl.rows import pack_samples, policy_batches
 from nanochat.runtime import DTYPES, Runtime, single
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import train_step
+from nanochat.train import Batch, train_step
 from tasks.arithmetic import Arithmetic
 
 ROWS = 16

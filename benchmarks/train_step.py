@@ -29,12 +29,11 @@ import torch
 
 from benchmarks.common import publish
 from nanochat.config import Learning
-from nanochat.data.loader import Batch
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.hardware import peak_memory_bytes, physical_cores, tune_cpu
 from nanochat.optim import Hypers, Optimizer, parameter_rules
 from nanochat.runtime import DTYPES, best_dtype, single
-from nanochat.train import train_step
+from nanochat.train import Batch, train_step
 
 VOCAB, T, ROWS = 8192, 512, 8
 

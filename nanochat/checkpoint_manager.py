@@ -262,13 +262,17 @@ def latest(folder: Path) -> Path | None:
     return folder / f"step_{steps[-1]:06d}" if steps else None
 
 
-def find(source: str, step: int | None = None) -> Path:
+def find(source: str, step: int | None = None, tag: str | None = None) -> Path:
     """The step folder `source` means: a stage, stage/tag, a run's folder or a step folder.
 
-    Without a tag it is `default`, or the only tag there is. Without a step it is the newest.
+    Without a tag it is `tag` if that was trained, `default`, or the only tag there is. Without a
+    step it is the newest.
     """
-    path = Path(source)
+    path = paths.user_path(source)
+    preferred = tag
     stage, _, tag = source.partition("/")
+    if not tag and preferred and stage in STAGES:
+        tag = preferred if list_steps(paths.checkpoints_dir(stage, preferred)) else ""
     if stage in STAGES and not list_steps(path) and not _STEP.fullmatch(path.name):
         folder = paths.checkpoints_dir(stage, tag or "default")
         if not tag and not folder.is_dir():
@@ -350,21 +354,34 @@ def load_weights(folder: Path, model: GPT) -> None:
             parameter.copy_(weights[name])
 
 
-def restore(folder: Path, model: GPT, optimizer: Optimizer, runtime: Runtime) -> dict[str, Any]:
-    """Load weights and optimizer state for resuming, at any world size; returns the metadata.
-
-    Rank 0 verifies the files; a problem is raised on every rank.
-    """
-    problem: str | None = None
+def read_verified(folder: Path, runtime: Runtime) -> dict[str, Any]:
+    """`read_meta` on rank 0, which verifies the files; every rank gets its result, or its error."""
+    found: Any = None
     if runtime.is_main:
         try:
-            read_meta(folder)
+            found = read_meta(folder)
         except UserError as error:
-            problem = str(error)
-    problem = runtime.broadcast_object(problem)
-    if problem:
-        raise UserError(problem)
-    meta = read_meta(folder, verify=False)
+            found = error
+    found = runtime.broadcast_object(found)
+    if isinstance(found, UserError):
+        raise found
+    return dict(found)
+
+
+def build_model(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> GPT:
+    """A model whose weights are still to be loaded."""
+    with torch.device("meta"):
+        model = GPT(config, dtype)
+    return model.to_empty(device=device)
+
+
+def restore(
+    folder: Path, meta: dict[str, Any], model: GPT, optimizer: Optimizer, runtime: Runtime
+) -> None:
+    """Load weights and optimizer state for resuming, at any world size.
+
+    meta: of `read_verified`. Raises UserError where it is of another model.
+    """
     saved = from_dict(GPTConfig, meta["model_config"], str(folder / "meta.json"))
     if saved != model.config:
         ours = to_dict(model.config)
@@ -379,7 +396,6 @@ def restore(folder: Path, model: GPT, optimizer: Optimizer, runtime: Runtime) ->
     load_optimizer_state(state, folder / "optim", group)
     optimizer.load_state_dict(state)
     optimizer.steps = meta["optimizer_steps"]
-    return meta
 
 
 def load_model(
@@ -400,9 +416,7 @@ def load_model(
     if tokenizer is None:
         tokenizer = tokenizer_of(meta, folder)
     check_tokenizer(meta, tokenizer, folder)
-    with torch.device("meta"):
-        model = GPT(config, dtype)
-    model.to_empty(device=device)
+    model = build_model(config, device, dtype)
     load_weights(folder, model)
     model.eval()
     return model, tokenizer, meta

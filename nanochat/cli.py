@@ -53,6 +53,7 @@ def launch(
         started = runtime.start(getattr(run, "device", "auto"), getattr(run, "dtype", "auto"))
         main(cfg, started)
         started.close()
+        status = started.exit_code
     except Exception as failure:
         error = failure
         if is_out_of_memory(failure):
@@ -70,6 +71,8 @@ def launch(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    if status:
+        sys.exit(status)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

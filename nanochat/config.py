@@ -5,11 +5,14 @@ the flags carry no prefix: `--matrix-lr`, not `--learning.matrix-lr`.
 """
 
 import dataclasses
+import json
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+import torch
 import tyro
 
 from nanochat.cli import Group
@@ -56,6 +59,86 @@ def _is_tuple(hint: Any) -> bool:
     return hint is tuple or typing.get_origin(hint) is tuple
 
 
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(
+        ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr", "gate_lr", "lr_scale"), (0, 1000)
+    ),
+    "weight_decay": (0, 100),
+    "adam_betas": (0, 0.9999999),
+    "muon_momentum": (0, 0.9999999),
+    "warmup": (0, 1),
+    "warmdown": (0, 1),
+    "final_lr": (0, 1),
+    "num_steps": (1, 10**9),
+    "epochs": (1, 10**6),
+    "target_tokens": (1, 10**15),
+    "target_flops": (1, 10**30),
+    "target_param_data_ratio": (0.000001, 10**6),
+    "device_batch_size": (1, 2**20),
+    "total_batch_size": (1, 2**30),
+    "window": (1, 2**24),
+    "context_length": (2, 2**24),
+    "depth": (1, 1000),
+    "aspect_ratio": (1, 4096),
+    "head_dim": (2, 4096),
+    "kv_heads": (1, 4096),
+    "eval_every": (0, 10**9),
+    "eval_tokens": (0, 10**12),
+    "sample_every": (0, 10**9),
+    "save_every": (0, 10**9),
+    "keep_last": (0, 10**6),
+    "max_hours": (0, 10**6),
+    "check_replicas": (0, 10**9),
+    "replay": (0, 0.999999),
+    "long_fraction": (0, 0.999999),
+    "prompt_weight": (0, 1000),
+    "prompts_per_step": (1, 10**6),
+    "max_tokens": (1, 2**24),
+    "max_slots": (1, 2**16),
+    "updates_per_rollout": (1, 10**4),
+    "max_importance": (1, 10**6),
+    "format_bonus": (0, 10**6),
+    "eval_problems": (1, 10**6),
+    "eval_samples": (1, 10**4),
+    "temperature": (0, 100),
+    "group_size": (1, 10**4),
+    "beta": (0.000001, 10**6),
+}
+"""Least and greatest value of a setting of the training stages, by its name."""
+
+
+def check_ranges(config: Any) -> None:
+    """Raise UserError for a number outside RANGES, or one that is not finite."""
+    for one in dataclasses.fields(config):
+        value = getattr(config, one.name)
+        if dataclasses.is_dataclass(value):
+            check_ranges(value)
+        if one.name not in RANGES:
+            continue
+        low, high = RANGES[one.name]
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not low <= number <= high:
+                flag = "--" + one.name.replace("_", "-")
+                raise UserError(f"{flag} {number} must be from {low:g} to {high:g}")
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What a run goes on with that it did not begin with: "--matrix-lr 0.02 -> 0.01".
+
+    Settings that change no step are left out: when to save, evaluate, log and resume.
+    """
+    found = []
+    for name, value in now.items():
+        old = before.get(name, value)
+        if name in ("evaluating", "saving", "resume", "wandb", "check_replicas", "device"):
+            continue
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            found += changes(old, value)
+        elif json.dumps(old) != json.dumps(value):  # tuples are lists in a checkpoint
+            found.append(f"--{name.replace('_', '-')} {old} -> {value}")
+    return found
+
+
 @dataclass(frozen=True)
 class Run:
     """What runs where."""
@@ -79,6 +162,10 @@ class Run:
     """Also log to wandb under this run name."""
     check_replicas: int = 0
     """Every N steps compare a hash of all parameters across ranks; 0 = never."""
+
+    def compiles(self, device: torch.device) -> bool:
+        """Whether the loss is compiled; micro-batches of one shape are then compiled once."""
+        return self.compile == "on" or (self.compile == "auto" and device.type == "cuda")
 
 
 @dataclass(frozen=True)
@@ -160,8 +247,10 @@ class Duration:
 class Learning:
     """Learning rates at a batch of 2^19 tokens and width 768, before the scaling rules."""
 
+    matrix_optimizer: Literal["muon", "adamw", "lion"] = "muon"
+    """Update rule of the block matrices; adamw and lion want less --matrix-lr: 0.003, 0.0003."""
     matrix_lr: float = 0.02
-    """Muon: the block matrices."""
+    """The block matrices."""
     embedding_lr: float = 0.3
     """AdamW: token embedding and value embeddings."""
     head_lr: float = 0.004

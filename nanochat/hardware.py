@@ -170,6 +170,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def describe_processor() -> str:
+    """What the last bits of a result depend on: processor, threads, version of torch."""
+    threads = torch.get_num_threads()
+    return f"{processor()}, {threads} threads, torch {torch.__version__}"
+
+
 def processor() -> str:
     """The CPU's model name, as far as the system tells."""
     try:

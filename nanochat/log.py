@@ -6,6 +6,7 @@ resumed run appends; where a step appears twice, the later line counts.
 
 import json
 import math
+import os
 import platform
 import subprocess
 import time
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from nanochat import paths
+from nanochat.errors import UserError
 from nanochat.hardware import peak_flops, peak_memory_bytes, processor
 from nanochat.plan import Plan
 from nanochat.runtime import Runtime
@@ -63,6 +65,36 @@ def duration_text(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; lines that a kill or a full disk tore are left out."""
+    records = []
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:  # not JSON, or not UTF-8
+            continue
+        if isinstance(record, dict) and "kind" in record:
+            records.append(record)
+    return records
+
+
+def check_wandb() -> None:
+    """Raise UserError where `--wandb` cannot work, before anything is computed."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb needs the package wandb; pip install wandb") from None
+    offline = os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun")
+    if not offline and not wandb.api.api_key:
+        raise UserError(
+            "--wandb needs a login; run wandb login, set WANDB_API_KEY, or WANDB_MODE=offline"
+        )
+
+
 class RunLog:
     """The log of one stage; every rank may call it, rank 0 writes."""
 
@@ -91,8 +123,8 @@ class RunLog:
             self.wandb.log({f"{record['kind']}/{k}": v for k, v in numbers.items()})
 
     def start(self, config: dict[str, Any], model: dict[str, Any], state: TrainState) -> None:
-        if self.runtime.is_main and state.step == 0:
-            self.path.unlink(missing_ok=True)
+        if self.runtime.is_main:
+            self._begin(afresh=state.step == 0)
         self._write(
             {
                 "kind": "start",
@@ -109,6 +141,16 @@ class RunLog:
         self.runtime.print(f"{self.stage}/{self.tag}: {self.plan.describe()}")
         if state.step:
             self.runtime.print(f"resuming after step {state.step}")
+
+    def _begin(self, afresh: bool) -> None:
+        """Remove what a run left that never saved; of one that goes on, a line torn at the end."""
+        if afresh:
+            self.path.unlink(missing_ok=True)
+        elif self.path.is_file():
+            data = self.path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if whole != data:
+                paths.atomic_write(self.path, whole)
 
     def train(
         self,
@@ -176,11 +218,6 @@ class RunLog:
     def sample(self, step: int, prompt: str, text: str) -> None:
         self._write({"kind": "sample", "step": step, "prompt": prompt, "text": text})
         self.runtime.print(f"sample: {prompt}\N{HORIZONTAL ELLIPSIS}{text}" if prompt else text)
-
-    def has_ended(self) -> bool:
-        """Whether the last thing that was logged is the end of the run."""
-        lines = self.path.read_text().splitlines() if self.path.is_file() else []
-        return bool(lines) and lines[-1].startswith('{"kind": "end"')
 
     def end(self, state: TrainState, consumed: dict[str, Any]) -> None:
         self._write(

@@ -12,6 +12,7 @@ from nanochat.attention import Layout, query_blocks
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hardware import Machine
 from nanochat.loss import block_tokens, chunk_tokens
+from nanochat.optim import KINDS
 
 RUNTIME = {"cpu": 380 * 2**20, "cuda": 2**30}
 """Python, torch and what they load; on a GPU the context and the allocator's gaps."""
@@ -81,11 +82,14 @@ def saved_for_backward(config: GPTConfig, shape: Shape, dtype: torch.dtype, back
     return kept
 
 
-def estimate_memory(config: GPTConfig, shape: Shape, machine: Machine) -> dict[str, int]:
+def estimate_memory(
+    config: GPTConfig, shape: Shape, machine: Machine, optimizer: str = "muon"
+) -> dict[str, int]:
     """Bytes a rank needs in training, by kind; "total" last.
 
     For a GPU the device's memory, for a CPU all that the process needs, what a checkpoint under way
-    holds included. Checked against real runs by benchmarks/memory.py, on CPUs.
+    holds included. optimizer: of the block matrices. Checked against real runs by
+    benchmarks/memory.py, on CPUs.
     """
     rows, T, recompute = shape.rows, shape.sequence_length, shape.recompute
     C, V = config.n_embd, config.padded_vocab_size
@@ -98,7 +102,8 @@ def estimate_memory(config: GPTConfig, shape: Shape, machine: Machine) -> dict[s
     one, two = (
         saved_for_backward(config, replace(shape, rows=count), dtype, backend) for count in (1, 2)
     )
-    shard = 4 * (matrices + 2 * (parameters - matrices)) // world_size
+    per_matrix, per_other = (sum(KINDS[kind].state.values()) for kind in (optimizer, "adamw"))
+    shard = 4 * (per_matrix * matrices + per_other * (parameters - matrices)) // world_size
     # Muon on the MLP's stack: update, its cast, the polynomial's terms.
     stack = 4 * C * C * -(-config.n_layer // world_size)
     # The head's gradient scaled, or a table's, before it is added to what is there.

@@ -14,6 +14,7 @@ targets. At world size 1 the same code runs and the collectives are skipped.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch.nn as nn
 
 from nanochat.adamw import adamw_update
 from nanochat.config import Learning
+from nanochat.lion import lion_update
 from nanochat.muon import muon_update
 
 # torch 2.13 renamed both.
@@ -38,6 +40,7 @@ class Rule:
     """How a group of parameters is updated, before the schedule's factors."""
 
     kind: str
+    """An entry of KINDS."""
     lr: float
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.8, 0.95)
@@ -50,6 +53,91 @@ class Hypers:
 
     lr_multiplier: float = 1.0
     momentum: float = 0.95
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An update rule as the optimizer uses it: one entry of KINDS per optimizer."""
+
+    stacked: bool
+    """Whether it updates matrices of one shape as a stack (S, R, C), else tensors by rows."""
+    state: dict[str, bool]
+    """Names of its state tensors, all float32; True: shaped like the parameters, False: one value
+    per row."""
+    update: Callable[["Share"], None]
+    """Changes parameters and state in place."""
+
+    def make_state(self, parameters: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The state before the first step of this rank's share of the parameters."""
+        return {
+            name: torch.zeros_like(parameters)
+            if full
+            else parameters.new_zeros((*parameters.shape[:-1], 1))
+            for name, full in self.state.items()
+        }
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank updates of a unit in one step, padding left out."""
+
+    parameters: torch.Tensor
+    gradients: torch.Tensor
+    state: dict[str, torch.Tensor]
+    rule: Rule
+    hypers: Hypers
+    step: int
+    """Counted from 1."""
+    dtype: torch.dtype
+    """Dtype of matrix products."""
+
+    @property
+    def lr(self) -> float:
+        return self.rule.lr * self.hypers.lr_multiplier
+
+
+def _muon(share: Share) -> None:
+    muon_update(
+        share.parameters,
+        share.gradients,
+        share.state["momentum"],
+        share.state["second_moment"],
+        lr=share.lr,
+        momentum=share.hypers.momentum,
+        weight_decay=share.rule.weight_decay,
+        dtype=share.dtype,
+    )
+
+
+def _adamw(share: Share) -> None:
+    adamw_update(
+        share.parameters,
+        share.gradients,
+        share.state["first_moment"],
+        share.state["second_moment"],
+        step=share.step,
+        lr=share.lr,
+        betas=share.rule.betas,
+        eps=share.rule.eps,
+        weight_decay=share.rule.weight_decay,
+    )
+
+
+def _lion(share: Share) -> None:
+    lion_update(
+        share.parameters,
+        share.gradients,
+        share.state["momentum"],
+        lr=share.lr,
+        weight_decay=share.rule.weight_decay,
+    )
+
+
+KINDS = {
+    "muon": Kind(True, {"momentum": True, "second_moment": False}, _muon),
+    "adamw": Kind(False, {"first_moment": True, "second_moment": True}, _adamw),
+    "lion": Kind(False, {"momentum": True}, _lion),
+}
 
 
 @dataclass
@@ -78,7 +166,7 @@ def parameter_rules(
     lr_scale: float = 1.0,
     weight_decay: float = 0.0,
 ) -> dict[str, Rule]:
-    """Which rule each parameter gets. Block matrices go to Muon, everything else to AdamW.
+    """Which rule each parameter gets: block matrices the chosen one, everything else AdamW.
 
     AdamW's rates scale with (width / 768)^-1/2.
     """
@@ -87,7 +175,8 @@ def parameter_rules(
     rules = {}
     for name, _ in model.named_parameters():
         if name.startswith("blocks.") and not name.endswith("value_gate.weight"):
-            rules[name] = Rule("muon", learning.matrix_lr * lr_scale, weight_decay)
+            kind, lr = learning.matrix_optimizer, learning.matrix_lr * lr_scale
+            rules[name] = Rule(kind, lr, weight_decay, betas)
         elif name.startswith("head."):
             rules[name] = Rule("adamw", learning.head_lr * adam_scale, betas=betas)
         elif name.startswith(("embedding.", "value_embeddings.")):
@@ -125,14 +214,14 @@ class Optimizer:
         stacks: dict[tuple[Rule, torch.Size], list[str]] = {}
         self.units: list[Unit] = []
         for name, parameter in self.parameters.items():
-            if rules[name].kind == "muon":
+            if KINDS[rules[name].kind].stacked:
                 stacks.setdefault((rules[name], parameter.shape), []).append(name)
             else:
-                self.units.append(self._adamw_unit(rules[name], name, parameter))
-        muon_units = [self._muon_unit(rule, names) for (rule, _), names in stacks.items()]
+                self.units.append(self._tensor_unit(rules[name], name, parameter))
+        stack_units = [self._stack_unit(rule, names) for (rule, _), names in stacks.items()]
         # Large transfers first: the updates of the early ones then hide the later transfers.
         self.units = sorted(
-            muon_units + self.units, key=lambda unit: unit.parameters.numel(), reverse=True
+            stack_units + self.units, key=lambda unit: unit.parameters.numel(), reverse=True
         )
 
     def _padded(self, count: int) -> int:
@@ -148,7 +237,7 @@ class Optimizer:
         parameter.data = data
         parameter.grad = gradient
 
-    def _muon_unit(self, rule: Rule, names: list[str]) -> Unit:
+    def _stack_unit(self, rule: Rule, names: list[str]) -> Unit:
         first = self.parameters[names[0]]
         padded = self._padded(len(names))
         parameters = first.new_zeros((padded, *first.shape)).detach()
@@ -156,14 +245,10 @@ class Optimizer:
         for i, name in enumerate(names):
             self._adopt(name, parameters[i], gradients[i])
         own = self._own(padded)
-        mine = parameters[own]
-        state = {
-            "momentum": torch.zeros_like(mine),
-            "second_moment": mine.new_zeros((*mine.shape[:2], 1)),
-        }
+        state = KINDS[rule.kind].make_state(parameters[own])
         return Unit(rule, names, parameters, gradients, len(names), True, own, state)
 
-    def _adamw_unit(self, rule: Rule, name: str, parameter: nn.Parameter) -> Unit:
+    def _tensor_unit(self, rule: Rule, name: str, parameter: nn.Parameter) -> Unit:
         rows = parameter.shape[0]
         sharded = parameter.numel() > SMALL
         padded = self._padded(rows) if sharded else rows
@@ -171,10 +256,7 @@ class Optimizer:
         gradients = torch.zeros_like(parameters)
         self._adopt(name, parameters[:rows], gradients[:rows])
         own = self._own(padded) if sharded else slice(0, rows)
-        state = {
-            "first_moment": torch.zeros_like(parameters[own]),
-            "second_moment": torch.zeros_like(parameters[own]),
-        }
+        state = KINDS[rule.kind].make_state(parameters[own])
         return Unit(rule, [name], parameters, gradients, rows, sharded, own, state)
 
     def zero_grad(self) -> None:
@@ -218,36 +300,19 @@ class Optimizer:
         return reduce_scatter(unit.reduced, unit.gradients, async_op=True)
 
     def _update(self, unit: Unit, hypers: Hypers) -> None:
-        gradients, parameters = unit.reduced, unit.parameters[unit.own]
-        rule, lr = unit.rule, unit.rule.lr * hypers.lr_multiplier
-        if gradients is None or parameters.numel() == 0:
+        real = self._real_rows(unit) if unit.sharded else unit.rows
+        if unit.reduced is None or real == 0:
             return
-        if rule.kind == "muon":
-            real = self._real_rows(unit)
-            if real == 0:
-                return
-            muon_update(
-                parameters[:real],
-                gradients[:real],
-                unit.state["momentum"][:real],
-                unit.state["second_moment"][:real],
-                lr=lr,
-                momentum=hypers.momentum,
-                weight_decay=rule.weight_decay,
-                dtype=self.muon_dtype,
-            )
-        else:
-            adamw_update(
-                parameters,
-                gradients,
-                unit.state["first_moment"],
-                unit.state["second_moment"],
-                step=self.steps,
-                lr=lr,
-                betas=rule.betas,
-                eps=rule.eps,
-                weight_decay=rule.weight_decay,
-            )
+        share = Share(
+            unit.parameters[unit.own][:real],
+            unit.reduced[:real],
+            {name: tensor[:real] for name, tensor in unit.state.items()},
+            unit.rule,
+            hypers,
+            self.steps,
+            self.muon_dtype,
+        )
+        KINDS[unit.rule.kind].update(share)
 
     def _gather(self, unit: Unit) -> Any:
         if self.world_size == 1 or not unit.sharded:
@@ -280,7 +345,7 @@ class Optimizer:
             for key, value in unit.state.items():
                 if host_copy:
                     value = value.to("cpu", copy=True)
-                if unit.rule.kind == "muon":
+                if KINDS[unit.rule.kind].stacked:
                     for i, name in enumerate(unit.names[unit.own]):
                         result[f"{name}.{key}"] = value[i]
                 elif unit.sharded and self.world_size > 1:

@@ -69,6 +69,10 @@ class Plan:
     def rows_per_step(self) -> int:
         return self.total_batch_size // self.sequence_length
 
+    def rows_at(self, step: int) -> int:
+        """Rows of a step over all ranks."""
+        return self.total_batch_size // self.phase(step).sequence_length
+
     def hypers(self, step: int) -> Hypers:
         """The schedule at a step in [0, num_steps)."""
         learning = self.learning
@@ -299,30 +303,27 @@ def _batch(
     world_size: int,
     fits: int,
 ) -> tuple[int, int, int]:
-    """Rows per micro-batch, micro-batches per step, and tokens per step."""
+    """Rows per micro-batch, micro-batches per step, and tokens per step.
+
+    Rows that do not divide evenly are shared out all the same: some ranks then have empty rows.
+    """
     if isinstance(rows, int) and rows < 1:
         raise UserError(f"--device-batch-size {rows} must be at least 1")
-    per_row = T * world_size
     if total_is_auto:
+        per_row = T * world_size
         total = max(1, total // per_row) * per_row
-    if total < per_row or total % per_row:
+    if total < T or total % T:
         raise UserError(
-            f"total_batch_size {total} must be a multiple of {per_row} "
-            f"({T} tokens x {world_size} ranks); try {max(1, round(total / per_row)) * per_row}"
+            f"total_batch_size {total} must be a multiple of {T} (a row of {T} tokens); "
+            f"try {max(1, round(total / T)) * T}"
         )
-    rows_per_rank = total // per_row
+    rows_per_rank = -(-(total // T) // world_size)
     if isinstance(rows, str):
         rows = max(r for r in range(1, min(fits, rows_per_rank) + 1) if rows_per_rank % r == 0)
-    if rows_per_rank % rows:
-        if total_is_auto:
-            total = max(1, rows_per_rank // rows) * rows * per_row
-            rows_per_rank = total // per_row
-        else:
-            raise UserError(
-                f"total_batch_size {total} must be a multiple of {rows * per_row} "
-                f"({rows} rows x {T} tokens x {world_size} ranks)"
-            )
-    return rows, rows_per_rank // rows, total
+    if total_is_auto and rows_per_rank % rows:
+        rows_per_rank = max(1, rows_per_rank // rows) * rows
+        total = rows_per_rank * T * world_size
+    return rows, -(-rows_per_rank // rows), total
 
 
 def lr_multiplier(

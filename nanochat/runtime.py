@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +32,8 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
 """For a collective to end, and for all ranks to come."""
+TIME_IS_UP = 75
+"""Exit status of a run that `--max-hours` stopped; a signal N gives 128 + N, as in a shell."""
 LAST_SAVE = 30.0
 """Seconds a failing rank gives a checkpoint that is being written."""
 
@@ -51,6 +54,8 @@ class Runtime:
     """SIGTERM or SIGINT came, or the time is up, on this rank."""
     stop_requested: bool = False
     """Some rank's `stop_signal`, agreed on by all in train_step: stop at the end of this step."""
+    exit_code: int = 0
+    """Status with which the process ends after a run that was stopped."""
     alarm: "Alarm | None" = None
     """Between the ranks of a job that `start` joined."""
     local_world_size: int = 1
@@ -65,7 +70,13 @@ class Runtime:
     def print(self, *args: Any) -> None:
         """Print on rank 0 only, without interpreting the text as markup."""
         if self.is_main:
-            self.console.print(*args, markup=False, highlight=False, soft_wrap=True)
+            # A reader that left (`| head`), or a character its encoding lacks, must not end a run.
+            with suppress(OSError, ValueError):
+                self.console.print(*args, markup=False, highlight=False, soft_wrap=True)
+
+    def stop(self, exit_code: int) -> None:
+        """Save and stop at the end of this step, with that exit status."""
+        self.stop_signal, self.exit_code = True, exit_code
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -150,7 +161,7 @@ class Runtime:
                 return  # torchrun ends the others once one has failed
             if self.stop_signal and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.stop_signal = True
+            self.stop(128 + number)
             self.print("stopping: saving at the end of this step (press Ctrl-C again to abort)")
 
         signal.signal(signal.SIGTERM, handler)

@@ -1,74 +1,348 @@
-"""What the training stages share: set-up, evaluation, saving. The loop itself is in each script."""
+"""One run of a training stage: where it is kept, what it goes on from, what happens around a step.
 
-import json
-import re
+with open_run("mid", cfg, runtime) as run:      folder, newest checkpoint, its metadata: read once
+    model, source = open_model(run, tokenizer)  the run's own weights, or those it starts from
+    plan = make_plan(...)
+    stage = Stage(run, model, tokenizer, plan)  the optimizer, restored where the run goes on
+    ...                                         the loop, in the script
+"""
+
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any
 
 import torch
 
 from nanochat import paths
-from nanochat.checkpoint_manager import CheckpointManager, latest, read_meta, restore
-from nanochat.config import BaseConfig, MidConfig, RlConfig, to_dict
-from nanochat.data.loader import Batch, DataLoader
-from nanochat.data.sources import HeldOut, Source
+from nanochat.checkpoint_manager import (
+    CheckpointManager,
+    build_model,
+    check_tokenizer,
+    find,
+    latest,
+    load_weights,
+    read_meta,
+    read_verified,
+    restore,
+    tokenizer_of,
+)
+from nanochat.config import (
+    BaseConfig,
+    Batching,
+    MidConfig,
+    RlConfig,
+    changes,
+    check_ranges,
+    from_dict,
+    to_dict,
+)
 from nanochat.errors import UserError
-from nanochat.eval.losses import evaluate_bpb, evaluate_roles, mixture_bpb
 from nanochat.fp8 import check_fp8, convert_to_fp8
-from nanochat.gpt import GPT
-from nanochat.log import RunLog
+from nanochat.gpt import GPT, GPTConfig, extend_context
+from nanochat.hardware import describe_processor
+from nanochat.log import RunLog, check_wandb, read_records
 from nanochat.memory import Shape, memory_advice
 from nanochat.optim import Optimizer, parameter_rules
-from nanochat.plan import Plan, context_schedule, make_plan
-from nanochat.runtime import Runtime, best_dtype
+from nanochat.plan import Plan
+from nanochat.runtime import TIME_IS_UP, Runtime, best_dtype
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import LossScale, StepStats, TrainState, check_replicas
+from nanochat.train import LossScale, StepStats, TrainState, check_finite, check_replicas, due
 
-CONVERSATION_TOKENS = 2**14
-"""Held-out tokens of conversations per evaluation, at most (but at least one batch)."""
-
-
-class Loader(Protocol):
-    """What a stage reads, as far as checkpoints and the log go."""
-
-    @property
-    def consumed(self) -> dict[str, dict[str, int]]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+StageConfig = BaseConfig | MidConfig | RlConfig
 
 
-L = TypeVar("L", bound=Loader)
-
-
-@dataclass
-class Stage(Generic[L]):
-    """One run of one stage: its parts, and what happens around a step."""
+@dataclass(frozen=True)
+class OpenRun:
+    """A run whose folder is open: what is known of it before anything is loaded."""
 
     name: str
-    cfg: BaseConfig | MidConfig | RlConfig
+    """The stage: base, mid, sft or rl."""
+    cfg: StageConfig
     runtime: Runtime
-    model: GPT
-    tokenizer: Tokenizer
-    plan: Plan
-    loader: L
-    held_out: HeldOut
-    optimizer: Optimizer
-    log: RunLog
-    checkpoints: CheckpointManager
-    state: TrainState
-    loss_scale: LossScale | None
-    extra_meta: dict[str, Any] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
-    last: float = field(default_factory=time.monotonic)
-    """Up to when `state.elapsed_seconds` counts."""
+    folder: Path
+    """checkpoints/<stage>/<tag>."""
+    newest: Path | None
+    """The checkpoint to go on from; None at the start."""
+    meta: dict[str, Any] | None
+    """Its metadata."""
+    logged: dict[str, Any] = field(default_factory=dict)
+    """What metrics.jsonl already holds of that step: evaluation, samples, the end of the run."""
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}/{self.cfg.run.tag}"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is saved and logged, and the settings are those it began with."""
+        if self.meta is None or self.meta["step"] < self.meta["num_steps"]:
+            return False
+        return bool(self.logged["end"]) and not changes(self.meta["run_config"], to_dict(self.cfg))
+
+    @property
+    def loader_state(self) -> dict[str, Any] | None:
+        """The loader's position to go on from."""
+        return self.meta["loader_state"] if self.meta else None
+
+    @property
+    def batching(self) -> Batching:
+        """The flags' batching; for a run that goes on, `auto` is the batch that it began with.
+
+        The rule rounds to whole rows of all ranks, so another number of ranks would take other
+        steps.
+        """
+        assert not isinstance(self.cfg, RlConfig)
+        batching = self.cfg.batching
+        if self.meta and batching.total_batch_size == "auto":
+            total = self.meta.get("total_batch_size", "auto")
+            batching = replace(batching, total_batch_size=total)
+        return batching
+
+
+@contextmanager
+def open_run(name: str, cfg: StageConfig, runtime: Runtime) -> Iterator[OpenRun]:
+    """Lock the run's folder and read what is in it, once, on rank 0; every rank calls it.
+
+    Raises UserError for settings out of range, a tag that is in use without --resume, a damaged
+    checkpoint, a run that another process trains, and a source that moved on since.
+    """
+    check_ranges(cfg)
+    if cfg.run.wandb and runtime.is_main:
+        check_wandb()
+    folder = paths.checkpoints_dir(name, paths.checked_name(cfg.run.tag, "--tag"))
+    lock = paths.lock(folder, "training", wait=False) if runtime.is_main else nullcontext()
+    with lock:
+        found: Any = None
+        if runtime.is_main:
+            try:
+                found = _look_into(name, cfg, folder)
+            except UserError as error:
+                found = error
+        found = runtime.broadcast_object(found)
+        if isinstance(found, UserError):
+            raise found
+        run = OpenRun(name, cfg, runtime, folder, *found)
+        if run.finished:
+            runtime.print(f"{run.title} is finished: {run.newest} is its last step")
+        elif run.meta:
+            for line in changes(run.meta["run_config"], to_dict(cfg)):
+                runtime.print(f"changed since step {run.meta['step']}: {line}")
+            began = run.meta.get("processor")
+            if began and began != describe_processor():
+                runtime.print(
+                    f"note: until step {run.meta['step']} it ran on {began}, now on "
+                    f"{describe_processor()}: from here on results are equal up to rounding only"
+                )
+        yield run
+
+
+def _look_into(
+    name: str, cfg: StageConfig, folder: Path
+) -> tuple[Path | None, dict[str, Any] | None, dict[str, Any]]:
+    newest = latest(folder)
+    if newest is None:
+        return None, None, {}
+    if not cfg.run.resume:
+        raise UserError(
+            f"{folder} already holds {newest.name}; continue it with --resume, "
+            "choose another --tag, or delete that folder"
+        )
+    meta = read_meta(newest)
+    source = meta.get("source")
+    if source and source.get("digest"):
+        now = latest(paths.checkpoints_dir(source["stage"], source["tag"]))
+        digest = now and read_meta(now, verify=False)["digest"]
+        if now and digest != source["digest"]:
+            raise UserError(
+                f"{folder} was trained from {source['stage']}/{source['tag']} step "
+                f"{source['step']}, which has moved on to {now.name} since; delete {folder} to "
+                "train it again, or choose another --tag"
+            )
+    records = read_records(paths.run_dir(name, cfg.run.tag) / "metrics.jsonl")
+    here = [r for r in records if r.get("step") == meta["step"]]
+    evaluations = [r for r in here if r["kind"] == "eval"]
+    logged = {
+        "evaluation": {k: v for k, v in evaluations[-1].items() if k not in ("kind", "step")}
+        if evaluations
+        else None,
+        "samples": any(r["kind"] == "sample" for r in here),
+        "end": bool(records) and records[-1]["kind"] == "end",
+    }
+    return newest, meta, logged
+
+
+def origin(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Which checkpoint it is, as the one trained from it notes it."""
+    return {key: meta[key] for key in ("stage", "tag", "step", "digest")}
+
+
+def open_model(run: OpenRun) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """The model of a stage after base, its tokenizer, and the checkpoint it was started from.
+
+    A run that goes on has all it needs in its own folder: what it started from may be gone. Its
+    weights are read by `Stage`, with the optimizer.
+    """
+    cfg, runtime = run.cfg, run.runtime
+    context = getattr(cfg, "context_length", None)
+    if run.meta is not None and run.newest is not None:
+        config = from_dict(GPTConfig, run.meta["model_config"], str(run.newest))
+        if context not in (None, config.context_length):
+            raise UserError(
+                f"{run.newest} has a context of {config.context_length} tokens, --context-length "
+                f"is {context}; resume with the same flags, or choose another --tag"
+            )
+        tokenizer = tokenizer_of(run.meta, run.newest)
+        model = build_model(config, runtime.device, runtime.dtype)
+        return model, tokenizer, run.meta["source"]
+    assert not isinstance(cfg, BaseConfig)
+    folder = find(cfg.source, tag=cfg.run.tag)
+    meta = read_verified(folder, runtime)
+    config = from_dict(GPTConfig, meta["model_config"], str(folder))
+    if context is not None:
+        config = extend_context(config, context, cfg.rope_scaling)  # type: ignore[union-attr]
+    model = build_model(config, runtime.device, runtime.dtype)
+    load_weights(folder, model)
+    runtime.print(f"starting from {folder}")
+    if meta["step"] < meta["num_steps"]:
+        runtime.print(f"note: that run is not finished, it is to have {meta['num_steps']} steps")
+    return model, tokenizer_of(meta, folder), origin(meta)
+
+
+class Stage:
+    """A run with its model, optimizer, log and checkpoints."""
+
+    def __init__(
+        self,
+        run: OpenRun,
+        model: GPT,
+        tokenizer: Tokenizer,
+        plan: Plan,
+        source: Mapping[str, Any] | None = None,
+    ):
+        """Build the optimizer, restore where the run goes on, and open the log.
+
+        source: the checkpoint that it was started from, by `origin`.
+        """
+        cfg, runtime = run.cfg, run.runtime
+        self.run, self.cfg, self.runtime = run, cfg, runtime
+        self.model, self.tokenizer, self.plan = model, tokenizer, plan
+        self.source = dict(source) if source else None
+        model.recompute = (cfg if isinstance(cfg, RlConfig) else cfg.batching).recompute
+        if cfg.run.fp8:
+            check_fp8(runtime.device, runtime.dtype)
+        runtime.memory_advice = memory_advice(
+            model.config,
+            Shape(plan.device_batch_size, plan.sequence_length, model.recompute),
+            runtime.machine(),
+            rows_per_step=plan.device_batch_size * plan.micro_batches,
+            fits=plan.largest_device_batch_size,
+        )
+        native = best_dtype(runtime.device)
+        self.optimizer = Optimizer(
+            model,
+            parameter_rules(
+                model,
+                cfg.learning,
+                width=model.config.n_embd,
+                lr_scale=plan.lr_scale,
+                weight_decay=plan.weight_decay,
+            ),
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            muon_dtype=torch.float32 if native == torch.float16 else native,
+        )
+        self.state = TrainState()
+        self.loss_scale = LossScale() if runtime.dtype == torch.float16 else None
+        if run.meta is not None and run.newest is not None:
+            self._restore(run.newest, run.meta)
+        if cfg.run.fp8:
+            convert_to_fp8(model)
+        if cfg.run.compiles(runtime.device):
+            model.compile_loss()
+        self.log = RunLog(run.name, cfg.run.tag, runtime, plan, cfg.run.wandb)
+        self.checkpoints = CheckpointManager(run.folder, runtime, cfg.saving.keep_last)
+        self.first_step = self.state.step
+        self._started = self._counted = time.monotonic()
+        runtime.watch_signals()
+        self.log.start(to_dict(cfg), to_dict(model.config), self.state)
+
+    def _restore(self, newest: Path, meta: dict[str, Any]) -> None:
+        check_tokenizer(meta, self.tokenizer, newest)
+        restore(newest, meta, self.model, self.optimizer, self.runtime)
+        if meta["num_steps"] != self.plan.num_steps:
+            self.runtime.print(
+                f"note: {newest.name} was planned for {meta['num_steps']} steps, "
+                f"this run for {self.plan.num_steps}: the schedule changes here"
+            )
+        self.state = TrainState(**meta["train_state"])
+        if self.loss_scale:
+            self.loss_scale.load_state_dict(self.state.loss_scale)
 
     @property
     def finished(self) -> bool:
         return self.state.step >= self.plan.num_steps
+
+    # What is due at the top of a step: first save, then look
+
+    def save_due(self, step: int, every: int) -> bool:
+        """Whether to save before `step`: every so many steps, at the end, when stopping."""
+        last = step == self.plan.num_steps
+        return step > self.first_step and (due(step, every, last) or self.runtime.stop_requested)
+
+    def evaluation_due(self, step: int, every: int) -> bool:
+        """Whether to evaluate before `step`; not what the log of a resumed run already has."""
+        if not (step == 0 or due(step, every, step == self.plan.num_steps)):
+            return False
+        known = self.run.logged.get("evaluation") if step == self.first_step else None
+        if known is not None:
+            self.state.metrics = known
+        return known is None
+
+    def samples_due(self, step: int, every: int) -> bool:
+        """Whether to show samples before `step`; never of a model that has not learned."""
+        logged = step == self.first_step and self.run.logged.get("samples", True)
+        return step > 0 and not logged and due(step, every, step == self.plan.num_steps)
+
+    def save(self, position: Mapping[str, Any], consumed: Mapping[str, Any]) -> None:
+        """Start writing a checkpoint; `position` and `consumed` are the loader's.
+
+        Raises NonFiniteWeights where a weight or an optimizer state is not finite.
+        """
+        check_finite(self.optimizer, self.runtime, self.state.step)
+        if self.loss_scale:
+            self.state.loss_scale = self.loss_scale.state_dict()
+        meta = {
+            "stage": self.run.name,
+            "tag": self.cfg.run.tag,
+            "run_config": to_dict(self.cfg),
+            "num_steps": self.plan.num_steps,
+            "total_batch_size": self.plan.total_batch_size,
+            "train_state": self.state.as_dict(),
+            "loader_state": dict(position),
+            "consumed": dict(consumed),
+            "tokenizer_hash": self.tokenizer.hash,
+            "processor": describe_processor(),
+        }
+        if self.source:
+            meta["source"] = self.source
+        self.checkpoints.save(self.state.step, self.model, self.optimizer, meta)
+
+    def log_evaluation(self, metrics: dict[str, float]) -> None:
+        self.state.metrics = metrics
+        self.log.eval(self.state.step, metrics)
+
+    def show(self, sample: Callable[[], list[tuple[str, str]]]) -> None:
+        """Print and log (prompt, text) pairs on rank 0; where that fails, training goes on."""
+        if not self.runtime.is_main:
+            return
+        try:
+            for prompt, text in sample():
+                self.log.sample(self.state.step, prompt, text)
+        except Exception as error:  # a sample is decoration: it must not cost the run
+            self.runtime.print(f"note: no samples at step {self.state.step}: {error}")
 
     def record(self, stats: StepStats, more: Mapping[str, float] | None = None) -> None:
         """Count a finished step, log it, and check what is to be checked after it.
@@ -86,255 +360,23 @@ class Stage(Generic[L]):
         if every and self.state.step % every == 0:
             check_replicas(self.model, self.runtime)
         limit = self.cfg.saving.max_hours
-        if limit and time.monotonic() - self.started > limit * 3600:
-            self.runtime.stop_signal = True
+        if limit and time.monotonic() - self._started > limit * 3600:
+            self.runtime.stop(TIME_IS_UP)
 
     def _count_time(self) -> None:
         now = time.monotonic()
-        self.state.elapsed_seconds += now - self.last
-        self.last = now
+        self.state.elapsed_seconds += now - self._counted
+        self._counted = now
 
-    def evaluate(self) -> dict[str, float]:
-        """Measure what is held out from its start: the same rows each time."""
-        sizes = torch.as_tensor(self.tokenizer.token_bytes()).to(self.runtime.device)
-        texts, limit = self.held_out.texts, self.cfg.evaluating.eval_tokens
-        results = [
-            # Alone: the weights say how much of a corpus is in the mixture, not how much to read.
-            evaluate_bpb(
-                self.model,
-                self._batches([replace(source, weight=1)], limit // len(texts)),
-                sizes,
-                self.runtime,
-            )
-            for source in texts
-        ]
-        metrics = {"bpb": results[0]["bpb"]}
-        if len(texts) > 1:
-            metrics = {"bpb": mixture_bpb(texts, results)}
-            for source, result in zip(texts, results, strict=True):
-                metrics[f"bpb_{_metric_name(source.name)}"] = result["bpb"]
-        if self.held_out.conversations:
-            # Every token is a target, and a weight below 1 tells that it is not the assistant's.
-            sources = [replace(s, weight=1, prompt_weight=0.5) for s in self.held_out.conversations]
-            batches = self._batches(sources, min(limit, CONVERSATION_TOKENS))
-            metrics |= evaluate_roles(self.model, batches, self.runtime)
-        self.state.metrics = metrics
-        self.log.eval(self.state.step, metrics)
-        return metrics
-
-    def _batches(self, sources: Sequence[Source], tokens: int) -> Iterator[Batch]:
-        """About so many tokens of one pass over the sources, over all ranks; at least one batch."""
-        # As the last step was: positions never trained on would tell nothing of what was learned.
-        phase = self.plan.phase(max(0, self.state.step - 1))
-        T, rows = phase.sequence_length, phase.device_batch_size
-        loader = DataLoader(
-            sources,
-            batch_size=rows,
-            sequence_length=T,
-            rank=self.runtime.rank,
-            world_size=self.runtime.world_size,
-            epochs=1,
-            device=self.runtime.device,
-            with_roles=True,
-        )
-        rows *= self.runtime.world_size
-        available = -(-loader.num_rows(1) // rows)
-        for _ in range(max(1, min(tokens // (T * rows), available))):
-            yield next(loader)
-
-    def save(self) -> None:
-        """Start writing a checkpoint of the present state."""
-        if self.loss_scale:
-            self.state.loss_scale = self.loss_scale.state_dict()
-        self.checkpoints.save(
-            self.state.step,
-            self.model,
-            self.optimizer,
-            {
-                "stage": self.name,
-                "tag": self.cfg.run.tag,
-                "run_config": to_dict(self.cfg),
-                "num_steps": self.plan.num_steps,
-                "total_batch_size": self.plan.total_batch_size,
-                "train_state": self.state.as_dict(),
-                "loader_state": self.loader.state_dict(),
-                "tokenizer_hash": self.tokenizer.hash,
-                **self.extra_meta,
-            },
-        )
-
-    def close(self) -> None:
+    def close(self, consumed: Mapping[str, Any]) -> None:
         """Wait for the last checkpoint, then write the end of the log."""
         self.checkpoints.wait()
         self._count_time()
         if self.finished:
-            self.log.end(self.state, self.loader.consumed)
+            self.runtime.exit_code = 0  # whatever came in during the last step
+            self.log.end(self.state, dict(consumed))
         else:
             self.runtime.print(
                 f"stopped after step {self.state.step} of {self.plan.num_steps}; "
                 "the same command with --resume goes on from here"
             )
-
-
-def describe_mixture(sources: Sequence[Source], tokens: int) -> str:
-    """Each source's share of the targets, and how often a run of so many tokens reads it."""
-    targets = [source.store.num_targets for source in sources]
-    parts = [float(Fraction(str(s.weight)) * n) for s, n in zip(sources, targets, strict=True)]
-    lines = [
-        f"{source.name} {part / sum(parts):.1%} ({tokens * part / sum(parts) / n:.3g} passes)"
-        for source, part, n in zip(sources, parts, targets, strict=True)
-    ]
-    return f"mixture: {', '.join(lines)}"
-
-
-def _metric_name(name: str) -> str:
-    """`./my books` -> `my_books`."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "_", name).strip("._")
-
-
-def set_up(
-    name: str,
-    cfg: BaseConfig | MidConfig,
-    runtime: Runtime,
-    model: GPT,
-    tokenizer: Tokenizer,
-    sources: Sequence[Source],
-    held_out: HeldOut,
-    extra_meta: dict[str, Any] | None = None,
-) -> Stage[DataLoader]:
-    """Plan the run, build the loader, and assemble the stage."""
-    newest = checkpoint_to_resume(name, cfg)
-    T = model.config.context_length
-
-    def make_loader(rows: int) -> DataLoader:
-        return DataLoader(
-            sources,
-            batch_size=rows,
-            sequence_length=T,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-            seed=cfg.run.seed,
-            window=cfg.batching.window,
-            epochs=cfg.duration.epochs if cfg.duration.counts_epochs else None,
-            device=runtime.device,
-        )
-
-    batching = cfg.batching
-    if newest and batching.total_batch_size == "auto":
-        # The rule rounds to whole rows of all ranks: go on with what it gave at the start, so that
-        # another number of ranks takes the same steps.
-        total = read_meta(newest, verify=False).get("total_batch_size", "auto")
-        batching = replace(batching, total_batch_size=total)
-    plan = make_plan(
-        model.config,
-        batching=batching,
-        duration=cfg.duration,
-        learning=cfg.learning,
-        machine=runtime.machine(),
-        rows_in_epochs=make_loader(1).num_rows,
-        schedule=context_schedule(cfg) if isinstance(cfg, BaseConfig) else (),
-    )
-    model.recompute = cfg.batching.recompute
-    loader = make_loader(plan.device_batch_size)
-    phase = plan.phase(max(0, read_meta(newest, verify=False)["step"] - 1) if newest else 0)
-    loader.set_rows(phase.sequence_length, phase.device_batch_size)
-    stage = assemble(name, cfg, runtime, model, tokenizer, plan, loader, held_out, extra_meta)
-    if len(sources) > 1 and not stage.finished:
-        runtime.print(describe_mixture(sources, plan.tokens))
-    return stage
-
-
-def checkpoint_to_resume(name: str, cfg: BaseConfig | MidConfig | RlConfig) -> Path | None:
-    """The newest checkpoint of the tag; UserError where there is one and --resume is not given."""
-    folder = paths.checkpoints_dir(name, cfg.run.tag)
-    newest = latest(folder)
-    if newest and not cfg.run.resume:
-        raise UserError(
-            f"{folder} already holds {newest.name}; continue it with --resume, "
-            "choose another --tag, or delete that folder"
-        )
-    return newest
-
-
-def assemble(
-    name: str,
-    cfg: BaseConfig | MidConfig | RlConfig,
-    runtime: Runtime,
-    model: GPT,
-    tokenizer: Tokenizer,
-    plan: Plan,
-    loader: L,
-    held_out: HeldOut,
-    extra_meta: dict[str, Any] | None = None,
-) -> Stage[L]:
-    """Build the optimizer, resume where that is asked for, and open the log."""
-    folder, newest = paths.checkpoints_dir(name, cfg.run.tag), checkpoint_to_resume(name, cfg)
-    if cfg.run.fp8:
-        check_fp8(runtime.device, runtime.dtype)
-    runtime.memory_advice = memory_advice(
-        model.config,
-        Shape(plan.device_batch_size, plan.sequence_length, model.recompute),
-        runtime.machine(),
-        rows_per_step=plan.device_batch_size * plan.micro_batches,
-        fits=plan.largest_device_batch_size,
-    )
-    rules = parameter_rules(
-        model,
-        cfg.learning,
-        width=model.config.n_embd,
-        lr_scale=plan.lr_scale,
-        weight_decay=plan.weight_decay,
-    )
-    native = best_dtype(runtime.device)
-    optimizer = Optimizer(
-        model,
-        rules,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        muon_dtype=torch.float32 if native == torch.float16 else native,
-    )
-    state = TrainState()
-    loss_scale = LossScale() if runtime.dtype == torch.float16 else None
-    if newest:
-        meta = restore(newest, model, optimizer, runtime)
-        if meta["tokenizer_hash"] != tokenizer.hash:
-            raise UserError(f"{newest} was trained with another tokenizer than the present one")
-        if meta["num_steps"] != plan.num_steps:
-            runtime.print(
-                f"note: {newest.name} was planned for {meta['num_steps']} steps, "
-                f"this run for {plan.num_steps}: the schedule changes here"
-            )
-        state = TrainState(**meta["train_state"])
-        loader.load_state_dict(json.loads(json.dumps(meta["loader_state"])))
-        if loss_scale:
-            loss_scale.load_state_dict(state.loss_scale)
-    if cfg.run.fp8:
-        convert_to_fp8(model)
-    if cfg.run.compile == "on" or (cfg.run.compile == "auto" and runtime.device.type == "cuda"):
-        model.compile_loss()
-    log = RunLog(name, cfg.run.tag, runtime, plan, cfg.run.wandb)
-    checkpoints = CheckpointManager(folder, runtime, cfg.saving.keep_last)
-    stage = Stage(
-        name,
-        cfg,
-        runtime,
-        model,
-        tokenizer,
-        plan,
-        loader,
-        held_out,
-        optimizer,
-        log,
-        checkpoints,
-        state,
-        loss_scale,
-        extra_meta or {},
-    )
-    if stage.finished:
-        runtime.print(f"{name}/{cfg.run.tag} is finished: {newest} is its last step")
-        if not log.has_ended():  # killed after the last checkpoint
-            log.end(state, loader.consumed)
-        return stage
-    runtime.watch_signals()
-    log.start(to_dict(cfg), to_dict(model.config), state)
-    return stage

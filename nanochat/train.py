@@ -5,21 +5,61 @@ B batch, T time, N targets of the step over all ranks and micro-batches
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from nanochat.data.loader import Batch
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.optim import Hypers, Optimizer
 from nanochat.runtime import Runtime
 
 
+@dataclass
+class Batch:
+    """One micro-batch of one rank.
+
+    The input at t is followed by the target at t. Documents never continue into each other: the
+    last token of a piece has no target. Padding is at the end of a row, with inputs of 0.
+    """
+
+    inputs: Tensor  # (B, T) int64
+    targets: Tensor  # (B, T) int64; -1 is ignored: padding, document ends, targets of weight 0
+    weights: Tensor  # (B, T) float32; 0 where the target is -1
+    doc_ids: Tensor  # (B, T) int32: 0, 1, 2.. within a row; padding is its last document
+    roles: Tensor | None = None
+    """(B, T) int8: the target's role (`tokenizer.ROLE_NAMES`, `IGNORED`), whatever its weight; -1
+    where there is no target or its store has no roles. Only with `with_roles=True`."""
+    boundaries: Tensor | None = None
+    """(N,) int32: `attention.document_boundaries` of doc_ids; nobody has to ask a GPU for them."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on `device`; from pinned memory and without waiting on CUDA."""
+        if device.type == "cpu":
+            return self
+        if device.type == "cuda":
+            pinned = self.pinned()
+            return pinned._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._each(lambda tensor: tensor.to(device))
+
+    def pinned(self) -> "Batch":
+        """The batch in memory that a GPU reads from without a wait."""
+        return self._each(lambda tensor: tensor if tensor.is_pinned() else tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors = {name: value for name, value in vars(self).items() if value is not None}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
+
+
 class NonFiniteLoss(UserError):
     """The loss, or a gradient, is infinite or not a number; nothing was updated."""
+
+
+class NonFiniteWeights(UserError):
+    """A weight or an optimizer state is infinite or not a number; nothing was saved."""
 
 
 class ReplicaDivergence(UserError):
@@ -102,6 +142,7 @@ def train_step(
     temperature: float = 1.0,
     divisor: int | None = None,
     step: int | None = None,
+    tokens: int | None = None,
 ) -> StepStats:
     """Minimise sum(w nll) / N over this rank's micro-batches; every rank calls it.
 
@@ -110,7 +151,8 @@ def train_step(
     takes the place of N where what is trained on stands for more than its own targets (samples
     without an advantage, pairs), `temperature` is that of the distribution nll is under. Raises
     NonFiniteLoss on every rank, before anything is updated; it names `step`, the number under which
-    this step would be logged (by default one more than the updates before it).
+    this step would be logged (by default one more than the updates before it). `tokens` are the
+    step's input positions over all ranks, where micro-batches are filled up with empty rows.
     """
     start = time.perf_counter()
     number = optimizer.steps + 1 if step is None else step
@@ -156,7 +198,9 @@ def train_step(
     return StepStats(
         loss=sum(losses),
         targets=targets,
-        tokens=sum(batch.inputs.numel() for batch in batches) * runtime.world_size,
+        tokens=sum(batch.inputs.numel() for batch in batches) * runtime.world_size
+        if tokens is None
+        else tokens,
         seconds=time.perf_counter() - start,
         skipped=skipped,
     )
@@ -167,6 +211,19 @@ def _stopped(step: int, reason: str) -> str:
         f"step {step}: {reason}; nothing was updated. "
         "Lower the learning rates (--lr-scale) or resume from an earlier checkpoint"
     )
+
+
+def check_finite(optimizer: Optimizer, runtime: Runtime, step: int) -> None:
+    """Raise NonFiniteWeights on every rank where any has a weight or a state that is not finite."""
+    tensors = [t for unit in optimizer.units for t in (unit.parameters, *unit.state.values())]
+    sums = torch.stack([tensor.sum().float() for tensor in tensors])
+    wrong = runtime.all_reduce_sum((~sums.isfinite()).sum())
+    if wrong.item():
+        raise NonFiniteWeights(
+            f"after step {step} {wrong.item()} tensors of weights and optimizer state are not "
+            "finite; this step is not saved. Lower the learning rates (--lr-scale) and resume from "
+            "the checkpoint before"
+        )
 
 
 def check_replicas(model: GPT, runtime: Runtime) -> None:

@@ -34,13 +34,13 @@ from nanochat.conversation import parts
 from nanochat.errors import UserError
 from nanochat.eval import record
 from nanochat.eval.options import GPTScorer, crop, length_blocks
-from nanochat.eval.results import clustered_interval, task_result
+from nanochat.eval.results import clustered_interval, pass_at_k, task_result
 from nanochat.gpt import GPT
 from nanochat.infer.engine import Engine, Request, SamplingParams
 from nanochat.progress import Bar, progress_bar
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import SystemStyle, Tokenizer
-from tasks.common import Conversation, Task, pass_at_k
+from tasks.common import Conversation, Task
 from tasks.registry import EVALUATED, build
 
 MAX_EXCHANGES = 10

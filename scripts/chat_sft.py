@@ -10,35 +10,64 @@ Examples:
 
 from nanochat.cli import launch
 from nanochat.config import SftConfig
-from nanochat.data.loader import DataLoader
-from nanochat.runtime import Runtime
-from nanochat.stage import Stage
-from nanochat.train import due, take, train_step
-from scripts.mid_train import prepare, sample_answers
+from nanochat.data.loader import training_loader
+from nanochat.data.sources import describe_mixture
+from nanochat.eval.losses import evaluate_held_out
+from nanochat.infer.samples import sample_answers
+from nanochat.plan import make_plan
+from nanochat.runtime import Runtime, seed_everything
+from nanochat.stage import OpenRun, Stage, open_model, open_run
+from nanochat.train import train_step
+from tasks.sources import chat_sources
 
 
-def main(cfg: SftConfig, runtime: Runtime) -> Stage[DataLoader]:
-    stage = prepare("sft", cfg, runtime)
-    if stage.finished:
-        return stage
-    plan, first = stage.plan, stage.state.step
-    for step in range(first, plan.num_steps + 1):
-        last = step == plan.num_steps
-        if step == 0 or due(step, cfg.evaluating.eval_every, last):
-            stage.evaluate()
-        if step > first and runtime.is_main and due(step, cfg.evaluating.sample_every, last):
-            sample_answers(cfg, stage)
-        if step > first and (due(step, cfg.saving.save_every, last) or runtime.stop_requested):
-            stage.save()
-        if last or runtime.stop_requested:
-            break
-        batches, hypers = take(stage.loader, plan.micro_batches), plan.hypers(step)
-        stats = train_step(
-            stage.model, stage.optimizer, batches, hypers, runtime, stage.loss_scale, step=step + 1
+def main(cfg: SftConfig, runtime: Runtime) -> Stage | OpenRun:
+    """Returns the stage, or the open run where nothing is left to do."""
+    seed_everything(cfg.run.seed)
+    with open_run("sft", cfg, runtime) as run:
+        if run.finished:
+            return run
+        model, tokenizer, source = open_model(run)  # its own, or what it starts from
+
+        T = model.config.context_length
+        sources, held_out = runtime.in_turns(lambda: chat_sources(cfg, tokenizer, T, runtime))
+        loader = training_loader(sources, cfg, T, runtime)
+        plan = make_plan(
+            model.config,
+            batching=run.batching,
+            duration=cfg.duration,
+            learning=cfg.learning,
+            machine=runtime.machine(),
+            rows_in_epochs=loader.num_rows,
         )
-        stage.record(stats)
-    stage.close()
-    return stage
+        if len(sources) > 1:
+            runtime.print(describe_mixture(sources, plan.tokens))
+        stage = Stage(run, model, tokenizer, plan, source)  # restored where it goes on
+        rows = plan.phase(0)
+        loader.resume(rows, run.loader_state)
+
+        for step in range(stage.first_step, plan.num_steps + 1):
+            if stage.save_due(step, cfg.saving.save_every):
+                stage.save(loader.state_dict(), loader.consumed)
+            if runtime.stop_requested:
+                break
+            if stage.evaluation_due(step, cfg.evaluating.eval_every):
+                metrics = evaluate_held_out(
+                    model, tokenizer, held_out, cfg.evaluating.eval_tokens, rows, runtime
+                )
+                stage.log_evaluation(metrics)
+            if stage.samples_due(step, cfg.evaluating.sample_every):
+                stage.show(lambda: sample_answers(model, tokenizer, cfg.system, cfg.run.seed))
+            if step == plan.num_steps:
+                break
+            batches = loader.step_batches(plan.rows_per_step, plan.micro_batches)
+            stats = train_step(
+                model, stage.optimizer, batches, plan.hypers(step), runtime, stage.loss_scale,
+                step=step + 1, tokens=plan.total_batch_size,
+            )  # fmt: skip
+            stage.record(stats)
+        stage.close(loader.consumed)
+        return stage
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from nanochat.memory import (
     parameter_counts,
 )
 from nanochat.plan import DEFAULT_RATIO, Plan, context_schedule, make_plan, model_config
+from nanochat.rl.start import rollout_batching
 from nanochat.runtime import DTYPES, Runtime, single
 
 
@@ -171,14 +172,7 @@ def job_of(cfg: AnyPlan, world_size: int, dtype: torch.dtype) -> Job:
         T = model.context_length
         size = 2 if cfg.algo == "dpo" else cfg.rollouts.group_size
         answers = cfg.rollouts.prompts_per_step * size
-        rows = 1 if cfg.device_batch_size == "auto" else cfg.device_batch_size
-        per_pass = rows * world_size
-        batching = Batching(
-            device_batch_size=cfg.device_batch_size,
-            # At most: short answers share a row.
-            total_batch_size=-(-answers // per_pass) * per_pass * T,
-            recompute=cfg.recompute,
-        )
+        batching = rollout_batching(cfg, answers, T, world_size)
         return Job(
             model,
             about,

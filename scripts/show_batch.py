@@ -20,13 +20,12 @@ from nanochat.cli import Group, launch
 from nanochat.config import BaseConfig, MidConfig, SftConfig, from_dict
 from nanochat.data.conversations import conversations_store, fit_conversations
 from nanochat.data.loader import DataLoader
-from nanochat.data.sources import Source
+from nanochat.data.sources import Source, pretraining_sources
 from nanochat.data.store import TokenStore
 from nanochat.errors import UserError
 from nanochat.report.batch import View, build_view, print_view, render_html
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
-from scripts import base_train
 from tasks import registry
 from tasks.sources import build_sources
 
@@ -123,7 +122,7 @@ def choose_sources(
     if isinstance(stage, BaseConfig):
         if cfg.task is not None:
             raise UserError(f"--stage base reads text; show {cfg.task} with --stage mid or sft")
-        return base_train.build_sources(stage, tokenizer, cfg.split)
+        return pretraining_sources(stage, tokenizer, cfg.split)
     if cfg.task is not None:
         task = registry.build(cfg.task, cfg.split)
         store = conversations_store(task, tokenizer, system=stage.system, bad_rows=stage.bad_rows)

@@ -7,7 +7,6 @@ answer. Next to `messages` a conversation may carry what its task needs for that
 
 import hashlib
 import json
-import math
 import os
 import random
 import re
@@ -327,18 +326,6 @@ def same_number(answer: Fraction | None, expected: Fraction | None) -> bool:
     if answer is None or expected is None:
         return False
     return abs(answer - expected) <= Fraction(1, 10**12) * max(Fraction(1), abs(expected))
-
-
-def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """The unbiased estimate of P(at least one of k samples is right), arXiv 2107.03374.
-
-    1 - C(samples - correct, k) / C(samples, k), exactly. Needs 1 <= k <= samples.
-    """
-    if not 1 <= k <= samples:
-        raise UserError(f"pass@{k} needs at least {k} samples of each prompt, got {samples}")
-    if not 0 <= correct <= samples:
-        raise UserError(f"{correct} correct of {samples} samples")
-    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
 # Rows that are made, not loaded

@@ -17,6 +17,7 @@ from nanochat.data.sources import (
     text_sources,
 )
 from nanochat.errors import UserError
+from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
 from tasks.passages import store_texts
 from tasks.passkey import corpus_sentences
@@ -94,6 +95,19 @@ def build_sources(
             scale = share / (1 - replay - long) * tasks / _targets(texts)
             sources += [replace(text, weight=Fraction(text.weight) * scale) for text in texts]
     return sources
+
+
+def chat_sources(
+    cfg: MidConfig, tokenizer: Tokenizer, sequence_length: int, runtime: Runtime
+) -> tuple[list[Source], HeldOut]:
+    """What a chat stage trains on, and what it is measured on; builds stores, so in turns."""
+    if runtime.is_main:
+        note_words(cfg)
+    sources = build_sources(cfg, tokenizer, sequence_length)
+    for source in sources:
+        if source.note:
+            runtime.print(source.note)
+    return sources, build_held_out(cfg, tokenizer, sequence_length)
 
 
 def build_held_out(cfg: MidConfig, tokenizer: Tokenizer, sequence_length: int) -> HeldOut:

@@ -21,11 +21,10 @@ from torch.utils._pytree import tree_leaves
 
 from nanochat import loss, runtime
 from nanochat.config import Learning
-from nanochat.data.loader import Batch
 from nanochat.gpt import GPT, GPTConfig, config_from_depth
 from nanochat.optim import Hypers, Optimizer, parameter_rules
 from nanochat.rl.rows import Sample, pack_samples
-from nanochat.train import LossScale, train_step
+from nanochat.train import Batch, LossScale, train_step
 
 CONFIG = GPTConfig(
     vocab_size=60,

@@ -24,12 +24,11 @@ from nanochat import checkpoint_manager
 from nanochat.checkpoint_manager import CheckpointManager, latest, read_meta
 from nanochat.cli import launch
 from nanochat.config import Learning
-from nanochat.data.loader import Batch
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import Hypers, Optimizer, parameter_rules
 from nanochat.runtime import Runtime
-from nanochat.train import check_replicas, train_step
+from nanochat.train import Batch, check_replicas, train_step
 
 MODEL = GPTConfig(
     vocab_size=60, n_layer=1, n_head=2, n_kv_head=1, n_embd=16, head_dim=8, context_length=8

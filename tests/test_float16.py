@@ -13,11 +13,10 @@ import torch
 from nanochat import runtime
 from nanochat.checkpoint_manager import latest, read_meta
 from nanochat.config import Learning
-from nanochat.data.loader import Batch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import Hypers, Optimizer, parameter_rules
 from nanochat.runtime import Runtime
-from nanochat.train import LossScale, train_step
+from nanochat.train import Batch, LossScale, train_step
 
 CONFIG = GPTConfig(
     vocab_size=60, n_layer=2, n_head=2, n_kv_head=1, n_embd=16, head_dim=8, context_length=12

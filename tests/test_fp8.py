@@ -10,12 +10,11 @@ import torch
 
 from nanochat import runtime
 from nanochat.config import Learning
-from nanochat.data.loader import Batch
 from nanochat.errors import UserError
 from nanochat.fp8 import check_fp8, convert_to_fp8, is_convertible
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.optim import Hypers, Optimizer, parameter_rules
-from nanochat.train import train_step
+from nanochat.train import Batch, train_step
 
 CONFIG = config_from_depth(2, 100, aspect_ratio=16, head_dim=16, context_length=32)
 B, T = 4, 32

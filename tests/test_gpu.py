@@ -20,13 +20,12 @@ from nanochat.attention import Layout
 from nanochat.checkpoint_manager import CheckpointManager, restore
 from nanochat.cli import is_out_of_memory
 from nanochat.config import Learning
-from nanochat.data.loader import Batch
 from nanochat.gpt import GPT, GPTConfig, config_from_depth
 from nanochat.hardware import Machine
 from nanochat.memory import RUNTIME, Shape, estimate_memory
 from nanochat.optim import Hypers, Optimizer, parameter_rules
 from nanochat.runtime import Runtime, best_dtype
-from nanochat.train import LossScale, train_step
+from nanochat.train import Batch, LossScale, train_step
 
 CONFIG = config_from_depth(2, 300, aspect_ratio=64, head_dim=64, context_length=128)
 B, T = 4, 128

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import make_store, numbered_store
 
-from nanochat.data.loader import Batch, DataLoader
+from nanochat.data.loader import DataLoader
 from nanochat.data.sources import Source
+from nanochat.train import Batch
 
 random_case = st.fixed_dictionaries(
     {

@@ -18,14 +18,14 @@ from stores import make_store
 from nanochat import checkpoint_manager
 from nanochat.checkpoint_manager import CheckpointManager, latest, list_steps, restore
 from nanochat.config import Learning
-from nanochat.data.loader import Batch, DataLoader
+from nanochat.data.loader import DataLoader
 from nanochat.data.sources import Source
 from nanochat.data.store import TokenStore
 from nanochat.eval.losses import evaluate_bpb
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import Hypers, Optimizer, parameter_rules
 from nanochat.runtime import Runtime
-from nanochat.train import ReplicaDivergence, check_replicas, take, train_step
+from nanochat.train import Batch, ReplicaDivergence, check_replicas, take, train_step
 
 # Three layers: no stack of matrices divides by 2 or 4 ranks. 320 rows of 24: the tables are sharded
 # and don't divide by 3. The scalars and the gate are replicated.

@@ -222,7 +222,7 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(workplace: Path) -> None:
         assert process.exitcode is None, (folder / "output.txt").read_text()[-3000:]
         time.sleep(0.001)
     os.kill(process.pid, signal.SIGTERM)
-    assert processes.finish(process) == 0
+    assert processes.finish(process) == 128 + signal.SIGTERM
     steps = list_steps(folder / "checkpoints" / "base" / "default")
     assert len(steps) == 1
     assert 2 <= steps[0] < 9, "saved where it was"

@@ -168,17 +168,17 @@ def limit_memory_in_the_first_step() -> None:
     """The address space may grow by 24 MiB once training begins."""
     import resource
 
-    from nanochat import train
+    from nanochat.data.loader import DataLoader
 
-    take = train.take
+    step_batches = DataLoader.step_batches
 
-    def limited(loader: Any, count: int) -> Any:
+    def limited(loader: Any, *arguments: Any) -> Any:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         size = pages * resource.getpagesize() + 24 * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
-        return take(loader, count)
+        return step_batches(loader, *arguments)
 
-    train.take = limited
+    DataLoader.step_batches = limited  # type: ignore[method-assign]
 
 
 def run_out(folder: Path, corpus: str) -> None:

@@ -10,12 +10,11 @@ import torch
 
 from nanochat import runtime
 from nanochat.config import Learning
-from nanochat.data.loader import Batch
 from nanochat.errors import UserError
 from nanochat.eval.losses import evaluate_bpb
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import Hypers, Optimizer, parameter_rules
-from nanochat.train import LossScale, NonFiniteLoss, TrainState, due, take, train_step
+from nanochat.train import Batch, LossScale, NonFiniteLoss, TrainState, due, take, train_step
 
 CONFIG = GPTConfig(
     vocab_size=60, n_layer=2, n_head=2, n_kv_head=1, n_embd=16, head_dim=8, context_length=12

@@ -21,7 +21,6 @@ from nanochat.config import (
     SftConfig,
 )
 from nanochat.runtime import Runtime
-from nanochat.stage import Stage
 from nanochat.tokenizer import Tokenizer
 from scripts import base_train, chat_sft, mid_train, tok_encode
 
@@ -134,7 +133,7 @@ MAINS = {"base": base_train.main, "mid": mid_train.main, "sft": chat_sft.main}
 CONFIGS = {"base": base_config, "mid": mid_config, "sft": sft_config}
 
 
-def train(stage: str, folder: Path, config: Any, rank: Runtime | None = None) -> Stage:
+def train(stage: str, folder: Path, config: Any, rank: Runtime | None = None) -> Any:
     """Run a stage with NANOCHAT_BASE_DIR set to `folder`."""
     with base_dir(folder):
         return MAINS[stage](config, rank or runtime.single())

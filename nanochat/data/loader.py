@@ -17,55 +17,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from nanochat.attention import document_boundaries, pad_boundaries, padded_documents
+from nanochat.config import BaseConfig, MidConfig
 from nanochat.data.order import MixtureOrder, make_key
 from nanochat.data.packing import count_rows, pack_window
 from nanochat.data.sources import Source
 from nanochat.errors import UserError
+from nanochat.plan import Phase
+from nanochat.runtime import Runtime
 from nanochat.tokenizer import IGNORED, unpack_mask
+from nanochat.train import Batch
 
 # The last rows of a window stay partly empty, about one row in all: with 256 rows or more in a
 # window that is under half a percent of padding. 2^16 documents bound the time to pack a window.
 _MIN_WINDOW, _MAX_WINDOW = 2**10, 2**16
 _ROWS_PER_WINDOW = 256
-
-
-@dataclass
-class Batch:
-    """One micro-batch of one rank.
-
-    The input at t is followed by the target at t. Documents never continue into each other: the
-    last token of a piece has no target. Padding is at the end of a row, with inputs of 0.
-    """
-
-    inputs: Tensor  # (B, T) int64
-    targets: Tensor  # (B, T) int64; -1 is ignored: padding, document ends, targets of weight 0
-    weights: Tensor  # (B, T) float32; 0 where the target is -1
-    doc_ids: Tensor  # (B, T) int32: 0, 1, 2.. within a row; padding is its last document
-    roles: Tensor | None = None
-    """(B, T) int8: the target's role (`tokenizer.ROLE_NAMES`, `IGNORED`), whatever its weight; -1
-    where there is no target or its store has no roles. Only with `with_roles=True`."""
-    boundaries: Tensor | None = None
-    """(N,) int32: `attention.document_boundaries` of doc_ids; nobody has to ask a GPU for them."""
-
-    def to(self, device: torch.device) -> "Batch":
-        """The batch on `device`; from pinned memory and without waiting on CUDA."""
-        if device.type == "cpu":
-            return self
-        if device.type == "cuda":
-            pinned = self.pinned()
-            return pinned._each(lambda tensor: tensor.to(device, non_blocking=True))
-        return self._each(lambda tensor: tensor.to(device))
-
-    def pinned(self) -> "Batch":
-        """The batch in memory that a GPU reads from without a wait."""
-        return self._each(lambda tensor: tensor if tensor.is_pinned() else tensor.pin_memory())
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors = {name: value for name, value in vars(self).items() if value is not None}
-        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -326,6 +293,12 @@ class DataLoader:
         self._packed, self._rows_of_epoch = None, {}
         self._at = self._settled(at)
 
+    def resume(self, phase: Phase, state: dict[str, Any] | None) -> None:
+        """Take rows as in `phase`, from the position `state` on, or from the beginning."""
+        self.set_rows(phase.sequence_length, phase.device_batch_size)
+        if state is not None:
+            self.load_state_dict(state)
+
     # Batches
 
     def __iter__(self) -> Iterator[Batch]:
@@ -341,10 +314,10 @@ class DataLoader:
             self._ahead = _Ahead(self._make, self._at)
         return batch.to(self.device)
 
-    def _make(self, at: _Position) -> tuple[Batch, _Position]:
+    def _make(self, at: _Position, rows: int | None = None) -> tuple[Batch, _Position]:
         """The micro-batch at a position, in host memory, and the position after it."""
-        rows, after = self._advance(at)
-        batch = self._gather(rows)
+        mine, after = self._advance(at, rows)
+        batch = self._gather(mine)
         return batch.pinned() if self.device.type == "cuda" else batch, after
 
     def _drop_ahead(self) -> None:
@@ -352,6 +325,24 @@ class DataLoader:
         if self._ahead is not None:
             self._ahead.join()  # its failure, if any, was not asked for
             self._ahead = None
+
+    def step_batches(self, rows: int, count: int) -> list[Batch]:
+        """This rank's `count` micro-batches of a step that has `rows` rows over all ranks.
+
+        Where the rows do not fill the micro-batches of all ranks, the last ones get empty rows
+        (targets -1). So any number of ranks takes the same steps.
+        """
+        batches = []
+        for _ in range(count):
+            usual = self.batch_size * self.world_size
+            if rows >= usual:
+                batches.append(next(self))
+            else:
+                self._drop_ahead()
+                batch, self._at = self._make(self._at, rows)
+                batches.append(batch.to(self.device))
+            rows -= min(rows, usual)
+        return batches
 
     def peek(self) -> list[list[list[int]]]:
         """What the next micro-batch is made of; the position stays.
@@ -361,13 +352,15 @@ class DataLoader:
         self._drop_ahead()
         return self._advance(self._at)[0]
 
-    def _advance(self, at: _Position) -> tuple[list[list[list[int]]], _Position]:
+    def _advance(
+        self, at: _Position, rows: int | None = None
+    ) -> tuple[list[list[list[int]]], _Position]:
         """This rank's rows, as pieces, of the micro-batch of all ranks at a position.
 
-        And the position after it.
+        And the position after it. rows: of all ranks, where a micro-batch has fewer than usual.
         """
         mine: list[list[list[int]]] = []
-        needed = self.batch_size * self.world_size
+        needed = self.batch_size * self.world_size if rows is None else rows
         done = 0
         while done < needed and not self._ends_at(at):
             window = self._rows_of(at)
@@ -491,6 +484,26 @@ class DataLoader:
             np.array(state["consumed"], dtype=np.int64),
         )
         self._at = self._settled(at)
+
+
+def training_loader(
+    sources: Sequence[Source],
+    cfg: BaseConfig | MidConfig,
+    sequence_length: int,
+    runtime: Runtime,
+) -> DataLoader:
+    """The stream that a stage trains on, its batch size still to be set from the plan."""
+    return DataLoader(
+        sources,
+        batch_size=1,
+        sequence_length=sequence_length,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        seed=cfg.run.seed,
+        window=cfg.batching.window,
+        epochs=cfg.duration.epochs if cfg.duration.counts_epochs else None,
+        device=runtime.device,
+    )
 
 
 def _check(

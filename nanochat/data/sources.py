@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
+from nanochat.config import BaseConfig
 from nanochat.data.hub import open_corpus
 from nanochat.data.store import LongDocuments, TokenStore
 from nanochat.errors import UserError
@@ -118,3 +119,22 @@ class HeldOut:
     """Corpora: bits per byte of each, and of their mixture."""
     conversations: Sequence[Source] = ()
     """Mean loss of what the assistant must produce, and by role."""
+
+
+def pretraining_sources(
+    cfg: BaseConfig, tokenizer: Tokenizer, split: str = "train"
+) -> list[Source]:
+    """The corpus of pretraining, or its mixture of corpora."""
+    shares = parse_shares(cfg.mix, "--mix") if cfg.mix else {cfg.corpus: Fraction(1)}
+    return text_sources(shares, tokenizer, split)
+
+
+def describe_mixture(sources: Sequence[Source], tokens: int) -> str:
+    """Each source's share of the targets, and how often a run of so many tokens reads it."""
+    targets = [source.store.num_targets for source in sources]
+    parts = [float(Fraction(str(s.weight)) * n) for s, n in zip(sources, targets, strict=True)]
+    lines = [
+        f"{source.name} {part / sum(parts):.1%} ({tokens * part / sum(parts) / n:.3g} passes)"
+        for source, part, n in zip(sources, parts, targets, strict=True)
+    ]
+    return f"mixture: {', '.join(lines)}"

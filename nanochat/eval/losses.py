@@ -4,19 +4,23 @@ B batch, T time, V vocabulary
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
 import torch
 
-from nanochat.data.loader import Batch, DataLoader
-from nanochat.data.sources import Source
+from nanochat.data.loader import DataLoader
+from nanochat.data.sources import HeldOut, Source
 from nanochat.data.store import TokenStore
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
+from nanochat.plan import Phase
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import ROLE_NAMES, Tokenizer
+from nanochat.train import Batch
 
 
 def held_out_batches(
@@ -203,6 +207,56 @@ def evaluate_roles(model: GPT, batches: Iterable[Batch], runtime: Runtime) -> di
     sums = summed(totals, runtime).tolist()
     means = {n: nats / count for n, (nats, count) in zip(names, sums, strict=True) if count}
     return {f"loss_{name}": means[name] for name in ["masked", *ROLE_NAMES] if name in means}
+
+
+CONVERSATION_TOKENS = 2**14
+"""Held-out tokens of conversations per evaluation, at most (but at least one row)."""
+
+
+def evaluate_held_out(
+    model: GPT,
+    tokenizer: Tokenizer,
+    held_out: HeldOut,
+    tokens: int,
+    phase: Phase,
+    runtime: Runtime,
+) -> dict[str, float]:
+    """What a training stage measures: the first rows of what is held out, the same each time.
+
+    Bits per byte of the texts and, of several, of each one, on `tokens` tokens over all of them;
+    losses by role of the conversations. phase: how long the rows are, and how many a batch has.
+    """
+
+    def batches(sources: Sequence[Source], limit: int, with_roles: bool = False) -> Iterator[Batch]:
+        return held_out_batches(
+            sources,
+            limit,
+            sequence_length=phase.sequence_length,
+            batch_size=phase.device_batch_size,
+            runtime=runtime,
+            with_roles=with_roles,
+        )
+
+    sizes = torch.as_tensor(tokenizer.token_bytes()).to(runtime.device)
+    texts = held_out.texts
+    share = tokens // len(texts)
+    results = [
+        # Alone: the weights say how much of a corpus is in the mixture, not how much to read.
+        evaluate_bpb(model, batches([replace(source, weight=1)], share), sizes, runtime)
+        for source in texts
+    ]
+    metrics: dict[str, float] = {"bpb": results[0]["bpb"]}
+    if len(texts) > 1:
+        metrics = {"bpb": mixture_bpb(texts, results)}
+        for source, result in zip(texts, results, strict=True):
+            name = re.sub(r"[^A-Za-z0-9.-]+", "_", source.name).strip("._")
+            metrics[f"bpb_{name}"] = result["bpb"]
+    if held_out.conversations:
+        # Every token is a target, and a weight below 1 tells that it is not the assistant's.
+        sources = [replace(s, weight=1, prompt_weight=0.5) for s in held_out.conversations]
+        limit = min(tokens, CONVERSATION_TOKENS)
+        metrics |= evaluate_roles(model, batches(sources, limit, with_roles=True), runtime)
+    return metrics
 
 
 def summed(totals: torch.Tensor, runtime: Runtime) -> torch.Tensor:

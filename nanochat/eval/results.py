@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from nanochat.errors import UserError
+
 
 def wilson_interval(correct: float, total: float, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's score interval of a proportion, by default at 95 %.
@@ -68,3 +70,15 @@ def task_result(correct: float, total: int, chance: float, **more: Any) -> dict[
         "centered": centered(accuracy, chance),
         **more,
     }
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """The unbiased estimate of P(at least one of k samples is right), arXiv 2107.03374.
+
+    1 - C(samples - correct, k) / C(samples, k), exactly. Needs 1 <= k <= samples.
+    """
+    if not 1 <= k <= samples:
+        raise UserError(f"pass@{k} needs at least {k} samples of each prompt, got {samples}")
+    if not 0 <= correct <= samples:
+        raise UserError(f"{correct} correct of {samples} samples")
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)

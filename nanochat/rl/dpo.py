@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -22,12 +22,13 @@ import torch
 
 from nanochat import conversation, paths
 from nanochat.config import RlConfig
+from nanochat.data.order import MixtureOrder
 from nanochat.data.store import StoreWriter, TokenStore
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.rl.rollouts import RowStream, sum_over_ranks
 from nanochat.rl.rows import Rows, Sample, pack_samples, score
-from nanochat.rl.start import Start, is_compiled
+from nanochat.rl.start import Start
 from nanochat.runtime import Runtime
 from nanochat.stage import Stage
 from nanochat.tokenizer import SystemStyle, Tokenizer
@@ -270,7 +271,7 @@ def open_pairs(cfg: RlConfig, start: Start) -> TokenStore:
 
 
 def compare(
-    cfg: RlConfig, stage: Stage[RowStream], pairs: Pairs, indices: Sequence[int]
+    cfg: RlConfig, stage: Stage, pairs: Pairs, indices: Sequence[int]
 ) -> tuple[PairScores, torch.Tensor, list[Rows]]:
     """DPO's scores of some pairs, their log-probabilities, and the rows they are in."""
     ours, rows = answer_logprobs(
@@ -278,7 +279,7 @@ def compare(
         pairs,
         indices,
         stage.plan.device_batch_size,
-        fill_up=is_compiled(cfg, stage.runtime),
+        fill_up=cfg.run.compiles(stage.runtime.device),
     )
     scores = pair_scores(
         ours,
@@ -291,11 +292,11 @@ def compare(
 
 
 def learn_preferences(
-    cfg: RlConfig, stage: Stage[RowStream], pairs: Pairs
+    cfg: RlConfig, stage: Stage, pairs: Pairs, stream: RowStream
 ) -> tuple[StepStats, dict[str, float]]:
     """One optimizer step on the next pairs, and what to log beside it."""
     runtime, began = stage.runtime, time.perf_counter()
-    indices = [next(stage.loader)[2] for _ in range(cfg.rollouts.prompts_per_step)]
+    indices = [next(stream)[2] for _ in range(cfg.rollouts.prompts_per_step)]
     mine = indices[runtime.rank :: runtime.world_size]
     scores, ours, rows = compare(cfg, stage, pairs, mine)
     stats = train_step(
@@ -311,7 +312,7 @@ def learn_preferences(
     sums = {**tally_pairs(scores, ours), "tokens": float(sum(r.tokens for r in rows))}
     sums = sum_over_ranks(sums, runtime)
     tokens = int(sums.pop("tokens"))
-    stage.loader.count(0, len(indices), tokens)
+    stream.count(0, len(indices), tokens)
     seconds = time.perf_counter() - began
     metrics = pair_metrics(sums)
     return replace(stats, loss=metrics["pair_loss"], tokens=tokens, seconds=seconds), metrics
@@ -323,7 +324,7 @@ def pair_metrics(sums: dict[str, float]) -> dict[str, float]:
 
 
 def evaluate_pairs(
-    cfg: RlConfig, stage: Stage[RowStream], pairs: Pairs, held_out: Sequence[int]
+    cfg: RlConfig, stage: Stage, pairs: Pairs, held_out: Sequence[int]
 ) -> dict[str, float]:
     """Loss, wins and margins on the pairs that are not trained on; each rank its share."""
     runtime = stage.runtime
@@ -332,6 +333,33 @@ def evaluate_pairs(
     scores, ours, _ = compare(cfg, stage, pairs, mine)
     stage.model.train()
     metrics = pair_metrics(sum_over_ranks(tally_pairs(scores, ours), runtime))
-    stage.state.metrics = metrics
-    stage.log.eval(stage.state.step, metrics)
     return metrics
+
+
+class PreferencePairs:
+    """Learns from the pairs of a file, and evaluates on those held out at its end."""
+
+    updates = 1
+
+    def __init__(self, cfg: RlConfig, start: Start, runtime: Runtime):
+        self.cfg, count = cfg, cfg.rollouts.prompts_per_step
+        store = runtime.in_turns(lambda: open_pairs(cfg, start))
+        size = len(store) // 2
+        self.held_out = range(size - max(1, min(cfg.evaluating.eval_problems, size // 10)), size)
+        if len(self.held_out) == size:
+            raise UserError(f"--pairs {cfg.preferences.pairs} holds one pair; give at least two")
+        order = MixtureOrder([self.held_out.start], [1.0], cfg.run.seed)
+        self.stream = RowStream(order, [Path(cfg.preferences.pairs).stem])
+        self.num_steps = cfg.num_steps or max(1, cfg.epochs * self.held_out.start // count)
+        self.samples, self.what = 2 * count, f"{count} pairs"
+        name = f"{start.meta['digest'][:16]}-{str(runtime.dtype).removeprefix('torch.')}"
+        start.model.eval()
+        self.pairs = with_reference(store, start.model, name, 4, runtime)
+        start.model.train()
+
+    def evaluate(self, stage: Stage) -> dict[str, float]:
+        return evaluate_pairs(self.cfg, stage, self.pairs, self.held_out)
+
+    def learn(self, stage: Stage) -> Iterator[tuple[StepStats, dict[str, float]]]:
+        """The optimizer step on the next pairs, and what to log beside it."""
+        yield learn_preferences(self.cfg, stage, self.pairs, self.stream)

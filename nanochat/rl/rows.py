@@ -10,10 +10,10 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from nanochat.data.loader import Batch
 from nanochat.data.packing import pack_window
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
+from nanochat.train import Batch
 
 
 @dataclass(frozen=True)

@@ -3,57 +3,33 @@
 Its settings are checked, the weights it starts from are found and loaded, its steps are planned.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nanochat.checkpoint_manager import (
+    build_model,
     find,
     load_weights,
-    read_meta,
+    read_verified,
     system_style,
     tokenizer_of,
 )
 from nanochat.config import Batching, Duration, RlConfig, from_dict
-from nanochat.data.sources import HeldOut
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.plan import Plan, make_plan
-from nanochat.rl.rollouts import RowStream
 from nanochat.runtime import Runtime
-from nanochat.stage import Stage, assemble, checkpoint_to_resume
+from nanochat.stage import OpenRun, origin
 from nanochat.tokenizer import SystemStyle, Tokenizer
 
 
 def check_config(cfg: RlConfig) -> None:
     """UserError for values that make no sense."""
-    rollouts, evaluating = cfg.rollouts, cfg.evaluating
-    limits = (
-        ("num-steps", 1 if cfg.num_steps is None else cfg.num_steps, 1),
-        ("epochs", cfg.epochs, 1),
-        ("prompts-per-step", rollouts.prompts_per_step, 1),
-        ("max-tokens", rollouts.max_tokens, 1),
-        ("max-slots", rollouts.max_slots, 1),
-        ("updates-per-rollout", rollouts.updates_per_rollout, 1),
-        ("max-importance", rollouts.max_importance, 1),
-        ("format-bonus", rollouts.format_bonus, 0),
-        ("eval-problems", evaluating.eval_problems, 1),
-        ("eval-samples", evaluating.eval_samples, 1),
-        ("device-batch-size", 1 if cfg.device_batch_size == "auto" else cfg.device_batch_size, 1),
-    )
-    for flag, value, least in limits:
-        if not least <= value < math.inf:
-            raise UserError(f"--{flag} {value} must be at least {least}")
+    rollouts = cfg.rollouts
     if cfg.algo == "dpo":
         if not cfg.preferences.pairs:
             raise UserError("--algo dpo needs --pairs FILE.jsonl")
-        if not 0 < cfg.preferences.beta < math.inf:
-            raise UserError(
-                f"--beta {cfg.preferences.beta} must be above 0 and finite, such as 0.1"
-            )
     elif rollouts.group_size < 2:
         raise UserError(
             f"--group-size {rollouts.group_size} leaves nothing to compare an answer with; "
@@ -70,7 +46,7 @@ def check_resumed(
     cfg: RlConfig, name: str, resumed: dict[str, Any], source: dict[str, Any]
 ) -> None:
     """UserError where the run `name` would go on with other things than it began with."""
-    if source != resumed["source"]:
+    if any(source[key] != resumed["source"][key] for key in ("stage", "tag", "step")):
         began, now = (
             f"{s['stage']}/{s['tag']} step {s['step']}" for s in (resumed["source"], source)
         )
@@ -87,11 +63,6 @@ def check_resumed(
         )
 
 
-def origin(meta: dict[str, Any]) -> dict[str, Any]:
-    """Which checkpoint it is, as the one trained from it notes it."""
-    return {"stage": meta["stage"], "tag": meta["tag"], "step": meta["step"]}
-
-
 @dataclass(frozen=True)
 class Start:
     """What training starts from, and is compared with."""
@@ -103,30 +74,23 @@ class Start:
     system: SystemStyle
 
 
-def load_start(cfg: RlConfig, runtime: Runtime) -> Start:
+def load_start(run: OpenRun, cfg: RlConfig) -> Start:
     """The source's model; a resumed run takes the step that it took when it began."""
-    newest = checkpoint_to_resume("rl", cfg)
-    resumed = read_meta(newest, verify=False) if newest else None
-    folder = find(cfg.source, resumed["source"]["step"] if resumed else None)
-    meta = read_meta(folder)
+    resumed, runtime = run.meta, run.runtime
+    folder = find(cfg.source, resumed["source"]["step"] if resumed else None, cfg.run.tag)
+    meta = read_verified(folder, runtime)
     if resumed:
-        check_resumed(cfg, f"rl/{cfg.run.tag}", resumed, origin(meta))
+        check_resumed(cfg, run.title, resumed, origin(meta))
     tokenizer = tokenizer_of(meta, folder)
     runtime.print(f"starting from {folder}")
-    return Start(
-        folder,
-        meta,
-        model_of(folder, meta, runtime),
-        tokenizer,
-        system_style(meta) if cfg.system == "auto" else cfg.system,
-    )
+    system = system_style(meta) if cfg.system == "auto" else cfg.system
+    return Start(folder, meta, model_of(folder, meta, runtime), tokenizer, system)
 
 
 def model_of(folder: Path, meta: dict[str, Any], runtime: Runtime) -> GPT:
+    """The model of a checkpoint, with its weights."""
     config = from_dict(GPTConfig, meta["model_config"], str(folder))
-    with torch.device("meta"):
-        model = GPT(config, runtime.dtype)
-    model.to_empty(device=runtime.device)
+    model = build_model(config, runtime.device, runtime.dtype)
     load_weights(folder, model)
     return model
 
@@ -147,44 +111,27 @@ class RolloutPlan(Plan):
         )
 
 
-def open_stage(
-    cfg: RlConfig,
-    runtime: Runtime,
-    start: Start,
-    stream: RowStream,
-    num_steps: int,
-    samples: int,
-    what: str,
-) -> Stage[RowStream]:
-    """Plan the run and assemble the stage; a step trains on at most `samples` documents."""
-    model, T = start.model, start.model.config.context_length
+def rollout_batching(cfg: RlConfig, samples: int, context: int, world_size: int) -> Batching:
+    """Rows for a step that trains on at most `samples` documents: short ones share a row."""
     rows = 1 if cfg.device_batch_size == "auto" else cfg.device_batch_size
-    per_pass = rows * runtime.world_size
+    per_pass = rows * world_size
+    return Batching(
+        device_batch_size=cfg.device_batch_size,
+        total_batch_size=-(-samples // per_pass) * per_pass * context,
+        recompute=cfg.recompute,
+    )
+
+
+def plan_rollouts(
+    cfg: RlConfig, config: GPTConfig, num_steps: int, samples: int, what: str, runtime: Runtime
+) -> RolloutPlan:
+    """Plan a run whose steps train on at most `samples` documents each."""
+    machine = runtime.machine()
     plan = make_plan(
-        model.config,
-        batching=Batching(
-            device_batch_size=cfg.device_batch_size,
-            total_batch_size=-(-samples // per_pass) * per_pass * T,
-            recompute=cfg.recompute,
-        ),
+        config,
+        batching=rollout_batching(cfg, samples, config.context_length, machine.world_size),
         duration=Duration(num_steps=num_steps),
         learning=cfg.learning,
-        machine=runtime.machine(),
+        machine=machine,
     )
-    model.recompute = cfg.recompute
-    return assemble(
-        "rl",
-        cfg,
-        runtime,
-        model,
-        start.tokenizer,
-        RolloutPlan(**vars(plan), what=what),
-        stream,
-        HeldOut([]),
-        {"source": origin(start.meta)},
-    )
-
-
-def is_compiled(cfg: RlConfig, runtime: Runtime) -> bool:
-    """Then every micro-batch should have the same shape."""
-    return cfg.run.compile == "on" or (cfg.run.compile == "auto" and runtime.device.type == "cuda")
+    return RolloutPlan(**vars(plan), what=what)

@@ -8,10 +8,11 @@ import torch
 from stores import make_store, numbered_store
 
 from nanochat.attention import make_layout
-from nanochat.data.loader import Batch, DataLoader
+from nanochat.data.loader import DataLoader
 from nanochat.data.sources import Source
 from nanochat.errors import UserError
 from nanochat.tokenizer import IGNORED
+from nanochat.train import Batch
 
 FIELDS = ("inputs", "targets", "weights", "doc_ids", "roles")
 CPU = torch.device("cpu")

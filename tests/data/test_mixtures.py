@@ -17,12 +17,11 @@ from nanochat.config import BaseConfig, MidConfig, SftConfig
 from nanochat.data import sources as sources_module
 from nanochat.data.conversations import conversations_store
 from nanochat.data.loader import DataLoader
-from nanochat.data.sources import Source, parse_shares, text_sources
+from nanochat.data.sources import Source, describe_mixture, parse_shares, text_sources
 from nanochat.data.store import TokenStore
 from nanochat.errors import UserError
 from nanochat.eval.losses import evaluate_roles, mixture_bpb
 from nanochat.runtime import Runtime, single
-from nanochat.stage import describe_mixture
 from nanochat.tokenizer import ROLE_NAMES, Tokenizer
 from scripts import chat_eval, decontaminate, tok_encode
 from tasks.common import Conversation, Task
@@ -150,10 +149,11 @@ def test_a_run_over_a_mixture_resumes_and_measures_each_corpus(
     two: tuple[Path, str, str], tmp_path: Path
 ) -> None:
     folder, config = mixed(two, tmp_path / "whole")
-    stage = tiny_runs.train("base", folder, config)
+    tiny_runs.train("base", folder, config)
     whole = tiny_runs.losses(folder, "base")
 
-    assert stage.loader.consumed.keys() == {two[1], two[2]}
+    end = (folder / "runs" / "base-default" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(end)["consumed"].keys() == {two[1], two[2]}
     record = evals(folder, "base")[-1]
     names = [key for key in record if key.startswith("bpb_")]
     assert len(names) == 2

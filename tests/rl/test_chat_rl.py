@@ -159,7 +159,7 @@ def config(**changes: Any) -> RlConfig:
     return tiny_runs.changed(cfg, **changes)  # type: ignore[type-var]
 
 
-def run(folder: Path, cfg: RlConfig, rank: Runtime | None = None) -> Stage[Any]:
+def run(folder: Path, cfg: RlConfig, rank: Runtime | None = None) -> Stage:
     with tiny_runs.base_dir(folder):
         return chat_rl.main(cfg, rank or runtime.single())
 
@@ -457,7 +457,7 @@ def test_a_stop_signal_saves_and_the_run_goes_on_from_there(
     rank = runtime.single()
     original = Stage.record
 
-    def stop(stage: Stage[Any], *arguments: Any) -> None:
+    def stop(stage: Stage, *arguments: Any) -> None:
         original(stage, *arguments)
         rank.stop_signal = stage.state.step == 2
 
@@ -498,7 +498,7 @@ def test_a_loss_that_is_not_finite_names_the_step_as_it_is_logged(
     """The first two steps have nothing to tell, so no update came before the third."""
     learn = chat_rl.learn
 
-    def spoiled(cfg: RlConfig, stage: Stage[Any], rollout: Any, update: int) -> Any:
+    def spoiled(cfg: RlConfig, stage: Stage, rollout: Any, update: int) -> Any:
         if stage.state.step < 2:
             rollout = replace(rollout, targets=0)
         return learn(cfg, stage, replace(rollout, advantages=rollout.advantages * math.nan), update)

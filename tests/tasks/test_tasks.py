@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat.errors import UserError
+from nanochat.eval.results import pass_at_k
 from nanochat.tools.sandbox import layer_report
 from tasks import registry, specs
 from tasks.arc import ARC
@@ -22,7 +23,6 @@ from tasks.common import (
     choice_conversation,
     final_answer,
     parse_number,
-    pass_at_k,
     row_random,
     same_number,
     show,

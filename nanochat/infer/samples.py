@@ -1,0 +1,49 @@
+"""What a model writes while it is trained: a few texts, a few answers."""
+
+from nanochat.gpt import GPT
+from nanochat.infer.engine import Engine, SamplingParams
+from nanochat.tokenizer import SystemStyle, Tokenizer
+
+BEGINNINGS = ("In the beginning", "The king said to his men,", "And it came about that", "")
+QUESTIONS = ("Who are you?", "What is 17 + 25?", "Spell the word stone.")
+LENGTH = 48
+"""Tokens of a sample, at most."""
+
+
+def sample_texts(
+    model: GPT, tokenizer: Tokenizer, temperature: float = 0.8, seed: int = 0
+) -> list[tuple[str, str]]:
+    """(beginning, continuation) of a few texts, of those that fit into the context."""
+    prompts = {text: [tokenizer.bos, *tokenizer.encode(text)] for text in BEGINNINGS}
+    return _continued(model, tokenizer, prompts, temperature, seed)
+
+
+def sample_answers(
+    model: GPT, tokenizer: Tokenizer, system: SystemStyle = "tokens", seed: int = 0
+) -> list[tuple[str, str]]:
+    """(question, answer) of a few conversations, of those that fit into the context."""
+    prompts = {}
+    for question in QUESTIONS:
+        conversation = {"messages": [{"role": "user", "content": question}]}
+        prompts[question] = tokenizer.render_for_completion(conversation, system)
+    found = _continued(model, tokenizer, prompts, 0.8, seed)
+    return [(question, "\n" + answer) for question, answer in found]
+
+
+def _continued(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: dict[str, list[int]],
+    temperature: float,
+    seed: int,
+) -> list[tuple[str, str]]:
+    context = model.config.context_length
+    fitting = {text: ids for text, ids in prompts.items() if len(ids) < context}
+    if not fitting:
+        return []
+    room = context - max(map(len, fitting.values()))
+    params = SamplingParams(
+        temperature=temperature, top_k=50, max_tokens=min(LENGTH, room), seed=seed
+    )
+    answers = Engine(model, tokenizer).generate(list(fitting.values()), params)
+    return [(text, samples[0].text) for text, samples in zip(fitting, answers, strict=True)]

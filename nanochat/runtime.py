@@ -71,7 +71,7 @@ class Runtime:
         """Print on rank 0 only, without interpreting the text as markup."""
         if self.is_main:
             # A reader that left (`| head`), or a character its encoding lacks, must not end a run.
-            with suppress(OSError, ValueError):
+            with suppress(OSError, ValueError, SystemExit):  # rich exits on a broken pipe
                 self.console.print(*args, markup=False, highlight=False, soft_wrap=True)
 
     def stop(self, exit_code: int) -> None:

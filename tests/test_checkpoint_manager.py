@@ -23,6 +23,7 @@ from nanochat.checkpoint_manager import (
     load_model,
     meta_digest,
     read_meta,
+    read_verified,
     restore,
     system_style,
 )
@@ -30,6 +31,7 @@ from nanochat.config import Learning
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import Hypers, Optimizer, parameter_rules
+from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
 
 # The embedding is sharded on several ranks, the scalars are replicated.
@@ -44,6 +46,13 @@ CONFIG = GPTConfig(
     windows=(8, 0),
 )
 RUNTIME = runtime.single()
+
+
+def restored(step: Path, model: Any, optimizer: Any, rank: Runtime) -> dict[str, Any]:
+    """Read and restore as a stage does; the metadata."""
+    meta = read_verified(step, rank)
+    restore(step, meta, model, optimizer, rank)
+    return meta
 
 
 def make(seed: int = 0, config: GPTConfig = CONFIG, steps: int = 1) -> tuple[GPT, Optimizer]:
@@ -76,7 +85,7 @@ def folder(tmp_path: Path) -> Path:
 def test_what_was_saved_is_restored(folder: Path) -> None:
     model, optimizer = save(folder, 5)
     other, other_optimizer = make(seed=9, steps=3)
-    meta = restore(folder / "step_000005", other, other_optimizer, RUNTIME)
+    meta = restored(folder / "step_000005", other, other_optimizer, RUNTIME)
     assert meta["step"] == 5
     assert META.items() <= meta.items()
     assert other_optimizer.steps == optimizer.steps == 1
@@ -121,7 +130,7 @@ def test_saving_does_not_see_what_training_does_meanwhile(
     trained.set()
     manager.wait()
     other, other_optimizer = make(seed=4)
-    restore(folder / "step_000001", other, other_optimizer, RUNTIME)
+    restored(folder / "step_000001", other, other_optimizer, RUNTIME)
     assert all(torch.equal(p, expected[name]) for name, p in other.named_parameters())
     assert all(torch.equal(v, state[k]) for k, v in other_optimizer.state_dict().items())
 
@@ -186,7 +195,7 @@ def test_saving_a_step_again_replaces_it(folder: Path) -> None:
     save(folder, 5, seed=0)
     model, _ = save(folder, 5, seed=1)
     other, optimizer = make(seed=3)
-    restore(folder / "step_000005", other, optimizer, RUNTIME)
+    restored(folder / "step_000005", other, optimizer, RUNTIME)
     assert torch.equal(other.embedding.weight, model.embedding.weight)
     assert list(folder.iterdir()) == [folder / "step_000005"]
 
@@ -296,7 +305,7 @@ def test_damage_is_a_user_error_that_names_the_file(
     before = make(seed=3)
     weights = before[0].head.weight.detach().clone()
     with pytest.raises(UserError, match=message) as caught:
-        restore(step, *before, RUNTIME)
+        restored(step, *before, RUNTIME)
     assert str(path) in str(caught.value)
     assert torch.equal(before[0].head.weight, weights), "nothing was loaded"
     with pytest.raises(UserError, match=message):
@@ -308,7 +317,7 @@ def test_another_model_is_a_user_error(saved: Path) -> None:
 
     deeper = replace(CONFIG, n_layer=3, windows=(8, 8, 0))
     with pytest.raises(UserError, match=r"another model: it has .*n_layer.*2"):
-        restore(saved, *make(config=deeper), RUNTIME)
+        restored(saved, *make(config=deeper), RUNTIME)
 
 
 def test_weights_of_another_model_are_a_user_error(saved: Path, tmp_path: Path) -> None:
@@ -331,7 +340,7 @@ def test_a_configuration_field_that_came_later_takes_its_default(
     rewrite_meta(lambda m: m["model_config"].pop("trained_context_length"), digest=True)(
         step / "meta.json"
     )
-    restore(step, *make(seed=3), RUNTIME)
+    restored(step, *make(seed=3), RUNTIME)
 
 
 def test_another_tokenizer_is_a_user_error(
@@ -395,7 +404,7 @@ def test_a_failed_save_leaves_the_one_before_as_the_newest(
     monkeypatch.undo()
     assert latest(folder) == folder / "step_000001"
     assert not list(folder.glob(".*")), "the space is given back"
-    restore(folder / "step_000001", model, optimizer, RUNTIME)
+    restored(folder / "step_000001", model, optimizer, RUNTIME)
     manager.save(3, model, optimizer, META)
     manager.wait()
     assert list_steps(folder) == [3], "the next save works again"

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from nanochat import runtime
 from nanochat.attention import Layout
-from nanochat.checkpoint_manager import CheckpointManager, restore
+from nanochat.checkpoint_manager import CheckpointManager, read_verified, restore
 from nanochat.cli import is_out_of_memory
 from nanochat.config import Learning
 from nanochat.gpt import GPT, GPTConfig, config_from_depth
@@ -30,6 +30,13 @@ from nanochat.train import Batch, LossScale, train_step
 CONFIG = config_from_depth(2, 300, aspect_ratio=64, head_dim=64, context_length=128)
 B, T = 4, 128
 CUDA = "cuda"
+
+
+def restored(step: Path, model: Any, optimizer: Any, rank: Runtime) -> dict[str, Any]:
+    """Read and restore as a stage does; the metadata."""
+    meta = read_verified(step, rank)
+    restore(step, meta, model, optimizer, rank)
+    return meta
 
 
 def batch(seed: int, device: str = CUDA, config: GPTConfig = CONFIG, rows: int = B) -> Batch:
@@ -154,7 +161,7 @@ def test_a_checkpoint_moves_between_gpu_and_cpu(tmp_path: Path) -> None:
     manager.wait()
     for device in ("cpu", CUDA):
         other, state = make(device, torch.float32)
-        restore(tmp_path / "step_000001", other, state, runtime.single(device))
+        restored(tmp_path / "step_000001", other, state, runtime.single(device))
         for a, b in zip(model.parameters(), other.parameters(), strict=True):
             assert torch.equal(a.cpu(), b.cpu())
         theirs = optimizer.state_dict()

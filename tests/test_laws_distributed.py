@@ -16,7 +16,13 @@ import torch
 from stores import make_store
 
 from nanochat import checkpoint_manager
-from nanochat.checkpoint_manager import CheckpointManager, latest, list_steps, restore
+from nanochat.checkpoint_manager import (
+    CheckpointManager,
+    latest,
+    list_steps,
+    read_verified,
+    restore,
+)
 from nanochat.config import Learning
 from nanochat.data.loader import DataLoader
 from nanochat.data.sources import Source
@@ -42,6 +48,13 @@ CONFIG = GPTConfig(
 WORLD_SIZES = (1, 2, 3, 4)
 ROWS = 12
 """Rows of a step, over all ranks and micro-batches."""
+
+
+def restored(step: Path, model: Any, optimizer: Any, rank: Runtime) -> dict[str, Any]:
+    """Read and restore as a stage does; the metadata."""
+    meta = read_verified(step, rank)
+    restore(step, meta, model, optimizer, rank)
+    return meta
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +272,7 @@ def load(runtime: Runtime, stores: Path, folders: list[Path]) -> list[dict[str, 
         model, optimizer = make(runtime)
         for p in model.parameters():
             torch.nn.init.normal_(p)
-        meta = restore(folder / "step_000002", model, optimizer, runtime)
+        meta = restored(folder / "step_000002", model, optimizer, runtime)
         loader = make_loader(runtime, stores, 1)
         loader.load_state_dict(json.loads(json.dumps(meta["loader_state"])))
         result = {
@@ -348,7 +361,7 @@ def fail_to_save(runtime: Runtime, folder: Path, failing: int, what: str) -> str
     runtime.barrier()
     manager.save(3, model, optimizer, {})
     manager.wait()
-    restore(folder / "step_000003", model, optimizer, runtime)
+    restored(folder / "step_000003", model, optimizer, runtime)
     return message
 
 

@@ -15,11 +15,11 @@ from tiny_models import tiny_model, tiny_tokenizer
 
 from nanochat.errors import UserError
 from nanochat.eval.record import labels, problems_path
-from nanochat.eval.results import clustered_interval, mcnemar, wilson_interval
+from nanochat.eval.results import clustered_interval, mcnemar, pass_at_k, wilson_interval
 from nanochat.runtime import Runtime, single
 from scripts import chat_eval
 from scripts.chat_eval import Answering, Config, encode_options, evaluate_task, majority
-from tasks.common import Conversation, Task, pass_at_k
+from tasks.common import Conversation, Task
 
 
 class Choosing(Task):

@@ -82,6 +82,8 @@ stages=(base mid sft)
 if [ "$profile" = gpu ]; then
     depth="${DEPTH:-20}"
     gpus="$(python -c 'import torch; print(torch.cuda.device_count())')"
+    # A run that is told to stop saves first; torchrun would kill it after 30 seconds of that.
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
     train() { run torchrun --standalone --nproc_per_node "$gpus" -m "$@"; }
 
     # Enough shards for the token budget of this depth; the first few suffice for the tokenizer.

@@ -11,11 +11,17 @@ Backends
 - `sdpa`: F.scaled_dot_product_attention everywhere else, and wherever a key/value cache is read.
 """
 
+import functools
+import importlib
+import inspect
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
+import torch.nn.attention
 import torch.nn.functional as F
+
+from nanochat.errors import UserError
 
 QUERY_BLOCK = 128
 
@@ -34,16 +40,45 @@ class Layout:
     """varlen: an upper bound of the document length."""
 
 
-def choose_backend(device: torch.device, dtype: torch.dtype) -> str:
+FLASH_HEADS = range(8, 257, 8)
+"""Head sizes that flash attention takes."""
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int = 128) -> str:
+    """The fastest backend for the device; UserError for a head size that its kernel refuses."""
     if device.type == "cpu":
         return "blocked"
     if (
         device.type == "cuda"
         and dtype in (torch.bfloat16, torch.float16)
         and torch.cuda.get_device_capability(device)[0] >= 8
+        and torch.backends.cuda.is_flash_attention_available()
     ):
+        if head_dim not in FLASH_HEADS:
+            raise UserError(
+                f"--head-dim {head_dim}: attention on this GPU takes multiples of 8 from 8 to 256; "
+                "choose another one, or --dtype float32 (slower)"
+            )
         return "varlen"
     return "sdpa"
+
+
+def activate_flash_attention(device: torch.device) -> str | None:
+    """Let torch use FlashAttention 3 (Hopper) or 4 (Blackwell) where it is installed.
+
+    Returns the name of what was activated; None where torch's own FlashAttention 2 stays.
+    """
+    name, module = {9: ("FA3", "flash_attn_interface"), 10: ("FA4", "flash_attn.cute")}.get(
+        torch.cuda.get_device_capability(device)[0], ("", "")
+    )
+    if not name:
+        return None
+    try:
+        importlib.import_module(module)
+        torch.nn.attention.activate_flash_attention_impl(name)
+    except (ImportError, AttributeError, RuntimeError, ValueError):
+        return None  # not installed, or not what this torch expects
+    return name
 
 
 def make_layout(
@@ -145,22 +180,34 @@ def _varlen(
 
     B, T, H, D = q.shape
     groups = H // k.shape[2]
-    if groups > 1:
+    keywords: dict[str, Any] = {}
+    if groups > 1 and _varlen_groups_heads():
+        keywords["enable_gqa"] = True
+    elif groups > 1:
         k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
     boundaries = layout.boundaries
     if boundaries is None:
         raise ValueError("a varlen layout needs boundaries")
     out = varlen_attn(
         q.reshape(B * T, H, D),
-        k.reshape(B * T, H, D),
-        v.reshape(B * T, H, D),
+        k.reshape(B * T, -1, D),
+        v.reshape(B * T, -1, D),
         boundaries,
         boundaries,
         layout.longest,
         layout.longest,
         window_size=(window - 1 if window > 0 else -1, 0),
+        **keywords,
     )
     return cast(torch.Tensor, out).view(B, T, H, D)
+
+
+@functools.cache
+def _varlen_groups_heads() -> bool:
+    """Whether this torch's kernel shares keys and values between heads itself (from 2.12 on)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 class BlockedAttention(torch.autograd.Function):

@@ -334,7 +334,9 @@ class GPT(nn.Module):
         shape: Sequence[int],
         boundaries: torch.Tensor | None = None,
     ) -> Layout:
-        backend = self.backend or choose_backend(self.device, self.compute_dtype)
+        backend = self.backend or choose_backend(
+            self.device, self.compute_dtype, self.config.head_dim
+        )
         windows = tuple(self.config.window(i) for i in range(self.config.n_layer))
         return make_layout(doc_ids, (shape[0], shape[1]), windows, backend, self.device, boundaries)
 

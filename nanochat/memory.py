@@ -8,14 +8,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nanochat.attention import Layout, query_blocks
+from nanochat.attention import Layout, padded_documents, query_blocks
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hardware import Machine
 from nanochat.loss import block_tokens, chunk_tokens
 from nanochat.optim import KINDS
 
 RUNTIME = {"cpu": 380 * 2**20, "cuda": 2**30}
-"""Python, torch and what they load; on a GPU the context and the allocator's gaps."""
+"""Python, torch and what they load; on a GPU the allocator's gaps and cuBLAS's workspaces."""
+CUDA_CONTEXT = 512 * 2**20
+"""Kernels and the driver's own memory, outside the allocator."""
+NCCL_BUFFERS = 512 * 2**20
+"""Channels to the other ranks, outside the allocator."""
 HOLES = 0.9
 """On CPUs: what lies idle between activations, as a share of those of one size. glibc before 2.38
 cannot put an aligned block into the hole that one of the same size left."""
@@ -136,7 +140,26 @@ def estimate_memory(
         "checkpoint copy": 4 * parameters + 3 * shard if on_cpu else 0,
         "runtime": RUNTIME.get(device_type, RUNTIME["cuda"]),
     }
+    if not on_cpu:
+        memory |= _gpu_memory(config, shape, machine)
     memory["total"] = sum(memory.values())
+    return memory
+
+
+def _gpu_memory(config: GPTConfig, shape: Shape, machine: Machine) -> dict[str, int]:
+    """Bytes that only a GPU needs, by kind."""
+    tokens, heads = shape.rows * shape.sequence_length, config.n_head * config.head_dim
+    # A compiled backward pass returns all gradients together, before they are added up.
+    memory = {"gradients of a compiled pass": 4 * sum(parameter_counts(config).values())}
+    if machine.dtype == torch.float32:  # masked sdpa: a mask for each window, and one as a bias
+        windows = len({config.window(layer) for layer in range(config.n_layer)})
+        masks = tokens * shape.sequence_length * (windows + machine.dtype.itemsize)
+        memory["attention masks"] = masks
+    else:  # the backward kernel's float32 dq, with a block of 128 rows for each document
+        rows = tokens + 128 * padded_documents(0, tokens)
+        memory["attention accumulators"] = 4 * rows * heads
+    memory["communication buffers"] = NCCL_BUFFERS if machine.world_size > 1 else 0
+    memory["CUDA context"] = CUDA_CONTEXT
     return memory
 
 
@@ -144,6 +167,9 @@ LEARNING = (
     "optimizer temporaries",
     "activations",
     "weight casts and the head's gradient",
+    "gradients of a compiled pass",
+    "attention accumulators",
+    "attention masks",
 )
 """The kinds that are there only while a step is taken: sampling and evaluating have their room."""
 

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.rendezvous import rendezvous
 
+from nanochat.attention import activate_flash_attention
 from nanochat.errors import UserError
 from nanochat.hardware import Machine, machine_memory, tune_cpu
 
@@ -320,6 +321,7 @@ def start(device: str = "auto", dtype: str = "auto") -> Runtime:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")
+        activate_flash_attention(chosen)
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",

@@ -216,7 +216,7 @@ def main(cfg: AnyPlan, runtime: Runtime) -> dict[str, Any]:
     shape = Shape(plan.device_batch_size, plan.sequence_length, job.batching.recompute)
     memory = estimate_memory(job.model, shape, machine)
     total = memory.pop("total")
-    always = total - sum(memory[kind] for kind in LEARNING)
+    always = total - sum(memory.get(kind, 0) for kind in LEARNING)
     for phase, kinds in job.other_memory.items():
         memory |= {f"{phase}: {kind}": size for kind, size in kinds.items()}
         total = max(total, always + sum(kinds.values()))

@@ -5,12 +5,22 @@ B batch, T time, H query heads, K key/value heads, D head dim
 
 import itertools
 import math
+import sys
+import types
 from typing import Any
 
 import pytest
 import torch
 
-from nanochat.attention import QUERY_BLOCK, attend, attend_cached, choose_backend, make_layout
+from nanochat.attention import (
+    QUERY_BLOCK,
+    activate_flash_attention,
+    attend,
+    attend_cached,
+    choose_backend,
+    make_layout,
+)
+from nanochat.errors import UserError
 
 
 def reference(
@@ -266,6 +276,34 @@ def test_choice_on_cuda() -> None:
     new = torch.cuda.get_device_capability()[0] >= 8
     assert choose_backend(cuda, torch.bfloat16) == ("varlen" if new else "sdpa")
     assert choose_backend(cuda, torch.float32) == "sdpa"
+
+
+def test_choice_for_a_gpu_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, half = torch.device("cuda"), torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    flash = [True]
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: flash[0])
+    assert choose_backend(cuda, half, 64) == "varlen"
+    assert choose_backend(cuda, torch.float32, 20) == "sdpa"
+    for size in (20, 264):
+        with pytest.raises(UserError, match=f"--head-dim {size}.*multiples of 8"):
+            choose_backend(cuda, half, size)
+    flash[0] = False  # a build of torch without it
+    assert choose_backend(cuda, half, 20) == "sdpa"
+
+
+@pytest.mark.parametrize(("major", "name"), [(8, None), (9, "FA3"), (10, "FA4")])
+def test_newer_flash_attention_is_activated_where_it_is_installed(
+    major: int, name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    activated: list[str] = []
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activated.append)
+    assert activate_flash_attention(torch.device("cuda")) is None, "nothing is installed"
+    for module in ("flash_attn_interface", "flash_attn", "flash_attn.cute"):
+        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+    assert activate_flash_attention(torch.device("cuda")) == name
+    assert activated == ([name] if name else [])
 
 
 def test_choice_on_cpu() -> None:

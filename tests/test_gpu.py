@@ -22,7 +22,7 @@ from nanochat.cli import is_out_of_memory
 from nanochat.config import Learning
 from nanochat.gpt import GPT, GPTConfig, config_from_depth
 from nanochat.hardware import Machine
-from nanochat.memory import RUNTIME, Shape, estimate_memory
+from nanochat.memory import CUDA_CONTEXT, RUNTIME, Shape, estimate_memory
 from nanochat.optim import Hypers, Optimizer, parameter_rules
 from nanochat.runtime import Runtime, best_dtype
 from nanochat.train import Batch, LossScale, train_step
@@ -141,7 +141,8 @@ def test_the_memory_estimate() -> None:
         train_step(model, optimizer, [data], Hypers(0.1), rank)
     measured = torch.cuda.max_memory_allocated() - before
     estimate = estimate_memory(config, Shape(16, 1024), Machine("cuda", torch.bfloat16))
-    assert estimate["total"] - RUNTIME["cuda"] == pytest.approx(measured, rel=0.2)
+    outside = RUNTIME["cuda"] + CUDA_CONTEXT + estimate["gradients of a compiled pass"]
+    assert estimate["total"] - outside == pytest.approx(measured, rel=0.2)
 
 
 @pytest.mark.cuda

@@ -40,6 +40,10 @@ def test_every_line_that_is_promised(capsys: pytest.CaptureFixture[str]) -> None
         "optimizer shard",
         "activations",
         "logits chunk",
+        "gradients of a compiled pass",
+        "attention accumulators",
+        "communication buffers",
+        "CUDA context",
         "key/value cache",
         "largest device_batch_size that fits 67.1 GiB: ",
         "shards of climbmix",
@@ -60,6 +64,19 @@ def test_every_kind_of_gpu_is_in_the_table() -> None:
         assert result["memory_limit"] == int(0.9e9 * {"t4": 16, "5090": 32}[name])
         assert result["price"] > 0
     assert plan("--depth 4 --gpus 1 --gpu t4 --price-per-hour 2")["price"] == 2
+
+
+def test_what_only_a_gpu_needs_is_planned() -> None:
+    half, single_precision = (
+        plan(f"--depth 4 --gpus 1 --gpu t4 --dtype {dtype} --device-batch-size 4")["memory"]
+        for dtype in ("float16", "float32")
+    )
+    assert half["gradients of a compiled pass"] == half["gradients"]
+    assert half["communication buffers"] == 0
+    assert half["attention accumulators"] > 0
+    # One mask for each of two window sizes, and one in float32: 4 x 2048 x 2048 times 6 bytes.
+    assert single_precision["attention masks"] == 4 * 2048**2 * 6
+    assert "CUDA context" not in plan("--depth 2 --context-length 64 --gpu cpu")["memory"]
 
 
 def test_less_memory_means_fewer_rows() -> None:
@@ -112,6 +129,7 @@ def test_rollouts_and_learning_take_turns() -> None:
     line = "--stage rl --depth 4 --num-steps 50 --gpus 1 --device-batch-size 8 --max-slots"
     few, many = (plan(f"{line} {slots}")["memory"] for slots in (1, 2048))
     kept = ("weights", "gradients", "optimizer shard", "logits chunk", "checkpoint copy", "runtime")
+    kept = (*kept, "communication buffers", "CUDA context")
     rollouts = ("rollouts: decoder's weights", "rollouts: key/value cache")
     assert few["total"] == sum(v for k, v in few.items() if ":" not in k and k != "total")
     assert many["total"] == sum(many[kind] for kind in (*kept, *rollouts))

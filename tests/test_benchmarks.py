@@ -1,10 +1,13 @@
 """Benchmarks of the training core run and measure what they say, at a tiny size."""
 
+import dataclasses
+import json
 from pathlib import Path
 
+import pytest
 import torch
 
-from benchmarks import checkpoint, memory, optimizer_step
+from benchmarks import checkpoint, gpu, memory, optimizer_step
 from nanochat.checkpoint_manager import list_steps
 from nanochat.gpt import GPT
 from nanochat.optim import Optimizer
@@ -41,3 +44,57 @@ def test_memory_shapes_are_distinct() -> None:
     assert len(set(memory.SHAPES)) == len(memory.SHAPES)
     for kind in ("dtype", "recompute", "rows", "depth", "context_length"):
         assert len({getattr(shape, kind) for shape in memory.SHAPES}) > 1
+
+
+QUICK = [name for name in gpu.LINES if name not in ("tests", "pipeline", "learning")]
+
+
+def test_a_dry_run_of_what_waits_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every line's code runs on a CPU, but for what only CUDA can do."""
+    monkeypatch.setattr(gpu, "TINY", dataclasses.replace(gpu.TINY, steps=1, rows=(1,)))
+    path = tmp_path / "gpu.json"
+    report = gpu.main(["--dry-run", "--seconds", "3600", "--json", str(path), "--only", *QUICK])
+    assert json.loads(path.read_text()) == json.loads(json.dumps(report, default=str))
+    assert list(report["lines"]) == QUICK
+    for name, outcome in report["lines"].items():
+        assert "result" in outcome, (name, outcome)
+    failed = [
+        (name, key, value)
+        for name, outcome in report["lines"].items()
+        for key, value in outcome["result"].items()
+        if isinstance(value, str) and value != "needs CUDA"
+    ]
+    assert failed == []
+
+
+def test_the_scripts_of_the_dry_run() -> None:
+    """All stages, one of them stopped and resumed; and the tests that wait are found."""
+    assert gpu.measure_here("tests", gpu.TINY)["result"]["exit"] == 0
+    stages = gpu.measure_here("pipeline", gpu.TINY)["result"]
+    assert {name: stage["said"] for name, stage in stages.items() if stage["exit"]} == {}
+    learned = gpu.measure_here("learning", gpu.TINY)["result"]
+    assert learned["run"]["exit"] == 0
+    assert learned["metrics"]
+
+
+def test_a_line_that_fails_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(sizes: gpu.Sizes) -> gpu.Result:
+        raise ZeroDivisionError("no")
+
+    tried: list[str] = []
+
+    def fine(sizes: gpu.Sizes) -> gpu.Result:
+        tried.append("fine")
+        return {"value": 1}
+
+    monkeypatch.setattr(gpu, "LINES", {"broken": (broken, 9), "fine": (fine, 9)})
+    arguments = ["--dry-run", "--json", str(tmp_path / "gpu.json")]
+    for _ in range(2):  # the second time only what is missing
+        lines = gpu.main(arguments)["lines"]
+        assert lines["broken"]["failed"] == "ZeroDivisionError: no"
+        assert lines["fine"]["result"] == {"value": 1}
+    assert tried == ["fine"]
+    gpu.main([*arguments, "--only", "fine"])
+    assert tried == ["fine"] * 2

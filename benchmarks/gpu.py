@@ -592,7 +592,12 @@ def learning(sizes: Sizes) -> Result:
         )
         found = Path(environment["NANOCHAT_BASE_DIR"]).glob("runs/base-*/metrics.jsonl")
         lines = [json.loads(text) for path in found for text in path.read_text().splitlines()]
-    return {"run": trained, "metrics": [line for line in lines if "val_bpb" in line][-40:]}
+    return {
+        "run": trained,
+        "metrics": [line for line in lines if "bpb" in line or "bpb" in line.get("metrics", {})][
+            -40:
+        ],
+    }
 
 
 def llama(sizes: Sizes) -> Result:

@@ -67,16 +67,6 @@ def test_a_dry_run_of_what_waits_for_a_gpu(tmp_path: Path, monkeypatch: pytest.M
     assert failed == []
 
 
-def test_the_scripts_of_the_dry_run() -> None:
-    """All stages, one of them stopped and resumed; and the tests that wait are found."""
-    assert gpu.measure_here("tests", gpu.TINY)["result"]["exit"] == 0
-    stages = gpu.measure_here("pipeline", gpu.TINY)["result"]
-    assert {name: stage["said"] for name, stage in stages.items() if stage["exit"]} == {}
-    learned = gpu.measure_here("learning", gpu.TINY)["result"]
-    assert learned["run"]["exit"] == 0
-    assert learned["metrics"]
-
-
 def test_a_line_that_fails_does_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import errno
 import inspect
+import io
 import itertools
 import os
 import shutil
@@ -46,6 +47,10 @@ def launch(
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # scripts/__init__.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        # A character that the terminal's encoding lacks is shown as "?", and ends nothing.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     cfg = parse(config_class, description=description)
     run = getattr(cfg, "run", cfg)
     started = None

@@ -175,6 +175,30 @@ class Runtime:
             dist.destroy_process_group()
 
 
+def watch_parent(runtime: Runtime, patience: float = 300.0, poll: float = 1.0) -> None:
+    """End this rank when the launcher that started it is gone, as after SIGTERM: save, then stop.
+
+    A launcher that is killed tells nobody, and its ranks would train on beside the next start.
+    After `patience` more seconds the process is ended wherever it is.
+    """
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(poll)
+        print(
+            f"error: rank {runtime.rank}: the launcher (process {launcher}) is gone; saving and "
+            "stopping",
+            file=sys.stderr,
+            flush=True,
+        )
+        runtime.stop(128 + signal.SIGTERM)
+        time.sleep(patience)
+        _exit()
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
 class Alarm:
     """Tells the reason of a job's first failure to all of its ranks, through the job's store.
 
@@ -333,7 +357,7 @@ def start(device: str = "auto", dtype: str = "auto") -> Runtime:
         )
     chosen_dtype = best_dtype(chosen) if dtype == "auto" else DTYPES[dtype]
     alarm = Alarm(rank, local_rank, world_size) if world_size > 1 else None
-    return Runtime(
+    started = Runtime(
         chosen,
         chosen_dtype,
         rank,
@@ -342,6 +366,9 @@ def start(device: str = "auto", dtype: str = "auto") -> Runtime:
         alarm=alarm,
         local_world_size=local_world_size,
     )
+    if world_size > 1:
+        watch_parent(started)
+    return started
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -290,6 +292,30 @@ def test_a_stopped_stage_has_its_exit_status(
     with pytest.raises(SystemExit) as caught:
         launch(main, BaseConfig, None)
     assert caught.value.code == status
+
+
+def test_a_rank_ends_when_its_launcher_is_gone(tmp_path: Path) -> None:
+    program = """
+import os, subprocess, sys, time
+from nanochat import runtime
+if os.fork():  # the launcher: killed a moment later, without a word to its rank
+    time.sleep(1.5)
+    os._exit(9)
+rank = runtime.single()
+runtime.watch_parent(rank, patience=60, poll=0.05)
+for _ in range(600):
+    time.sleep(0.05)
+    if rank.stop_signal:
+        open(sys.argv[1], "w").write(str(rank.exit_code))
+        break
+"""
+    said = tmp_path / "said"
+    subprocess.run([sys.executable, "-c", program, str(said)], check=False, timeout=60)
+    for _ in range(300):
+        if said.is_file() and said.read_text():
+            break
+        time.sleep(0.1)
+    assert said.read_text() == "143"
 
 
 def test_max_hours_is_no_success(run: Callable[..., Any]) -> None:

@@ -9,6 +9,7 @@ This is a test, not a list to tune to: a line of it that fails points at a way o
 """
 
 import json
+import re
 from collections.abc import Sequence
 from random import Random
 from typing import Any
@@ -19,6 +20,7 @@ from tasks.common import Conversation, Task, digest, row_random
 from tasks.judges import judge, reference
 from tasks.passages import index_of, known_texts, pairs_of
 
+_SUBJECT = re.compile(r"\{(name|noun)\}")
 FAMOUS = 25
 """Names and nouns that are asked about are among so many of the most frequent."""
 
@@ -36,6 +38,10 @@ class FirstContact(Task):
         self.lines = [json.loads(line) for line in text.splitlines() if line.strip()]
         self.texts = tuple(known_texts() if corpus_texts is None else corpus_texts)
         self.index = index_of(self.texts, "train")
+        if not self.index.names and not self.index.nouns:  # no English text: ask the rest
+            self.lines = [
+                line for line in self.lines if not _SUBJECT.search(json.dumps(line["turns"]))
+            ]
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -59,8 +65,8 @@ class FirstContact(Task):
 
     def _values(self, random: Random) -> dict[str, str]:
         """What stands for the words in braces."""
-        name = random.choice(self.index.names[:FAMOUS] or self.index.nouns[:FAMOUS])
-        noun = random.choice(self.index.nouns[:FAMOUS] or self.index.names[:FAMOUS])
+        name = random.choice(self.index.names[:FAMOUS] or self.index.nouns[:FAMOUS] or [""])
+        noun = random.choice(self.index.nouns[:FAMOUS] or self.index.names[:FAMOUS] or [""])
         opening, _ = self.index.opening(random)
         return {"{name}": name, "{noun}": noun, "{opening}": opening}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from nanochat.errors import UserError
 from nanochat.tools.calculator import calculate
 from tasks.asking import Ways, ask
 from tasks.common import Conversation, Task, check_generated, digest, row_random, split_of
@@ -100,6 +101,8 @@ class FollowUps(Task):
         self.index = index_of(self.texts, split)
         self.unheard = unheard(self.texts, split)
         self.words = [word for word in load_words(words) if split_of(word) == split]
+        if not self.index.openings or not self.words:
+            raise UserError(f"followups: no text or no word belongs to the split {split}")
         self.intents = {intent.name: intent for intent in read_intents(str(identity))}
 
     def __len__(self) -> int:
@@ -204,7 +207,10 @@ class FollowUps(Task):
         if subject and kind < 0.6:
             question = ask(random, self.split, MORE)
             return question, self.index.passage(subject, random), {"about": subject}
-        other = random.choice(self.index.names[:80] + self.index.nouns[:120])
+        subjects = self.index.names[:80] + self.index.nouns[:120]
+        if not subjects:
+            return self.opening(random)
+        other = random.choice(subjects)
         question = ask(random, self.split, AND_SUBJECT, {"subject": other})
         return question, self.index.passage(other, random), {"about": other}
 

@@ -15,6 +15,7 @@ from functools import lru_cache
 from random import Random
 from typing import Any
 
+from nanochat.errors import UserError
 from tasks.asking import Ways, ask
 from tasks.common import Conversation, Task, check_generated, digest, row_random, split_of
 from tasks.judges import judge
@@ -274,6 +275,8 @@ class Ignorance(Task):
         texts = tuple(known_texts() if corpus_texts is None else corpus_texts)
         self.subjects = unheard(texts, split)
         self.words = [word for word in load_words(words) if split_of(word) == split]
+        if not self.words:
+            raise UserError(f"ignorance: no word belongs to the split {split}; give more words")
 
     def __len__(self) -> int:
         return self.size

@@ -38,6 +38,9 @@ LEAST_SENTENCES = 8
 """About a subject; one in ten thousand words is asked about at least."""
 SHORTEST, LONGEST = 5, 30
 """Words of a sentence that answers."""
+FEW_DOCUMENTS = 100
+CUT = 80
+"""Characters of a piece of text that has no sentences."""
 FIRST_WORDS = 6
 """A sentence about a subject names it among so many."""
 
@@ -172,11 +175,24 @@ def subjects(texts: Iterable[str]) -> tuple[list[str], list[str]]:
     return names[:MAX_SUBJECTS], chosen[:MAX_SUBJECTS]
 
 
+def documents_of(texts: Sequence[str], split: str) -> list[str]:
+    """The documents of a split; a corpus of few long ones is cut into pieces of ten sentences.
+
+    Where the train split would get none at all (a page of text), it gets everything.
+    """
+    pieces = list(texts)
+    if len(pieces) < FEW_DOCUMENTS:
+        found = [sentences(text) for text in texts]
+        pieces = [" ".join(said[i : i + 10]) for said in found for i in range(0, len(said), 10)]
+    chosen = [text for text in pieces if split_of(text) == split]
+    return chosen or (pieces if split == "train" else [])
+
+
 class Index:
     """What a corpus says about which subject, and how its texts go on."""
 
     def __init__(self, texts: Sequence[str], split: str):
-        self.texts = [text for text in texts if split_of(text) == split]
+        self.texts = documents_of(texts, split)
         names, nouns = subjects(texts)
         wanted = {**dict.fromkeys(names, "name"), **dict.fromkeys(nouns, "noun")}
         self.about: dict[str, list[str]] = defaultdict(list)
@@ -195,6 +211,11 @@ class Index:
                         self.about[word].append(answer.strip())
                 if len(parts) >= 8:
                     self.openings.append((here, after))
+        if not self.openings:  # a language without such sentences: running text, cut anywhere
+            flat = [" ".join(text.split()) for text in self.texts]
+            self.openings = [
+                (text[i : i + CUT], "") for text in flat for i in range(0, len(text) - CUT, CUT)
+            ]
         known = {word for word, said in self.about.items() if len(said) >= 2}
         self.names = [name for name in names if name in known]
         self.nouns = [noun for noun in nouns if noun in known]
@@ -207,6 +228,8 @@ class Index:
         """(The beginning of a sentence, the rest of it)."""
         here, _ = random.choice(self.openings)
         parts = here.split()
+        if len(parts) < 8:
+            return here[: CUT // 2], here[CUT // 2 :]
         cut = random.randint(3, min(10, len(parts) - 3))
         return " ".join(parts[:cut]), " ".join(parts[cut:])
 
@@ -245,7 +268,8 @@ class Passages(Task):
         if not self.index.openings:
             raise UserError(
                 f"passages: the {len(self.index.texts)} documents of the split {split} have no "
-                f"sentence of 8 to {LONGEST} words; give more text, or leave the task out"
+                f"sentence of 8 to {LONGEST} words and no {CUT} characters of running text; give "
+                "more text, or leave the task out"
             )
 
     def __len__(self) -> int:

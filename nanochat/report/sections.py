@@ -265,7 +265,7 @@ def _evaluations(material: Material) -> Section:
                 }
                 add(f"{label}, majority vote", votes)
     note = (
-        "Accuracies and bits per byte with their 95 % intervals. bpb: bits per byte, lower is "
+        "Shares solved and bits per byte with their 95 % intervals. bpb: bits per byte, lower is "
         "better. ChatCORE: mean accuracy of a set of tasks on their whole test splits, centred so "
         "that guessing is 0. CORE: as nanochat's base_eval computes it."
     )
@@ -291,6 +291,12 @@ def _measure(key: str) -> str:
         return "loss, masked: what instruction tuning minimises"
     if key.startswith("loss_"):
         return f"loss, {key[5:].replace('_', ' ')}"
+    found = re.fullmatch(r"pass@(\d+)(_greedy)?(?:_(.+))?", key)
+    if found:
+        k, greedy, task = found.groups()
+        tries = "at the first try" if k == "1" else f"within {k} tries"
+        how = ", the most likely token each time" if greedy else ", sampled"
+        return f"{task + ': ' if task else ''}share solved {tries}{how}"
     return key.replace("_", " ")
 
 
@@ -471,8 +477,9 @@ def stage_section(run: Run, measured: list[Measurement]) -> Section:
     extra = [Plot("validation, bits per byte", bpb)] if bpb else []
     if run.stage == "rl":
         for title, beginnings in _EVAL_PANELS:
-            series = [one for one in others if one[0].startswith(beginnings)]
-            others = [one for one in others if one not in series]
+            chosen = [one for one in others if one[0].startswith(beginnings)]
+            others = [one for one in others if one not in chosen]
+            series = [(_measure(name), steps, values) for name, steps, values in chosen]
             if len(series) == 1:
                 series = [("", *series[0][1:])]
             extra += [Plot(title, series)] if series else []

@@ -296,6 +296,23 @@ def test_an_evaluation_without_its_run_is_shown(base: Path) -> None:
     assert row(sections, "gsm8k")[0].startswith("0.500")
 
 
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("pass@1_greedy", "share solved at the first try, the most likely token each time"),
+        ("pass@1", "share solved at the first try, sampled"),
+        ("pass@4", "share solved within 4 tries, sampled"),
+        (
+            "pass@1_greedy_arithmetic-level2",
+            "arithmetic-level2: share solved at the first try, the most likely token each time",
+        ),
+        ("kl_to_start", "kl to start"),
+    ],
+)
+def test_measures_have_names_in_words(key: str, words: str) -> None:
+    assert report._measure(key) == words
+
+
 def test_the_report_opens_with_what_the_model_answers(base: Path) -> None:
     exchanges = [
         {"kind": "sums", "messages": [["user", f"{n}+{n}"]], "answer": f"<{n}> `x`", "right": n > 1}

@@ -104,6 +104,24 @@ def test_texts_that_are_too_short_say_so():
         Passages("train", corpus_texts=["Short."])
 
 
+def test_a_few_long_documents_are_cut_and_a_page_is_all_trained_on():
+    """A corpus of three books must not be a corpus without a train split."""
+    books = [" ".join(TEXTS[i::3]) for i in range(3)]
+    pieces = {split: index_of(tuple(books), split).texts for split in ("train", "test")}
+    assert len(pieces["train"]) > 5 * len(pieces["test"]) > 0
+    assert not set(pieces["train"]) & set(pieces["test"])
+    assert len(index_of((TEXTS[0],), "train").openings) > 0
+
+
+@pytest.mark.parametrize("text", ["\u8bcd\u6c47" * 400, "lorem ipsum " * 300])
+def test_text_without_sentences_is_gone_on_with(text: str):
+    task = Passages("train", 20, [text])
+    assert all("continue" in row["check"] for row in task)
+    assert len(FirstContact("test", [text])) > 200
+    assert len(list(FollowUps("train", 30, [text], WORDS))) == 30
+    assert len(list(Ignorance("train", 30, [text], WORDS))) == 30
+
+
 def test_what_the_corpus_holds_is_no_unknown():
     task = Ignorance("train", 2000, TEXTS, WORDS)
     assert "France" not in task.subjects["place"]

@@ -132,12 +132,15 @@ else
             vocabulary=4096 problems=256  # whole test splits
             base=(--depth 4 --context-length 256 --num-steps 440 --save-every 110 --eval-every 110)
             chat=(--save-every 100 --eval-every 0)
-            mid_mix=(customjson:2 simplespelling:9000:1 spellingbee:3000:1 arithmetic:3500:1)
+            mid_mix=(customjson:1 identity:2500:1 simplespelling:11000:1 spellingbee:2500:1
+                arithmetic:4500:level=0:1 arithmetic:1500:1 passages:3500:1 ignorance:2500:1
+                followups:1500:1)
             # seed=1: other rows than those of mid-training
-            sft_mix=(customjson:2 simplespelling:5000:seed=1:1 spellingbee:1500:seed=1:1
-                arithmetic:1000:seed=1:1)
+            sft_mix=(customjson:1 identity:1200:seed=1:1 simplespelling:4000:seed=1:1
+                spellingbee:1200:seed=1:1 arithmetic:2000:level=0:seed=1:1 arithmetic:600:seed=1:1
+                passages:1500:seed=1:1 ignorance:1200:seed=1:1 followups:800:seed=1:1)
             # Harder sums than those of SFT, and what should not get lost on the way.
-            rl=(--mix arithmetic:5000:level=2:1 spellingbee:1500:seed=2:1 --num-steps 30
+            rl=(--mix arithmetic:5000:level=2:1 spellingbee:1500:seed=2:1 --num-steps 20
                 --prompts-per-step 16 --max-tokens 100 --eval-problems 128 --save-every 10)
             ;;
         smoke)
@@ -145,14 +148,16 @@ else
             base=(--depth 1 --context-length 64 --num-steps 4 --save-every 2 --eval-every 2
                 --eval-tokens 1024)
             chat=(--num-steps 3 --eval-every 0 --eval-tokens 1024)
-            mid_mix=(customjson:2 simplespelling:50:1 spellingbee:50:1 arithmetic:50:1)
+            mid_mix=(customjson:1 identity:50:1 simplespelling:50:1 spellingbee:50:1
+                arithmetic:50:level=0:1 arithmetic:50:1 passages:50:1 ignorance:50:1 followups:50:1)
             sft_mix=("${mid_mix[@]}")
             rl=(--mix simplespelling:50:1 spellingbee:50:1 --num-steps 2 --prompts-per-step 2
                 --max-tokens 8 --eval-problems 4)
             ;;
         *) echo "error: SPEEDRUN_PROFILE=$profile; choose cpu, gpu or smoke" >&2; exit 2 ;;
     esac
-    tasks=(simplespelling spellingbee arithmetic arithmetic:level=2)
+    tasks=(simplespelling spellingbee arithmetic:level=0 arithmetic arithmetic:level=2 passages
+        ignorance followups)
 
     run python -m scripts.tok_train --corpus "$corpus" --name "$name" --vocab-size "$vocabulary"
     run python -m scripts.tok_eval --corpus "$corpus" --tokenizer "$name"
@@ -164,7 +169,7 @@ else
     run python -m scripts.base_eval --source "base/$name" --corpus "$corpus" --resume
     # Replayed text and low rates keep what pretraining taught; the tasks learn fast enough.
     run python -m scripts.mid_train --source "base/$name" "${small[@]}" "${chat[@]}" --mix "${mid_mix[@]}" \
-        --replay 0.3 --lr-scale 0.8 --warmdown 0.5
+        --replay 0.25 --lr-scale 0.8 --warmdown 0.5
     run python -m scripts.chat_sft --source "mid/$name" "${small[@]}" "${chat[@]}" --mix "${sft_mix[@]}" \
         --replay 0.15 --lr-scale 0.25
     if [ "${RL:-1}" != 0 ]; then
@@ -175,6 +180,8 @@ else
         run python -m scripts.chat_eval --source "$stage/$name" --resume --max-problems "$problems" \
             "${tasks[@]/#/--task=}"
     done
+    # What people type first, all 308 messages of it: the report opens with them.
+    run python -m scripts.chat_eval --source "sft/$name" --resume --task first_contact --max-tokens 120
 fi
 
 run python -m scripts.report --tag "$name"

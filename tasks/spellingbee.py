@@ -14,9 +14,9 @@ Words of the train and test split are disjoint, hence a held-out word can be spe
 - **Letters are answered as `b a n i s h e d`.** A space and a letter are a token of their own for
   most letters, the others take two, whatever their neighbours are. `b-a-n` would take two tokens
   for all letters, and of `ban` or `b,a,n` a tokenizer may merge parts again.
-- **Half of the training rows ask for several words**: more letters to learn from per token, since
+- **Three of five training rows ask for several words**: more letters to learn from per token, since
   most of a single word's conversation is the prompt.
-- **Half of the training words are made up**, the beginning of one training word and the end of
+- **A third of the training words are made up**, the beginning of one training word and the end of
   another (`banthing`, `wiished`): pieces meet in ever new neighbourhoods, so that learning their
   letters is less work than learning words by heart. What is tested are real words only.
 
@@ -57,11 +57,11 @@ from tasks.common import (
 from tasks.judges import judge, reference, spelled_letters
 
 MIN_LETTERS, MAX_LETTERS = 3, 15
-MADE_UP_SHARE = 0.5
-LIST_SHARE = 0.5
+MADE_UP_SHARE = 0.35
+LIST_SHARE = 0.6
 BARE_SHARE, BARE_SHARE_HELD_OUT = 0.55, 1 / 12
 """Of single words, those that stand in no quotes: in the split train, and in the others."""
-MAX_WORDS = 6
+MAX_WORDS = 8
 
 # {word} stands in quotes of any kind or in none, {plain} as it is. The whole messages among the
 # ways to train are as they were before there was a grammar (`tasks/asking.py`).
@@ -164,7 +164,7 @@ class _WordTask(Task):
     """
 
     NAME: ClassVar[str]
-    VERSION = 3
+    VERSION = 4
     VAL_BY_CONTENT = True
 
     def __init__(

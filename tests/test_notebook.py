@@ -48,7 +48,8 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     printed = "".join(output.get("text", "") for output in code[-2].outputs)
     assert printed.startswith("Who are you?")
-    assert any("image/png" in output.get("data", {}) for output in code[-1].outputs)
+    shown = "".join(output.get("data", {}).get("text/html", "") for output in code[-1].outputs)
+    assert "&lt;polyline" in shown, "the report with its curves"
     assert {path.name for path in (tmp_path / "base" / "checkpoints").iterdir()} == {
         "base", "mid", "sft",
     }  # fmt: skip

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nanochat.data.loader import DataLoader
+from nanochat.report.skeleton import html_page
 from nanochat.tokenizer import IGNORED, ROLE_NAMES, Tokenizer
 
 Kind = Literal["trained", "partial", "prompt", "first"]
@@ -246,37 +247,26 @@ def table_rows(groups: dict[str, Counter[str]]) -> list[tuple[str, str, str, str
 # The page
 
 _CSS = """
-:root { color-scheme: light dark; --ink: #1b1b1b; --soft: #555; --paper: #fff; --line: #ccc;
-  --trained: #d3f2d6; --trained-line: #1a7f37; --partial: #fff0c2; --partial-line: #9a6700;
+:root { --trained: #d3f2d6; --trained-line: #1a7f37; --partial: #fff0c2; --partial-line: #9a6700;
   --prompt: #f2f2f2; --first: #d8e9ff; --first-line: #0b5cad; --pad: #e4e4e4; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #ececec; --soft: #b4b4b4; --paper: #161616; --line: #4a4a4a;
-    --trained: #123d1f; --trained-line: #56d364; --partial: #453200; --partial-line: #e3b341;
+  :root { --trained: #123d1f; --trained-line: #56d364; --partial: #453200; --partial-line: #e3b341;
     --prompt: #262626; --first: #0e2f57; --first-line: #79b8ff; --pad: #333; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 76rem; padding: 1rem; color: var(--ink);
-  background: var(--paper); font: 1rem/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; line-height: 1.2; margin: .5rem 0; }
-h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; border-top: 2px solid var(--line);
-  padding-top: .75rem; }
 h3 { font-size: .875rem; font-weight: 600; color: var(--soft); margin: 1rem 0 .25rem;
   overflow-wrap: anywhere; }
 p.settings { color: var(--soft); overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .75rem;
   margin: 1rem 0; }
-dl div { border: 1px solid var(--line); border-radius: .4rem; padding: .4rem .7rem; }
+dl div { border: 1px solid var(--line); border-radius: 6px; padding: .4rem .7rem; }
 dt { font-size: .8rem; color: var(--soft); } dd { margin: 0; font-variant-numeric: tabular-nums; }
 .tables { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 1rem 3rem; }
-table { border-collapse: collapse; font-size: .9rem; }
 caption { text-align: left; font-weight: 600; padding: .25rem 0; }
-th, td { text-align: right; padding: .15rem .5rem; border-bottom: 1px solid var(--line);
-  font-variant-numeric: tabular-nums; }
-tr > :first-child { text-align: left; padding-left: 0; overflow-wrap: anywhere; }
+tbody th { font-weight: inherit; overflow-wrap: anywhere; }
 ul.legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .5rem 1rem; }
 .text { font: .875rem/1.75 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
   white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid var(--line);
   padding-left: .75rem; }
-.t { border-right: 1px solid var(--paper); }
+.t { border-right: 1px solid var(--page); }
 .trained, .partial { padding-bottom: 2px; }
 .trained { background: var(--trained); border-bottom: 2px solid var(--trained-line); }
 .partial { background: var(--partial); border-bottom: 2px dashed var(--partial-line); }
@@ -285,7 +275,7 @@ ul.legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .
 .key { padding: 0 .4rem; }
 .padding { margin: .75rem 0 0; padding: .25rem .75rem; color: var(--ink);
   background: repeating-linear-gradient(45deg, var(--pad) 0 8px, transparent 8px 16px); }
-.padding span { background: var(--paper); padding: 0 .4rem; }
+.padding span { background: var(--page); padding: 0 .4rem; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
   white-space: nowrap; }
 """
@@ -317,27 +307,13 @@ def render_html(view: View) -> str:
     sections = "".join(
         _row_html(n, row, view.sequence_length) for n, row in enumerate(view.rows, view.first)
     )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(view.title)}</title>
-<style>{_CSS}</style>
-</head>
-<body>
-<main>
-<h1>{html.escape(view.title)}</h1>
-<p class="settings">{html.escape(view.settings)}</p>
+    body = f"""<p class="settings">{html.escape(view.settings)}</p>
 <dl>{totals}</dl>
 <div class="tables">{table("source", view.sources)}{table("role", view.roles)}</div>
 <ul class="legend" aria-label="Legend">{legend}</ul>
 <p>Point at a token for its id, weight and role.</p>
-{sections}
-</main>
-</body>
-</html>
-"""
+{sections}"""
+    return html_page(view.title, _CSS, body)
 
 
 def _row_html(number: int, row: Row, sequence_length: int) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from nanochat.report.blocks import Block, Plot, Quote, Section, Table, tick_text
 from nanochat.report.plots import NUM_COLORS, plot_svg, smoothed
+from nanochat.report.skeleton import html_page
 
 
 def to_markdown(sections: Sequence[Section]) -> str:
@@ -58,33 +59,15 @@ def _plot_table(plots: Sequence[Plot]) -> Table:
 
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --page: #ffffff;
-  --panel: #f6f8fa; --line: #d1d9e0; --c0: #0b62d6; --c1: #c2410c; --c2: #15803d; --c3: #9333ea;
-  --c4: #be185d; --c5: #0e7490; --c6: #854d0e; --c7: #57606a; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9da7b3; --page: #0d1117;
-  --panel: #161b22; --line: #30363d; --c0: #6cb2ff; --c1: #ff9d5c; --c2: #5dd28a; --c3: #c99bff;
-  --c4: #ff8cc0; --c5: #5cd0e6; --c6: #e3b341; --c7: #b1bac4; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 1160px; margin: 0 auto; padding: 1rem 1rem 4rem; }
-h1 { margin: .5rem 0 0; font-size: 1.7rem; }
-h2 { margin: 2.5rem 0 .75rem; padding-bottom: .3rem; border-bottom: 1px solid var(--line);
-  font-size: 1.25rem; }
-p.note, figcaption, .label { color: var(--soft); font-size: .875rem; }
-p.note { margin: .4rem 0 0; max-width: 75ch; }
 nav { display: flex; flex-wrap: wrap; gap: .25rem 1rem; margin-top: .5rem; font-size: .9rem; }
-a { color: var(--c0); }
 .scroll { overflow-x: auto; margin: 1rem 0 0; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .75rem; border-bottom: 1px solid var(--line); text-align: right;
-  vertical-align: top; white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th, td { white-space: nowrap; }
 tbody tr:hover { background: var(--panel); }
 table.pairs td, table.pairs th, table.list td { text-align: left; white-space: normal;
   overflow-wrap: anywhere; }
 table.pairs td:first-child { color: var(--soft); white-space: nowrap; }
+p.note, figcaption, .label { color: var(--soft); font-size: .875rem; }
+p.note { margin: .4rem 0 0; max-width: 75ch; }
 .beside { display: flex; flex-wrap: wrap; gap: 0 3rem; align-items: start; }
 td b { font-weight: inherit; white-space: nowrap; }
 .ci { color: var(--soft); font-size: .85em; white-space: nowrap; }
@@ -97,12 +80,17 @@ figure { margin: 0; padding: .6rem .6rem .3rem; background: var(--panel);
 figcaption b { color: var(--ink); font-weight: 600; }
 .key { margin-right: .5em; white-space: nowrap; }
 .key i { display: inline-block; width: .7em; height: .7em; margin-right: .3em; border-radius: 50%; }
-figure svg { display: block; width: 100%; height: auto; color: var(--soft); }
+figure svg { display: block; width: 100%; height: auto; overflow: visible; font-size: 11px; }
+svg text { fill: var(--soft); } svg .x { text-anchor: middle; } svg .y { text-anchor: end; }
+.grid, .axis { fill: none; stroke: var(--line); } .grid { stroke-width: .7; }
+.curve { fill: none; stroke-width: 1.7; stroke-linejoin: round; stroke-linecap: round; }
+.thin { stroke-width: .8; opacity: .4; }
+.unseen { opacity: 0; } .point:hover { opacity: 1; stroke: var(--ink); }
 .label { margin: 1rem 0 .25rem; overflow-wrap: anywhere; }
 pre { margin: 0; padding: .6rem .8rem; background: var(--panel); border: 1px solid var(--line);
   border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }
-@media (max-width: 560px) { body { font-size: 15px; } main { padding: .5rem .75rem 3rem; }
-  table { font-size: .74rem; } .ci { display: block; font-size: .75em; } .beside { gap: 0; }
+@media (max-width: 560px) { table { font-size: .74rem; } .beside { gap: 0; }
+  .ci { display: block; font-size: .75em; }
   th, td { padding: .25rem .2rem; white-space: normal; }
   td:first-child { min-width: 4.5rem; } }
 """
@@ -119,8 +107,7 @@ def to_html(sections: Sequence[Section]) -> str:
         for block in section.blocks:
             if isinstance(block, Plot):
                 if block is plots[0]:
-                    figures = [_figure(plot, f"s{number}p{i}") for i, plot in enumerate(plots)]
-                    body.append(f'<div class="plots">{"".join(figures)}</div>')
+                    body.append(f'<div class="plots">{"".join(map(_figure, plots))}</div>')
             elif isinstance(block, Table):
                 table = _html_table(block)
                 if isinstance(previous, Table) and _stand_beside(previous, block):
@@ -134,14 +121,8 @@ def to_html(sections: Sequence[Section]) -> str:
             else:
                 body.append(f"<p>{html.escape(block.text)}</p>")
             previous = block
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>nanochat report</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"<h1>nanochat report</h1>\n<nav>{''.join(links)}</nav>\n"
-        + "\n".join(body)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    nav = f"<nav>{''.join(links)}</nav>"
+    return html_page("nanochat report", _STYLE, "\n".join([nav, *body]))
 
 
 _BESIDE = '<div class="beside">'
@@ -186,7 +167,7 @@ def _heat(cell: str) -> str:
     return f"background: color-mix(in srgb, var(--c2) {60 * share:.0f}%, transparent)"
 
 
-def _figure(plot: Plot, name: str) -> str:
+def _figure(plot: Plot) -> str:
     """The panel under its caption, which is the legend too: there it never covers a curve."""
     ends = []
     for number, (label, _, values) in enumerate(plot.series):
@@ -194,6 +175,4 @@ def _figure(plot: Plot, name: str) -> str:
         key = f'<i style="background:var(--c{number % NUM_COLORS})"></i>{html.escape(label)} '
         ends.append(f'<span class="key">{key if label else ""}{last}</span>')
     caption = f"<b>{html.escape(plot.title)}</b>, at the end {' '.join(ends)}"
-    alt = html.escape(f"Curve of {plot.title} over the steps", quote=True)
-    svg = plot_svg(plot, name).replace("<svg ", f'<svg role="img" aria-label="{alt}" ', 1)
-    return f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"
+    return f"<figure><figcaption>{caption}</figcaption>{plot_svg(plot)}</figure>"

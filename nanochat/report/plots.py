@@ -1,98 +1,104 @@
-"""A report's curves as <svg> elements in the page's colours."""
+"""A report's curves as <svg> elements: polylines, in the page's colours by CSS variables."""
 
-import io
+import html
 import math
-import re
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
-from nanochat.report.blocks import Plot
+from nanochat.report.blocks import Plot, tick_text
 
 NUM_COLORS = 8
 _MAX_POINTS = 400
-_INK, _GRID = "#010203", "#040506"
-_SERIES = [f"#0a0b0{i}" for i in range(NUM_COLORS)]
-"""Stand-ins that become CSS variables, so that a plot follows the page's colour scheme."""
+_MAX_TITLES = 40
+"""Points of a curve that say their value under the mouse, evenly spread; the last is among them."""
+_WIDTH, _HEIGHT = 340, 190
+_TOP, _RIGHT, _BOTTOM = 10, 14, 34
 
 
-def plot_svg(plot: Plot, name: str) -> str:
-    """The panel as an <svg> element in the page's colours; `name` keeps its ids apart."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+def plot_svg(plot: Plot) -> str:
+    """The panel as an <svg> element with axes, and values as titles of points.
 
-    style = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "font.family": "sans-serif",
-        "font.size": 9.5,
-        "text.color": _INK,
-        "axes.labelcolor": _INK,
-        "xtick.color": _INK,
-        "ytick.color": _INK,
-        "axes.edgecolor": _GRID,
-        "grid.color": _GRID,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.6, 2.6), layout="constrained")
-        axes = figure.add_subplot()
-        for number, (_, steps, values) in enumerate(plot.series):
-            color = _SERIES[number % NUM_COLORS]
-            width = 1.8
-            marker = "o" if len(steps) < 12 else None
-            if plot.smooth and len(values) >= 10:
-                axes.plot(*thinned(steps, values), color=color, linewidth=0.8, alpha=0.35)
-                values, marker = smoothed(values), None
-            axes.plot(
-                *thinned(steps, values),
-                color=color,
-                linewidth=width,
-                marker=marker,
-                markersize=3.5,
+    The curve of series i has the CSS variable --c<i> as its colour, i modulo NUM_COLORS.
+    """
+    curves = []  # (number, steps, values, thin): what is drawn, the first at the back
+    for number, (_, steps, values) in enumerate(plot.series):
+        values = [max(-1e300, min(1e300, value)) for value in values]  # their sums are finite
+        smooth = plot.smooth and len(values) >= 10
+        if smooth:
+            curves.append((number, *thinned(steps, values), True))
+        curves.append((number, *thinned(steps, smoothed(values) if smooth else values), False))
+    left, right = _span([x for _, xs, _, _ in curves for x in xs], 0.02, 1.0)
+    heights = [y for _, _, ys, _ in curves for y in ys]
+    low, high = _span([*heights, 0.0] if plot.from_zero else heights, 0.05, 0.0)
+    if plot.from_zero:
+        low = min(0.0, *heights)
+    rows = [(y, _axis_number(y)) for y in axis_ticks(low, high)]
+    columns = [(x, f"{x:,.0f}") for x in axis_ticks(left, right, whole=True)]
+    margin = 12 + 6.2 * max((len(label) for _, label in rows), default=0)
+
+    def across(x: float) -> float:
+        return margin + (x - left) / (right - left) * (_WIDTH - _RIGHT - margin)
+
+    def down(y: float) -> float:
+        return _HEIGHT - _BOTTOM - (y - low) / (high - low) * (_HEIGHT - _BOTTOM - _TOP)
+
+    parts = []
+    for y, label in rows:
+        at = f"{down(y):.1f}"
+        parts.append(f'<path class="grid" d="M{margin:.1f} {at}H{_WIDTH - _RIGHT}"/>')
+        parts.append(f'<text x="{margin - 6:.1f}" y="{at}" dy=".35em" class="y">{label}</text>')
+    for x, label in columns:
+        parts.append(f'<text x="{across(x):.1f}" y="{_HEIGHT - 20}" class="x">{label}</text>')
+    middle = (margin + _WIDTH - _RIGHT) / 2
+    parts.append(f'<text x="{middle:.1f}" y="{_HEIGHT - 5}" class="x">step</text>')
+    parts.append(
+        f'<path class="axis" d="M{margin:.1f} {_TOP}V{_HEIGHT - _BOTTOM}H{_WIDTH - _RIGHT}"/>'
+    )
+    for number, xs, ys, thin in curves:
+        points = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in zip(xs, ys, strict=True))
+        kind = "curve thin" if thin else "curve"
+        color = f"var(--c{number % NUM_COLORS})"
+        parts.append(f'<polyline class="{kind}" style="stroke:{color}" points="{points}"/>')
+    for number, xs, ys, thin in curves:
+        if thin:
+            continue
+        name, color = plot.series[number][0], f"var(--c{number % NUM_COLORS})"
+        every = math.ceil(len(xs) / _MAX_TITLES)
+        seen = "" if len(xs) < 12 else " unseen"
+        for x, y in list(zip(xs, ys, strict=True))[::-every]:
+            title = html.escape(f"{name + ', ' if name else ''}step {x:,.0f}: {tick_text(y)}")
+            parts.append(
+                f'<circle class="point{seen}" style="fill:{color}" cx="{across(x):.1f}" '
+                f'cy="{down(y):.1f}" r="3"><title>{title}</title></circle>'
             )
-        if plot.from_zero:
-            axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-            highest = max(max(values) for _, _, values in plot.series)
-            if highest > 0:
-                axes.set_ylim(0, 1.08 * highest)
-        ends = {step for _, steps, _ in plot.series for step in steps}
-        if len(ends) == 1:
-            axes.set_xlim(min(ends) - 1, min(ends) + 1)
-        axes.grid(axis="y", linewidth=0.7)
-        axes.tick_params(length=0)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _axis_number(y)))
-        axes.set_xlabel("step")
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg ") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
-    opening, closing, rest = svg.partition(">")
-    opening = re.sub(r' (?:width|height)="[^"]*"', "", opening)  # the page decides; viewBox stays
-    svg = opening + closing + rest
-    # Ids must be unique in the page, and most of matplotlib's are never referred to.
-    used = set(re.findall(r"(?:url\(|href=\")#([^\")]+)", svg))
-    svg = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", svg)
-    svg = re.sub(r"(url\(|href=\")#", rf"\g<1>#{name}-", svg)
-    for stand_in, color in (
-        (_INK, "currentColor"),
-        (_GRID, "var(--line)"),
-        *((stand_in, f"var(--c{i})") for i, stand_in in enumerate(_SERIES)),
-    ):
-        svg = svg.replace(stand_in, color)
-    return svg
+    alt = html.escape(f"Curve of {plot.title} over the steps")
+    return (
+        f'<svg role="img" aria-label="{alt}" viewBox="0 0 {_WIDTH} {_HEIGHT}">'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def _span(values: Sequence[float], share: float, least: float) -> tuple[float, float]:
+    """Ends of an axis: `share` beyond the values on either side, and never of length 0."""
+    low, high = min(values), max(values)
+    margin = share * (high - low) if high > low else least or 0.05 * abs(low) or 0.05
+    return low - margin, high + margin
+
+
+def axis_ticks(low: float, high: float, whole: bool = False) -> list[float]:
+    """Multiples of 1, 2, 2.5 or 5 times 10^k from `low` to `high`, at most seven."""
+    rough = max((high - low) / 5, 1.0) if whole else (high - low) / 6
+    power = 10.0 ** math.floor(math.log10(rough))
+    factors = (1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)
+    step = next((f * power for f in factors if f * power >= rough * (1 - 1e-9)), 10 * power)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [float(f"{k * step:.12g}") for k in range(first, last + 1)]
 
 
 def _axis_number(value: float) -> str:
     if abs(value) >= 1e6:
-        return f"{value / 1e6:g}M"
-    return f"{value / 1e3:g}k" if abs(value) >= 1e4 else f"{value:g}"
+        return f"{value / 1e6:.8g}M"
+    return f"{value / 1e3:.8g}k" if abs(value) >= 1e4 else f"{value:.8g}"
 
 
 def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float], list[float]]:

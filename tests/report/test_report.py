@@ -16,8 +16,7 @@ from nanochat.eval.results import task_result
 from nanochat.report import sections as report
 from nanochat.report.blocks import Plot, Quote, Section, Table, Text, count_text, duration_text
 from nanochat.report.material import STAGES, collect, read_run
-from nanochat.report.pages import to_html
-from nanochat.report.plots import smoothed, thinned
+from nanochat.report.plots import axis_ticks, plot_svg, smoothed, thinned
 from nanochat.report.sections import compose
 from nanochat.runtime import single
 from scripts import report as script
@@ -246,10 +245,9 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere(base: Path) -> None:
         for reference in re.findall(r"url\(([^)]*)\)", value):
             assert reference[1:] in ids
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
-    # Plots take the page's colours: none of the stand-ins is left.
-    text = to_html(compose(collect()))
-    assert "currentColor" in text
-    assert not re.search(r"#0(10203|40506|a0b0\d)", text)
+    colors = [v for n, v in page.attributes if n == "style" and re.match("stroke|fill", v)]
+    assert colors
+    assert all(re.fullmatch(r"(stroke|fill):var\(--c\d\)", color) for color in colors)
 
 
 def test_what_was_read_is_never_markup(base: Path) -> None:
@@ -512,6 +510,59 @@ def test_curves_are_smoothed_without_a_lag_and_thinned_without_a_loss() -> None:
     assert thinned([1, 2], [3.0, 4.0]) == ([1.0, 2.0], [3.0, 4.0])
 
 
+def points_of(svg: str) -> list[list[tuple[float, float]]]:
+    """Every curve's points on the panel."""
+    curves = re.findall(r'<polyline[^>]* points="([^"]*)"', svg)
+    return [
+        [(float(x), float(y)) for x, y in (pair.split(",") for pair in curve.split())]
+        for curve in curves
+    ]
+
+
+def test_curves_are_where_their_values_are_and_say_them() -> None:
+    series = [("a<b", [1, 2, 5], [3.0, 1.0, 2.0]), ("b", [1, 5], [1.0, 3.0])]
+    svg = plot_svg(Plot("loss & more", series))
+    first, second = points_of(svg)
+    assert first[0][0] == second[0][0] < first[1][0] < first[2][0] == second[1][0]
+    assert first[1][0] - first[0][0] == pytest.approx((first[2][0] - first[0][0]) / 4, abs=0.1)
+    assert first[0][1] == second[1][1] < first[2][1] < first[1][1] == second[0][1], "up is more"
+    titles = set(re.findall("<title>([^<]*)</title>", svg))
+    assert {"a&lt;b, step 2: 1", "a&lt;b, step 5: 2", "b, step 5: 3"} < titles
+    assert 'aria-label="Curve of loss &amp; more over the steps"' in svg
+    assert re.findall(r'class="y">([^<]*)<', svg) == ["1", "1.5", "2", "2.5", "3"]
+
+
+def test_long_curves_are_drawn_smoothed_over_what_was_measured() -> None:
+    noisy = [10.0 + i % 2 for i in range(5000)]
+    svg = plot_svg(Plot("loss", [("", list(range(5000)), noisy)], smooth=True))
+    measured, smooth = points_of(svg)
+    assert len(measured) == len(smooth) == 400
+    titles = re.findall("<title>step ([0-9,]+): ([0-9.]+)</title>", svg)
+    assert 20 <= len(titles) <= 40
+    assert {round(float(value), 1) for _, value in titles} == {10.5}
+    assert ("4,993", "10.5") in titles, "the last"
+
+
+@pytest.mark.parametrize(
+    "values", [[0.0], [2.0, 2.0], [-1e308, 1e308], [1e-12, 3e-12], [-2.0, 0.0], [5e7, 5e7 + 1]]
+)
+@pytest.mark.parametrize("from_zero", [False, True])
+def test_any_finite_values_stay_within_their_panel(values: list[float], from_zero: bool) -> None:
+    svg = plot_svg(Plot("x", [("", list(range(len(values))), values)], from_zero))
+    width, height = map(float, re.findall(r'viewBox="0 0 (\d+) (\d+)"', svg)[0])
+    for x, y in points_of(svg)[0]:
+        assert 0 < x < width
+        assert 0 < y < height
+    assert re.search('class="y">', svg)
+
+
+def test_ticks_are_few_and_round() -> None:
+    assert axis_ticks(0.0, 1.1) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert axis_ticks(2.3, 3.5) == [2.4, 2.6, 2.8, 3.0, 3.2, 3.4]
+    assert axis_ticks(-3.0, 21_400.0) == [0.0, 5000.0, 10_000.0, 15_000.0, 20_000.0]
+    assert axis_ticks(0.9, 3.1, whole=True) == [1.0, 2.0, 3.0]
+
+
 def test_numbers_for_people() -> None:
     space = "\N{NO-BREAK SPACE}"
     assert [count_text(n) for n in (950, 9_999, 12_345, 1_234_567, 2.5e9, 1.2e15)] == [
@@ -555,4 +606,4 @@ def test_every_curve_has_a_name_and_a_colour_of_its_own(base: Path) -> None:
     assert len({color for color, _ in keys}) == len(roles)
     for color, _ in keys:
         assert f"{color}:" in page, "it is defined"
-        assert f"stroke: var({color})" in figure, "it is drawn"
+        assert f"stroke:var({color})" in figure, "it is drawn"

@@ -36,7 +36,7 @@ ARGUMENTS = {
     "--context-length 64 --window-pattern SL",
     "mid": "--num-steps 7 --eval-every 0 --mix arithmetic:60:1 customjson:0.1",
     # Two epochs of a small store: the position crosses windows and an epoch.
-    "sft": "--epochs 2 --eval-every 0 --mix arithmetic:12:1",
+    "sft": "--epochs 2 --eval-every 0 --mix arithmetic:12:1 --long-conversations split",
 }
 
 

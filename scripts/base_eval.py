@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nanochat import paths
-from nanochat.checkpoint_manager import find, load_model, read_meta
+from nanochat.checkpoint_manager import find, load_model, read_meta, tokenizer_of
 from nanochat.cli import launch
 from nanochat.config import Computing
 from nanochat.data.hub import BUNDLE_URL, fetch_bundle
@@ -86,8 +86,9 @@ def main(cfg: Config, runtime: Runtime) -> list[record.Measurement]:
         runtime.print(describe_core(result))
         return []
 
-    meta = read_meta(find(cfg.source, cfg.step), verify=False)
-    asked = questions(cfg, bundle, Tokenizer.load(), meta, runtime)
+    folder = find(cfg.source, cfg.step)
+    meta = read_meta(folder, verify=False)
+    asked = questions(cfg, bundle, tokenizer_of(meta, folder), meta, runtime)
     if bundle is None and cfg.metric.core == "auto":
         runtime.print(
             f"CORE is not measured: {paths.eval_bundle_dir()} is missing (--core yes downloads it)"

@@ -140,7 +140,7 @@ def half_of_the_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
     path.write_bytes(b"\x10" * 5000)
 
 
-def half_of_the_meta(path: Path, text: str) -> None:
+def half_of_the_meta(path: Path, text: str, **_: Any) -> None:
     path.write_bytes(text[: len(text) // 2].encode())
 
 

@@ -56,7 +56,7 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_weight_where_none_belongs_is_named() -> None:
-    with pytest.raises(UserError, match="path is given twice; a weight belongs to --mix only"):
+    with pytest.raises(UserError, match=r"path is given twice.*a weight belongs to --mix only"):
         registry.build("customjson:identity.jsonl:20", "train")
     with pytest.raises(UserError, match="20 is not a file"):
         registry.build("customjson:20", "train")

@@ -26,11 +26,12 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
 from nanochat import runtime
-from nanochat.checkpoint_manager import latest, list_steps, load_model, read_meta
+from nanochat.checkpoint_manager import latest, list_steps, load_model, meta_digest, read_meta
 from nanochat.config import Preferences, RlConfig, RlEvaluating, Rollouts, Run, Saving, to_dict
 from nanochat.errors import UserError
 from nanochat.infer.engine import Engine, SamplingParams
 from nanochat.report.sections import write_report
+from nanochat.rl import policy
 from nanochat.rl.dpo import pair_scores
 from nanochat.rl.rollouts import Group
 from nanochat.runtime import Runtime
@@ -104,9 +105,9 @@ class NoRewards(Letters):
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.TASKS, "letters", (Letters, "kind"))
-    monkeypatch.setitem(registry.TASKS, "others", (Others, "kind"))
-    monkeypatch.setitem(registry.TASKS, "norewards", (NoRewards, None))
+    monkeypatch.setitem(registry.TASKS, "letters", registry.Entry(Letters, "kind"))
+    monkeypatch.setitem(registry.TASKS, "others", registry.Entry(Others, "kind"))
+    monkeypatch.setitem(registry.TASKS, "norewards", registry.Entry(NoRewards, None))
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +218,8 @@ def test_the_rewarded_answer_is_learned_on_held_out_prompts(folder: Path, update
     assert end["consumed"]["letters"]["documents"] == 8 * 24 // updates
     with tiny_runs.base_dir(folder):
         model, tokenizer, meta = load_model("rl", device=torch.device("cpu"), dtype=torch.float32)
-    assert meta["source"] == {"stage": "sft", "tag": "default", "step": 80}
+    source = {key: meta["source"][key] for key in ("stage", "tag", "step")}
+    assert source == {"stage": "sft", "tag": "default", "step": 80}
     assert meta["run_config"]["system"] == "tokens"
     ask = {"messages": [{"role": "user", "content": "the king saw 7"}]}
     ((answer,),) = Engine(model, tokenizer).generate(
@@ -232,7 +234,7 @@ def test_the_denominator_is_every_sampled_token(
     """Of all finished answers, those of groups with nothing to tell included."""
     latest_groups: list[Group] = []
     divisors, expected, targets = [], [], []
-    roll_out, train_step = chat_rl.roll_out, chat_rl.train_step
+    roll_out, train_step = policy.roll_out, policy.train_step
 
     def spied_roll_out(*arguments: Any) -> list[Group]:
         latest_groups[:] = roll_out(*arguments)
@@ -250,8 +252,8 @@ def test_the_denominator_is_every_sampled_token(
         targets.append(sum(length for length, kept in lengths if kept))
         return train_step(*arguments, **keywords)
 
-    monkeypatch.setattr(chat_rl, "roll_out", spied_roll_out)
-    monkeypatch.setattr(chat_rl, "train_step", spied_train_step)
+    monkeypatch.setattr(policy, "roll_out", spied_roll_out)
+    monkeypatch.setattr(policy, "train_step", spied_train_step)
     run(folder, config(num_steps=4, rollouts={"group_size": 3, "max_tokens": 2}))
     assert divisors == expected
     assert any(fewer < all_ for fewer, all_ in zip(targets, expected, strict=True))
@@ -496,14 +498,14 @@ def test_a_loss_that_is_not_finite_names_the_step_as_it_is_logged(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first two steps have nothing to tell, so no update came before the third."""
-    learn = chat_rl.learn
+    learn = policy.learn
 
     def spoiled(cfg: RlConfig, stage: Stage, rollout: Any, update: int) -> Any:
         if stage.state.step < 2:
             rollout = replace(rollout, targets=0)
         return learn(cfg, stage, replace(rollout, advantages=rollout.advantages * math.nan), update)
 
-    monkeypatch.setattr(chat_rl, "learn", spoiled)
+    monkeypatch.setattr(policy, "learn", spoiled)
     with pytest.raises(NonFiniteLoss, match="step 3: the loss of rank 0 is nan"):
         run(folder, config())
     assert [record["step"] for record in records(folder, "train")] == [1, 2]
@@ -530,7 +532,7 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(folder: Path) -> Non
     ("changes", "message"),
     [
         ({"rollouts": {"group_size": 1}}, "--group-size 1 leaves nothing to compare.*at least 2"),
-        ({"rollouts": {"prompts_per_step": 0}}, "--prompts-per-step 0 must be at least 1"),
+        ({"rollouts": {"prompts_per_step": 0}}, "--prompts-per-step 0 must be from 1"),
         ({"rollouts": {"temperature": 0.0}}, "temperature 0 draws equal samples"),
         ({"rollouts": {"temperature": 0.3}}, "temperature 0.3 .* at least 0.5"),
         ({"rollouts": {"updates_per_rollout": 4}}, "6 must be a multiple of .* 4"),
@@ -572,17 +574,22 @@ def test_a_started_run_is_not_overwritten_and_another_task_is_not_resumed(folder
         run(folder, config(num_steps=4, run={"resume": True, "seed": 3}))
 
 
-def test_a_resumed_run_keeps_the_start_it_had(folder: Path) -> None:
-    """The source may have been trained on since."""
+def numbered(source: Path, target: Path) -> None:
+    """A copy of a step folder that holds another step."""
+    shutil.copytree(source, target)
+    meta = json.loads((target / "meta.json").read_text())
+    meta["step"] = int(target.name.removeprefix("step_"))
+    meta["digest"] = meta_digest(meta)
+    (target / "meta.json").write_text(json.dumps(meta))
+
+
+def test_a_run_whose_source_was_trained_on_is_not_resumed(folder: Path) -> None:
     run(folder, config(num_steps=2))
     sft = folder / "checkpoints" / "sft" / "default"
-    shutil.copytree(sft / "step_000080", sft / "step_000099")
-    cfg = config(num_steps=4, run={"resume": True})
-    with tiny_runs.base_dir(folder):
-        assert chat_rl.load_start(cfg, runtime.single()).folder.name == "step_000080"
-        fresh = chat_rl.load_start(config(run={"tag": "fresh"}), runtime.single())
-    assert fresh.folder.name == "step_000099"
-    assert run(folder, cfg).finished
+    numbered(sft / "step_000080", sft / "step_000099")
+    with pytest.raises(UserError, match="sft/default step 80, which has moved on to step_000099"):
+        run(folder, config(num_steps=4, run={"resume": True}))
+    assert run(folder, config(num_steps=2, run={"tag": "fresh"})).source["step"] == 99
 
 
 @pytest.mark.parametrize("where", ["sft/other", "path"])
@@ -593,12 +600,12 @@ def test_a_run_is_not_resumed_from_another_source(folder: Path, where: str) -> N
     if where == "sft/other":
         cfg = config(run={"tag": "other"}, num_steps=2)
         run(folder, cfg)
-        shutil.copytree(
+        numbered(
             folder / "checkpoints" / "rl" / "other" / "step_000002",
             folder / "checkpoints" / "sft" / "other" / "step_000080",
         )
     source = where if where != "path" else str(base)
-    named = "rl/other step 2" if where != "path" else "base/default step 2"
+    named = "rl/other step 80" if where != "path" else "base/default step 2"
     message = f"rl/default started from sft/default step 80, --source {source} is {named}"
     with pytest.raises(UserError, match=message):
         run(folder, config(num_steps=4, source=source, run={"resume": True}))

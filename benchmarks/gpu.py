@@ -39,17 +39,22 @@ from benchmarks.common import publish
 from nanochat import loss as head_loss
 from nanochat import runtime as runtimes
 from nanochat.attention import activate_flash_attention, attend, make_layout, pad_boundaries
-from nanochat.checkpoint_manager import CheckpointManager, file_sha256, load_weights, restore
+from nanochat.checkpoint_manager import (
+    CheckpointManager,
+    load_weights,
+    read_verified,
+    restore,
+)
 from nanochat.config import Learning
-from nanochat.data.loader import Batch
 from nanochat.fp8 import convert_to_fp8
 from nanochat.gpt import GPT, GPTConfig, config_from_depth
 from nanochat.hardware import Machine, peak_flops
 from nanochat.infer.decoder import Decoder
 from nanochat.memory import Shape, estimate_memory
 from nanochat.optim import Hypers, Optimizer, parameter_rules
+from nanochat.paths import file_sha256
 from nanochat.runtime import Runtime
-from nanochat.train import LossScale, train_step
+from nanochat.train import Batch, LossScale, train_step
 
 PROJECT = Path(__file__).parents[1]
 Result = dict[str, Any]
@@ -504,7 +509,7 @@ def checkpoints(sizes: Sizes) -> Result:
         with timed("load weights"):
             load_weights(step, model)
         with timed("resume"):
-            restore(step, model, optimizer, runtime)
+            restore(step, read_verified(step, runtime), model, optimizer, runtime)
     return result
 
 

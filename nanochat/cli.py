@@ -124,14 +124,6 @@ def laid_out(description: str) -> str:
     return "\n".join(lines)
 
 
-class Group:
-    """A base of configurations whose fields have a heading of their own in their help.
-
-    `class Config(Sampling)` with `class Sampling(Group)`: `cfg.temperature` is a setting like any
-    other, and stands under "sampling options", below the docstring of Sampling.
-    """
-
-
 @registry.struct_rule
 def configuration(info: StructTypeInfo) -> StructConstructorSpec | None:
     """A configuration's fields for tyro, with its own types and what the help says of each."""
@@ -139,19 +131,8 @@ def configuration(info: StructTypeInfo) -> StructConstructorSpec | None:
         return None
     texts = field_texts(info.type)
     hints = typing.get_type_hints(info.type, include_extras=True)
-    all_fields = dataclasses.fields(info.type)
     fields: list[StructFieldSpec] = []
-    grouped: set[str] = set()
-    groups: list[Any] = [b for b in info.type.__bases__ if issubclass(b, Group) and b is not Group]
-    for group in groups:
-        names = {field.name for field in dataclasses.fields(group)}
-        values = {f.name: _default(f, info) for f in all_fields if f.name in names}
-        name = group.__name__.lower()
-        fields.append(StructFieldSpec(name, group, group(**values), group.__doc__))
-        grouped |= names
-    for field in all_fields:
-        if field.name in grouped:
-            continue
+    for field in dataclasses.fields(info.type):
         default = _default(field, info)
         hint, text = hints[field.name], texts.get(field.name)
         if text is not None and not dataclasses.is_dataclass(hint):
@@ -160,13 +141,7 @@ def configuration(info: StructTypeInfo) -> StructConstructorSpec | None:
             )
             hint = Annotated[hint, shown]
         fields.append(StructFieldSpec(field.name, hint, default, text))
-
-    def build(**values: Any) -> Any:
-        for group in groups:
-            values |= vars(values.pop(group.__name__.lower()))
-        return info.type(**values)
-
-    return StructConstructorSpec(build if groups else info.type, tuple(fields))
+    return StructConstructorSpec(info.type, tuple(fields))
 
 
 def field_texts(cls: type[Any]) -> dict[str, str]:

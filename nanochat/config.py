@@ -1,7 +1,8 @@
 """A frozen dataclass per script <-> command line (tyro) <-> JSON in the checkpoint.
 
-The fields of a training configuration are grouped; on the command line the groups are headings and
-the flags carry no prefix: `--matrix-lr`, not `--learning.matrix-lr`.
+A field that is itself a dataclass is a heading of the help page: named after the field, above the
+dataclass's docstring and its flags. The flags carry no prefix: `--matrix-lr`, not
+`--learning.matrix-lr`.
 """
 
 import dataclasses
@@ -15,7 +16,6 @@ from typing import Any, Literal, TypeVar
 import torch
 import tyro
 
-from nanochat.cli import Group
 from nanochat.errors import UserError
 
 T = TypeVar("T")
@@ -169,7 +169,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Computing(Group):
+class Computing:
     """What it runs on."""
 
     device: str = "auto"
@@ -179,7 +179,7 @@ class Computing(Group):
 
 
 @dataclass(frozen=True)
-class Decoding(Group):
+class Decoding:
     """How tokens are computed one after the other."""
 
     quantize: Literal["none", "int8"] = "none"
@@ -189,7 +189,7 @@ class Decoding(Group):
 
 
 @dataclass(frozen=True)
-class Tools(Group):
+class Tools:
     """What a model may call while it answers."""
 
     tools: bool = True

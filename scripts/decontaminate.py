@@ -31,7 +31,7 @@ from rich.table import Table
 from nanochat import paths
 from nanochat.conversation import parts as message_parts
 from nanochat.data.hub import open_corpus
-from nanochat.data.overlap import Index, Item, drop_documents, look_through
+from nanochat.data.overlap import Item, NgramIndex, drop_documents, look_through
 from nanochat.data.store import TokenStore
 from nanochat.errors import UserError
 from nanochat.tokenizer import Tokenizer
@@ -76,7 +76,7 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
     items = list(evaluation_items(cfg, runtime))
     if not items:
         raise UserError("there is no evaluation task to look for; name some with --task")
-    index = Index(items, cfg.ngram)
+    index = NgramIndex(items, cfg.ngram)
     reports = {}
     for store in stores:
         tokenizer = Tokenizer.find(store.meta["tokenizer_hash"])

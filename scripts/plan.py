@@ -74,7 +74,7 @@ class Hardware:
 
 
 @dataclass(frozen=True)
-class Source:
+class StartingModel:
     """The model of a later stage whose checkpoint is not there."""
 
     depth: int = 20
@@ -95,7 +95,7 @@ class MidPlan(MidConfig):
     stage: Literal["base", "mid", "sft", "rl"] = "mid"
     """Which script it is about."""
     hardware: Hardware = field(default_factory=Hardware)
-    model: Source = field(default_factory=Source)
+    model: StartingModel = field(default_factory=StartingModel)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class SftPlan(SftConfig):
     stage: Literal["base", "mid", "sft", "rl"] = "sft"
     """Which script it is about."""
     hardware: Hardware = field(default_factory=Hardware)
-    model: Source = field(default_factory=Source)
+    model: StartingModel = field(default_factory=StartingModel)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class RlPlan(RlConfig):
     stage: Literal["base", "mid", "sft", "rl"] = "rl"
     """Which script it is about."""
     hardware: Hardware = field(default_factory=Hardware)
-    model: Source = field(default_factory=Source)
+    model: StartingModel = field(default_factory=StartingModel)
 
 
 AnyPlan = Config | MidPlan | SftPlan | RlPlan
@@ -119,7 +119,7 @@ CONFIGS: dict[str, type[AnyPlan]] = {"base": Config, "mid": MidPlan, "sft": SftP
 
 
 @dataclass(frozen=True)
-class Job:
+class Workload:
     """What a stage's flags come to."""
 
     model: GPTConfig
@@ -161,10 +161,10 @@ def sampling_memory(cfg: RlPlan, model: GPTConfig, dtype: torch.dtype) -> dict[s
     }
 
 
-def job_of(cfg: AnyPlan, world_size: int, dtype: torch.dtype) -> Job:
+def job_of(cfg: AnyPlan, world_size: int, dtype: torch.dtype) -> Workload:
     if isinstance(cfg, Config):
         model = model_config(cfg, cfg.hardware.vocab_size)
-        return Job(model, "", cfg.batching, cfg.duration, cfg.learning)
+        return Workload(model, "", cfg.batching, cfg.duration, cfg.learning)
     model, about = model_of(cfg)
     if isinstance(cfg, RlPlan):
         if cfg.num_steps is None:
@@ -173,7 +173,7 @@ def job_of(cfg: AnyPlan, world_size: int, dtype: torch.dtype) -> Job:
         size = 2 if cfg.algo == "dpo" else cfg.rollouts.group_size
         answers = cfg.rollouts.prompts_per_step * size
         batching = rollout_batching(cfg, answers, T, world_size)
-        return Job(
+        return Workload(
             model,
             about,
             batching,
@@ -188,7 +188,7 @@ def job_of(cfg: AnyPlan, world_size: int, dtype: torch.dtype) -> Job:
             f"--stage {cfg.stage} needs --num-steps or --target-tokens: how long an epoch is "
             "depends on the encoded conversations"
         )
-    return Job(model, about, cfg.batching, cfg.duration, cfg.learning)
+    return Workload(model, about, cfg.batching, cfg.duration, cfg.learning)
 
 
 def main(cfg: AnyPlan, runtime: Runtime) -> dict[str, Any]:

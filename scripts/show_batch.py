@@ -10,13 +10,13 @@ override either. A store that does not exist yet is built, which takes a while f
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from nanochat import paths
 from nanochat.checkpoint_manager import latest, read_meta
-from nanochat.cli import Group, launch
+from nanochat.cli import launch
 from nanochat.config import BaseConfig, MidConfig, SftConfig, from_dict
 from nanochat.data.conversations import conversations_store, fit_conversations
 from nanochat.data.loader import DataLoader
@@ -34,7 +34,7 @@ _CONFIGS = {"base": BaseConfig, "mid": MidConfig, "sft": SftConfig}
 
 
 @dataclass(frozen=True)
-class Settings(Group):
+class Settings:
     """Instead of those of the stage's run."""
 
     corpus: tuple[str, ...] = ()
@@ -52,7 +52,8 @@ class Settings(Group):
 
 
 @dataclass(frozen=True)
-class Config(Settings):
+class Config:
+    settings: Settings = field(default_factory=Settings)
     stage: StageName = "sft"
     """base, mid or sft."""
     task: str | None = None
@@ -87,16 +88,22 @@ def stage_settings(cfg: Config) -> tuple[BaseConfig | MidConfig, int | None, str
         origin = f"the settings of {cfg.stage}/{cfg.tag}"
     elif isinstance(stage, BaseConfig):
         context = stage.context_length
-    if isinstance(stage, BaseConfig) and len(cfg.corpus) > 1:
-        raise UserError(f"--stage base takes one --corpus, or several as --mix: {cfg.corpus}")
-    corpus = cfg.corpus[0] if isinstance(stage, BaseConfig) and cfg.corpus else cfg.corpus or None
+    if isinstance(stage, BaseConfig) and len(cfg.settings.corpus) > 1:
+        raise UserError(
+            f"--stage base takes one --corpus, or several as --mix: {cfg.settings.corpus}"
+        )
+    corpus = (
+        cfg.settings.corpus[0]
+        if isinstance(stage, BaseConfig) and cfg.settings.corpus
+        else cfg.settings.corpus or None
+    )
     overrides = {
         name: value
         for name, value in (
             ("corpus", corpus),
-            ("mix", cfg.mix or None),
-            ("replay", cfg.replay),
-            ("prompt_weight", cfg.prompt_weight),
+            ("mix", cfg.settings.mix or None),
+            ("replay", cfg.settings.replay),
+            ("prompt_weight", cfg.settings.prompt_weight),
         )
         if value is not None
     }
@@ -104,8 +111,10 @@ def stage_settings(cfg: Config) -> tuple[BaseConfig | MidConfig, int | None, str
     for name, value in overrides.items():
         if name not in known:
             raise UserError(f"--{name.replace('_', '-')} {value} means nothing to --stage base")
-    if cfg.seed is not None:
-        stage = dataclasses.replace(stage, run=dataclasses.replace(stage.run, seed=cfg.seed))
+    if cfg.settings.seed is not None:
+        stage = dataclasses.replace(
+            stage, run=dataclasses.replace(stage.run, seed=cfg.settings.seed)
+        )
     return dataclasses.replace(stage, **overrides), context, origin  # type: ignore[arg-type]
 
 
@@ -139,7 +148,7 @@ def main(cfg: Config, runtime: Runtime) -> View | None:
         raise UserError(f"--rows {cfg.rows} must be at least 1 and --skip {cfg.skip} at least 0")
     tokenizer = Tokenizer.named(cfg.tokenizer)
     stage, context, origin = stage_settings(cfg)
-    sequence_length = cfg.sequence_length or context or BaseConfig().context_length
+    sequence_length = cfg.settings.sequence_length or context or BaseConfig().context_length
     sources = choose_sources(cfg, stage, tokenizer, sequence_length)
     for note in (source.note for source in sources if source.note):
         runtime.print(note)

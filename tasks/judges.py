@@ -35,10 +35,10 @@ OFFERS = re.compile(r"\b(spell|count|sums?|text|calculator)\b", re.I)
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 
 
-class Pairs:
+class WordPairs:
     """The pairs of neighbouring words of a corpus: what tells its kind of sentence.
 
-    >>> Pairs(["In the house. The house of God."]).share("the house of wax")
+    >>> WordPairs(["In the house. The house of God."]).share("the house of wax")
     0.666...
     """
 
@@ -59,7 +59,7 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def judge(check: Check, completion: str, pairs: Pairs | None = None) -> bool:
+def judge(check: Check, completion: str, pairs: WordPairs | None = None) -> bool:
     """Whether the answer is right in all that it claims; `pairs` of the corpus for its passages."""
     if "spell" in check:
         return spelled_letters(completion) == [list(word.lower()) for word in check["spell"]]
@@ -137,7 +137,7 @@ def names(text: str, subject: str) -> bool:
     return re.search(rf"\b{re.escape(subject)}(e?s)?\b", text, re.I) is not None
 
 
-def like_corpus(text: str, pairs: Pairs | None) -> bool:
+def like_corpus(text: str, pairs: WordPairs | None) -> bool:
     """Four words or more, most of whose neighbours are neighbours in the corpus too."""
     if len(words(text)) < 4 or UNKNOWING.search(text) or "nanochat" in text.lower():
         return False

@@ -27,7 +27,7 @@ from nanochat.paths import stores_dir
 from nanochat.tokenizer import Tokenizer
 from tasks.asking import Ways, ask
 from tasks.common import Conversation, Task, check_generated, digest, row_random, split_of
-from tasks.judges import Pairs, judge
+from tasks.judges import WordPairs, judge
 from tasks.spellingbee import noted_corpus
 
 MAX_CHARACTERS = 20_000_000
@@ -188,7 +188,7 @@ def documents_of(texts: Sequence[str], split: str) -> list[str]:
     return chosen or (pieces if split == "train" else [])
 
 
-class Index:
+class PassageIndex:
     """What a corpus says about which subject, and how its texts go on."""
 
     def __init__(self, texts: Sequence[str], split: str):
@@ -235,13 +235,13 @@ class Index:
 
 
 @lru_cache(maxsize=4)
-def index_of(texts: tuple[str, ...], split: str) -> Index:
-    return Index(texts, split)
+def index_of(texts: tuple[str, ...], split: str) -> PassageIndex:
+    return PassageIndex(texts, split)
 
 
 @lru_cache(maxsize=2)
-def pairs_of(texts: tuple[str, ...]) -> Pairs:
-    return Pairs(texts)
+def pairs_of(texts: tuple[str, ...]) -> WordPairs:
+    return WordPairs(texts)
 
 
 class Passages(Task):
@@ -294,7 +294,9 @@ class Passages(Task):
         return judge(conversation["check"], completion, pairs_of(self.texts))
 
 
-def draw_passage(index: Index, random: Random, split: str) -> tuple[str, str, dict[str, str]]:
+def draw_passage(
+    index: PassageIndex, random: Random, split: str
+) -> tuple[str, str, dict[str, str]]:
     """(question, answer, check) about a name, about a noun, or going on from an opening.
 
     Frequent subjects come more often: people ask about Moses, not about Zelophehad.

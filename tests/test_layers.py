@@ -101,6 +101,21 @@ def test_only_runtime_reads_the_ranks() -> None:
         assert not read, f"{path} reads {read}"
 
 
+def test_a_public_class_has_a_name_of_its_own() -> None:
+    """Each script has a Config; the exported modelling file is a world of its own, read alone."""
+    homes: dict[str, list[str]] = {}
+    for path in FILES:
+        if path == Path("nanochat/export/modeling_nanochat_full.py"):
+            continue
+        for node in ast.parse((ROOT / path).read_text("utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(str(path))
+    for name, paths in homes.items():
+        if name == "Config":
+            paths = [path for path in paths if not path.startswith("scripts/")]
+        assert len(paths) <= 1, f"{name} is a class in each of {', '.join(paths)}"
+
+
 @pytest.mark.parametrize(
     "path", [p for p in FILES if p.parent == Path("scripts") and p.stem != "__init__"], ids=str
 )

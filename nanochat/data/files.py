@@ -38,13 +38,13 @@ _VAL_ONE_IN = 20
 _TXT_SHARD = "txt"
 
 
-class Problem(str):
+class Unusable(str):
     """Why a row has no usable text."""
 
 
-class Row(NamedTuple):
+class FileRow(NamedTuple):
     number: int
-    value: "str | Problem"
+    value: "str | Unusable"
     position: int
     """Bytes of the file on the disk read so far (a fair guess for parquet)."""
 
@@ -206,13 +206,13 @@ class FolderCorpus(Corpus):
         for name in self._groups()[shard]:
             path = self._files[name]
             for row in self._rows(name, partial(self._in, split, name)):
-                if isinstance(row.value, Problem):
+                if isinstance(row.value, Unusable):
                     self._skip(f"{path} {self._row_name(name, row.number)}", row.value)
                 elif row.value.strip():
                     yield row.value, before + row.position
             before += path.stat().st_size
 
-    def _rows(self, name: str, wanted: Callable[[int], bool]) -> Iterator[Row]:
+    def _rows(self, name: str, wanted: Callable[[int], bool]) -> Iterator[FileRow]:
         path, kind = self._files[name], self._kinds[name]
         if kind == "parquet":
             return (row for row in read_parquet(path, self.column) if wanted(row.number))
@@ -221,7 +221,7 @@ class FolderCorpus(Corpus):
         if kind == "lines":
             return _read_lines(path, self.column, wanted)
         return (
-            Row(section.number, _decoded(section.raw, section.number == 0), section.position)
+            FileRow(section.number, _decoded(section.raw, section.number == 0), section.position)
             for section in self._sections(path)
             if wanted(section.number)
         )
@@ -423,12 +423,12 @@ def _word_end(line: bytes) -> int:
     return end
 
 
-def _decoded(raw: bytes, first: bool) -> "str | Problem":
+def _decoded(raw: bytes, first: bool) -> "str | Unusable":
     """UTF-8 text, without the byte order mark a file may begin with."""
     try:
         return raw.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
-        return Problem(
+        return Unusable(
             f"byte {raw[error.start]:#04x} at offset {error.start} is not UTF-8; "
             "convert the file to UTF-8"
         )
@@ -440,7 +440,7 @@ def parse_json(line: bytes, first: bool = False) -> Any:
     `first` is whether a byte order mark may stand in front.
     """
     text = _decoded(line, first)
-    if isinstance(text, Problem):
+    if isinstance(text, Unusable):
         raise UserError(text)
     try:
         return json.loads(text)
@@ -451,17 +451,17 @@ def parse_json(line: bytes, first: bool = False) -> Any:
 # JSON
 
 
-def _read_lines(path: Path, column: str, wanted: Callable[[int], bool]) -> Iterator[Row]:
+def _read_lines(path: Path, column: str, wanted: Callable[[int], bool]) -> Iterator[FileRow]:
     for index, line, position in _lines(path):
         if line.strip() and wanted(index):
             try:
                 value = _field(parse_json(line, index == 0), column)
             except UserError as error:
-                value = Problem(error)
-            yield Row(index, value, position)
+                value = Unusable(error)
+            yield FileRow(index, value, position)
 
 
-def _read_json(path: Path, column: str) -> Iterator[Row]:
+def _read_json(path: Path, column: str) -> Iterator[FileRow]:
     """The objects of the list that the file holds; all of it is in memory."""
     with opened(path) as (stream, _):
         data = stream.read()
@@ -469,10 +469,10 @@ def _read_json(path: Path, column: str) -> Iterator[Row]:
     try:
         rows = parse_json(data, first=True)
     except UserError as error:
-        yield Row(0, Problem(error), size)
+        yield FileRow(0, Unusable(error), size)
         return
     for index, row in enumerate(rows if isinstance(rows, list) else [rows]):
-        yield Row(index, _field(row, column), size * (index + 1) // max(1, len(rows)))
+        yield FileRow(index, _field(row, column), size * (index + 1) // max(1, len(rows)))
 
 
 def _json_layout(path: Path, column: str) -> str:
@@ -493,15 +493,15 @@ def _json_layout(path: Path, column: str) -> str:
     return layout if column in row else f"no field '{column}'"
 
 
-def _field(row: object, column: str) -> "str | Problem":
+def _field(row: object, column: str) -> "str | Unusable":
     if not isinstance(row, dict):
-        return Problem(f"{_kind(row)}; expected an object with a field '{column}'")
+        return Unusable(f"{_kind(row)}; expected an object with a field '{column}'")
     if column not in row:
         fields = ", ".join(sorted(row)) or "none"
-        return Problem(f"no field '{column}' (there is: {fields}); name another with PATH:FIELD")
+        return Unusable(f"no field '{column}' (there is: {fields}); name another with PATH:FIELD")
     value = row[column]
     if not isinstance(value, str):
-        return Problem(f"the field '{column}' is {_kind(value)}; expected text")
+        return Unusable(f"the field '{column}' is {_kind(value)}; expected text")
     return value
 
 
@@ -527,7 +527,7 @@ def _open_parquet(path: Path) -> Any:
         ) from error
 
 
-def read_parquet(path: Path, column: str) -> Iterator[Row]:
+def read_parquet(path: Path, column: str) -> Iterator[FileRow]:
     """The values of a text column, a batch of rows in memory at a time."""
     import pyarrow as pa
 
@@ -556,18 +556,18 @@ def read_parquet(path: Path, column: str) -> Iterator[Row]:
                 column_values = column_values.dictionary_decode()
             for value in _values(column_values):
                 if value is None:
-                    value = Problem(f"the column '{column}' is null; expected text")
+                    value = Unusable(f"the column '{column}' is null; expected text")
                 index += 1
-                yield Row(index - 1, value, size * index // total)
+                yield FileRow(index - 1, value, size * index // total)
     except (pa.ArrowException, OSError) as error:
         raise UserError(
             f"{path} is damaged after row {index} ({error}); download or write it again"
         ) from error
 
 
-def _values(column: Any) -> "list[str | Problem | None]":
+def _values(column: Any) -> "list[str | Unusable | None]":
     try:
-        return cast("list[str | Problem | None]", column.to_pylist())
+        return cast("list[str | Unusable | None]", column.to_pylist())
     except UnicodeDecodeError:  # rare: find the row
         return [
             None if not scalar.is_valid else _decoded(scalar.as_buffer().to_pybytes(), False)

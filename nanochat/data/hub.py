@@ -27,7 +27,7 @@ from pathlib import Path
 from nanochat import paths
 from nanochat.data.corpus import BadRows, Corpus, EmbeddedCorpus, Shard, Split, bbe_chapters
 from nanochat.data.download import fetch_files, fetch_url, list_files
-from nanochat.data.files import FolderCorpus, Problem, kind_of, read_parquet
+from nanochat.data.files import FolderCorpus, Unusable, kind_of, read_parquet
 from nanochat.errors import UserError
 
 
@@ -99,7 +99,7 @@ class NamedCorpus(Corpus):
     def read(self, split: Split, shard: str) -> Iterator[tuple[str, int]]:
         path = self.folder / f"{shard}.parquet"
         for row in read_parquet(path, self.source.column):
-            if isinstance(row.value, Problem):
+            if isinstance(row.value, Unusable):
                 self._skip(f"{path} row {row.number}", row.value)
             elif row.value.strip():
                 yield row.value, row.position

@@ -65,7 +65,7 @@ def split_words(text: str) -> list[str]:
     return _WORD.findall(text.casefold())
 
 
-class Index:
+class NgramIndex:
     """The n-grams of the evaluation tasks' words, and whole problems that have fewer words.
 
     Words are numbered from 1; 0 is any word that no task has, and what lies between texts. About 20
@@ -200,7 +200,7 @@ class Found(NamedTuple):
 
 
 def look_through(
-    store: TokenStore, tokenizer: Tokenizer, index: Index, workers: int
+    store: TokenStore, tokenizer: Tokenizer, index: NgramIndex, workers: int
 ) -> dict[str, Any]:
     """The report on a store."""
     per_job = max(1, _JOB_TOKENS * len(store) // max(1, store.num_tokens))
@@ -245,7 +245,7 @@ def look_through(
 
 
 def _results(
-    store: TokenStore, tokenizer: Tokenizer, index: Index, jobs: Sequence[range], workers: int
+    store: TokenStore, tokenizer: Tokenizer, index: NgramIndex, jobs: Sequence[range], workers: int
 ) -> Iterator[Found]:
     if workers == 1 or len(jobs) < 4:
         yield from (scan(store, tokenizer, index, job) for job in jobs)
@@ -263,10 +263,10 @@ def _results(
             ) from error
 
 
-_worker: tuple[TokenStore, Tokenizer, Index]
+_worker: tuple[TokenStore, Tokenizer, NgramIndex]
 
 
-def _start_worker(folder: Path, tokenizer: Tokenizer, index: Index) -> None:
+def _start_worker(folder: Path, tokenizer: Tokenizer, index: NgramIndex) -> None:
     global _worker
     _worker = TokenStore.open(folder), tokenizer, index
 
@@ -275,7 +275,7 @@ def _work(job: range) -> Found:
     return scan(*_worker, job)
 
 
-def scan(store: TokenStore, tokenizer: Tokenizer, index: Index, documents: range) -> Found:
+def scan(store: TokenStore, tokenizer: Tokenizer, index: NgramIndex, documents: range) -> Found:
     """Look for the index's grams in some documents."""
     words = array("i")
     ends = []

@@ -43,7 +43,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Row:
+class ShownRow:
     pieces: list[Piece]
     padding: int  # free token slots at its end
 
@@ -59,7 +59,7 @@ class View:
     settings: str
     sequence_length: int
     first: int  # number of the first row
-    rows: list[Row]
+    rows: list[ShownRow]
     kinds: Counter[str] = field(default_factory=Counter)
     roles: dict[str, Counter[str]] = field(default_factory=dict)
     sources: dict[str, Counter[str]] = field(default_factory=dict)
@@ -144,7 +144,7 @@ def build_view(
             length = len(store.ids(document))
             shown.append(Piece(loader.names[number], document, start, stop, length, tokens))
             end += len(ids)
-        rows.append(Row(shown, loader.sequence_length + 1 - end))
+        rows.append(ShownRow(shown, loader.sequence_length + 1 - end))
     return View(title, settings, loader.sequence_length, first, rows)
 
 
@@ -185,7 +185,7 @@ def describe(piece: Piece) -> str:
     return f"{piece.source} #{piece.document}, tokens {piece.start:,} to {piece.stop:,}{part}"
 
 
-def describe_row(number: int, row: Row, sequence_length: int) -> str:
+def describe_row(number: int, row: ShownRow, sequence_length: int) -> str:
     trained = sum(token.weight > 0 for token in row.tokens())
     documents = f"{len(row.pieces)} document{'s' if len(row.pieces) != 1 else ''}"
     return f"Row {number}: {documents}, {_percent(trained, sequence_length)} trained on"
@@ -316,7 +316,7 @@ def render_html(view: View) -> str:
     return html_page(view.title, _CSS, body)
 
 
-def _row_html(number: int, row: Row, sequence_length: int) -> str:
+def _row_html(number: int, row: ShownRow, sequence_length: int) -> str:
     parts = [f"<section><h2>{html.escape(describe_row(number, row, sequence_length))}</h2>"]
     for piece in row.pieces:
         parts.append(f'<h3>{html.escape(describe(piece))}</h3><div class="text">')

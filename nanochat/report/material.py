@@ -21,7 +21,7 @@ STAGES = {
 
 
 @dataclass
-class Run:
+class StageRun:
     """A stage's run, as its metrics.jsonl tells it."""
 
     stage: str
@@ -48,13 +48,13 @@ class Run:
         return as_mapping(self.start.get("plan")).get(name)
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path) -> StageRun:
     """Read a metrics.jsonl. Of a step that was done twice the later record counts.
 
     A start record at step s says the run went on from there: what came after s is forgotten.
     """
     stage, _, tag = path.parent.name.partition("-")
-    run = Run(stage, tag, path)
+    run = StageRun(stage, tag, path)
     with path.open("rb") as file:
         for line in file:
             if not line.strip():
@@ -88,7 +88,7 @@ def read_run(path: Path) -> Run:
 class Material:
     """All that a report is made of."""
 
-    runs: dict[str, Run]
+    runs: dict[str, StageRun]
     """By stage, in the order of the stages."""
     evaluations: dict[str, list[Measurement]]
     """By stage: of report/eval_<stage>-<tag>.json the run's last step that was measured."""
@@ -104,7 +104,7 @@ def collect(tag: str | None = None, price_per_hour: float | None = None) -> Mate
 
     Of each stage the run named `tag`; without a tag, the one that was written last.
     """
-    runs: dict[str, Run] = {}
+    runs: dict[str, StageRun] = {}
     evaluations: dict[str, list[Measurement]] = {}
     missing: list[str] = []
     root = paths.base_dir() / "runs"

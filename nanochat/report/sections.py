@@ -35,7 +35,7 @@ from nanochat.report.blocks import (
     time_text,
     whole_text,
 )
-from nanochat.report.material import STAGES, Material, Run, collect
+from nanochat.report.material import STAGES, Material, StageRun, collect
 from nanochat.report.pages import to_html, to_markdown
 
 
@@ -167,26 +167,26 @@ def _summary(material: Material) -> Section:
     return Section("Run", blocks)
 
 
-def _state(run: Run) -> str:
+def _state(run: StageRun) -> str:
     if run.end is not None:
         return "finished"
     planned = as_number(run.planned("num_steps"))
     return f"stopped ({planned:,.0f} steps planned)" if planned else "not finished"
 
 
-def _flops(run: Run) -> float | None:
+def _flops(run: StageRun) -> float | None:
     """Of the tokens that were trained on, by the plan's FLOPs per token."""
     planned, tokens = as_number(run.planned("flops")), as_number(run.planned("tokens"))
     done = as_number(run.last.get("tokens"))
     return planned * done / tokens if planned and tokens and done else None
 
 
-def _elapsed(run: Run) -> float:
+def _elapsed(run: StageRun) -> float:
     """Seconds that the machine was in use, reading, evaluating and saving included if recorded."""
     return as_number(run.last.get("elapsed_seconds")) or as_number(run.last.get("seconds")) or 0.0
 
 
-def _tokens_a_step(run: Run) -> float | None:
+def _tokens_a_step(run: StageRun) -> float | None:
     """As planned; of reinforcement learning the mean, since its plan knows only a bound."""
     tokens, steps = as_number(run.last.get("tokens")), as_number(run.last.get("step"))
     if run.stage == "rl":
@@ -194,12 +194,12 @@ def _tokens_a_step(run: Run) -> float | None:
     return as_number(run.planned("total_batch_size"))
 
 
-def _speed(run: Run) -> float | None:
+def _speed(run: StageRun) -> float | None:
     tokens, seconds = as_number(run.last.get("tokens")), as_number(run.last.get("seconds"))
     return tokens / seconds if tokens and seconds else None
 
 
-def _peak_memory(run: Run) -> float | None:
+def _peak_memory(run: StageRun) -> float | None:
     """Over all processes of a resumed run, of which each counts from its own start."""
     values = [as_number(record.get("memory_bytes")) or 0 for record in run.train.values()]
     values.append(as_number(run.last.get("peak_memory_bytes")) or 0)
@@ -451,7 +451,7 @@ _EVAL_PANELS = (
 )
 
 
-def stage_section(run: Run, measured: list[Measurement]) -> Section:
+def stage_section(run: StageRun, measured: list[Measurement]) -> Section:
     blocks: list[Block] = []
     names = dict.fromkeys(_PANELS)
     for record in run.train.values():

@@ -125,7 +125,7 @@ def pairs_store(
 
 
 @dataclass(frozen=True)
-class Pairs:
+class AnswerPairs:
     """An open store with the reference's log-probabilities."""
 
     store: TokenStore
@@ -161,7 +161,7 @@ def with_reference(
     rows_per_batch: int,
     runtime: Runtime,
     fill_up: bool = False,
-) -> Pairs:
+) -> AnswerPairs:
     """Score every answer with the model as it is now, and keep the result in the store's folder.
 
     `name` says which model that is; what is there under that name is reused. Every rank calls it
@@ -178,8 +178,8 @@ def with_reference(
             known = None
     known = runtime.broadcast_object(known)
     if known is not None:
-        return Pairs(store, known)
-    pairs = Pairs(store, np.zeros(len(store)))
+        return AnswerPairs(store, known)
+    pairs = AnswerPairs(store, np.zeros(len(store)))
     logprobs = torch.zeros(len(store), dtype=torch.float64)
     mine = range(len(pairs))[runtime.rank :: runtime.world_size]
     for start in range(0, len(mine), 64):
@@ -193,11 +193,15 @@ def with_reference(
         buffer = io.BytesIO()
         np.save(buffer, values, allow_pickle=False)
         paths.atomic_write(path, buffer.getvalue())
-    return Pairs(store, values)
+    return AnswerPairs(store, values)
 
 
 def answer_logprobs(
-    model: GPT, pairs: Pairs, indices: Sequence[int], rows_per_batch: int, fill_up: bool = False
+    model: GPT,
+    pairs: AnswerPairs,
+    indices: Sequence[int],
+    rows_per_batch: int,
+    fill_up: bool = False,
 ) -> tuple[torch.Tensor, list[Rows]]:
     """Log-probability (2 len(indices),) float64 of every answer, and the rows it was read from."""
     samples = pairs.samples(indices)
@@ -271,7 +275,7 @@ def open_pairs(cfg: RlConfig, start: Start) -> TokenStore:
 
 
 def compare(
-    cfg: RlConfig, stage: Stage, pairs: Pairs, indices: Sequence[int]
+    cfg: RlConfig, stage: Stage, pairs: AnswerPairs, indices: Sequence[int]
 ) -> tuple[PairScores, torch.Tensor, list[Rows]]:
     """DPO's scores of some pairs, their log-probabilities, and the rows they are in."""
     ours, rows = answer_logprobs(
@@ -292,7 +296,7 @@ def compare(
 
 
 def learn_preferences(
-    cfg: RlConfig, stage: Stage, pairs: Pairs, stream: RowStream
+    cfg: RlConfig, stage: Stage, pairs: AnswerPairs, stream: RowStream
 ) -> tuple[StepStats, dict[str, float]]:
     """One optimizer step on the next pairs, and what to log beside it."""
     runtime, began = stage.runtime, time.perf_counter()
@@ -324,7 +328,7 @@ def pair_metrics(sums: dict[str, float]) -> dict[str, float]:
 
 
 def evaluate_pairs(
-    cfg: RlConfig, stage: Stage, pairs: Pairs, held_out: Sequence[int]
+    cfg: RlConfig, stage: Stage, pairs: AnswerPairs, held_out: Sequence[int]
 ) -> dict[str, float]:
     """Loss, wins and margins on the pairs that are not trained on; each rank its share."""
     runtime = stage.runtime

@@ -26,7 +26,7 @@ from nanochat.serve.guard import Guard
 from nanochat.serve.protocol import (
     ChatRequest,
     CompletionRequest,
-    Sampling,
+    SamplingFields,
     as_prompts,
     chat_chunks,
     check_messages,
@@ -152,7 +152,7 @@ def create_app(
             )
         return served
 
-    def samples(body: Sampling, prompts: int) -> int:
+    def samples(body: SamplingFields, prompts: int) -> int:
         n = body.n or 1
         if n * prompts > limits.max_samples:
             words = f"{n * prompts} samples are more than {limits.max_samples}"

@@ -109,7 +109,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class Sampling(BaseModel):
+class SamplingFields(BaseModel):
     """What both endpoints understand. Unknown fields are ignored, known ones that the server
     cannot honour are refused unless they ask for nothing."""
 
@@ -158,7 +158,7 @@ class Sampling(BaseModel):
         )
 
 
-class ChatRequest(Sampling):
+class ChatRequest(SamplingFields):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
@@ -184,7 +184,7 @@ class ChatRequest(Sampling):
         return values
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(SamplingFields):
     prompt: (
         Text
         | Annotated[list[Text], Field(min_length=1)]

@@ -13,7 +13,7 @@ from stores import Echo
 
 from nanochat.data import overlap
 from nanochat.data.conversations import conversations_store
-from nanochat.data.overlap import Index, Item, look_through, split_words
+from nanochat.data.overlap import Item, NgramIndex, look_through, split_words
 from nanochat.data.store import StoreWriter, TokenStore
 from nanochat.errors import UserError
 from nanochat.runtime import single
@@ -159,7 +159,7 @@ def test_all_that_is_found_is_what_a_plain_search_finds(
 
     of_items = [grams_of(item) for item in items]
     of_documents = [grams(split_words(document), [4, 5, 6]) for document in documents]
-    index = Index(items, 6)
+    index = NgramIndex(items, 6)
     store = store_of(tokenizer, tmp_path / "text", documents)
     report = look_through(store, tokenizer, index, workers=1)
     expected = [i for i, own in enumerate(of_documents) if any(own & o for o in of_items)]
@@ -185,7 +185,7 @@ def test_processes_find_the_same(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = store_of(tokenizer, tmp_path / "text", DOCUMENTS * 2)
-    index = Index(list(task_items(Quiz(), "quiz")), 13)
+    index = NgramIndex(list(task_items(Quiz(), "quiz")), 13)
     alone = look_through(store, tokenizer, index, workers=1)
     monkeypatch.setattr(overlap, "_JOB_TOKENS", 300)
     assert look_through(store, tokenizer, index, workers=2) == alone
@@ -228,7 +228,7 @@ def test_short_question_is_looked_for_as_a_whole_in_every_form(
     asked = conversation["messages"][0]["content"]
     text = "So: " + text.format(asked=asked, question=conversation["question"]) + " That is all."
     store = store_of(tokenizer, tmp_path / "text", [text, "what is the name of this sea salt"])
-    index = Index(list(task_items(Short(7), "short")), 13)
+    index = NgramIndex(list(task_items(Short(7), "short")), 13)
     report = look_through(store, tokenizer, index, workers=1)
     assert [match["document"] for match in report["matches"]] == [0]
     assert report["tasks"]["short"] == {"items": 1, "covered": 1, "found": 1, "documents": 1}
@@ -240,13 +240,13 @@ def test_what_problems_share_is_not_looked_for(tokenizer: Tokenizer, tmp_path: P
     question = choice_conversation("Which of the laws of motion did he find?", options, 0, "here")
     item = Item("a", "0", decontaminate.choice_forms(question), options)
     store = store_of(tokenizer, tmp_path / "text", ["Which one? " + " ".join(options)])
-    assert look_through(store, tokenizer, Index([item], 13), workers=1)["contaminated"] == 0
+    assert look_through(store, tokenizer, NgramIndex([item], 13), workers=1)["contaminated"] == 0
 
 
 def test_what_is_too_short_is_not_covered() -> None:
     """Options and letters count."""
-    assert Index(list(task_items(Short(1), "short")), 13).covered.tolist() == [True]
-    assert Index(list(task_items(Short(0), "short")), 13).covered.tolist() == [False]
+    assert NgramIndex(list(task_items(Short(1), "short")), 13).covered.tolist() == [True]
+    assert NgramIndex(list(task_items(Short(0), "short")), 13).covered.tolist() == [False]
 
 
 def test_rows_of_a_data_set_are_looked_for_as_they_are(
@@ -281,7 +281,7 @@ def test_rows_of_a_data_set_are_looked_for_as_they_are(
         for item in task_items(registry.build(spec, "test"), spec)
     ]
     store = store_of(tokenizer, tmp_path / "text", [f"Easy:\n{answer}", f"Tests:\n{check}", "No."])
-    report = look_through(store, tokenizer, Index(items, 13), workers=1)
+    report = look_through(store, tokenizer, NgramIndex(items, 13), workers=1)
     assert [match["document"] for match in report["matches"]] == [0, 1]
     assert [match["item"] for match in report["matches"]] == [
         "gsm8k/test row 0",
@@ -291,7 +291,7 @@ def test_rows_of_a_data_set_are_looked_for_as_they_are(
 
 def test_equal_hashes_of_unequal_words_are_no_match(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overlap, "_BASE", np.uint64(0))  # only the last word counts
-    index = Index([Item("a", "0", ["one two three"])], 3)
+    index = NgramIndex([Item("a", "0", ["one two three"])], 3)
     words = np.array([2, 1, 3, 0, 1, 2, 3], dtype=np.int32)
     places, _ = index.find(words)
     assert places.tolist() == [4]
@@ -411,7 +411,7 @@ def test_what_makes_no_sense_is_refused(tokenizer: Tokenizer, tmp_path: Path) ->
     assert len(TokenStore.open(store.folder)) == 1
     many = [Item(str(i), str(i), ["a b"]) for i in range(64)]
     with pytest.raises(UserError, match="64 tasks at once"):
-        Index(many, 2)
+        NgramIndex(many, 2)
     # Nothing to find is no error.
-    empty = Index([Item("a", "0", ["too short"])], 13)
+    empty = NgramIndex([Item("a", "0", ["too short"])], 13)
     assert look_through(store, tokenizer, empty, workers=1)["contaminated"] == 0

@@ -18,7 +18,7 @@ from nanochat.errors import UserError
 from nanochat.report.batch import View, build_view, print_view, render_html, token_text
 from nanochat.tokenizer import Tokenizer
 from scripts import show_batch
-from scripts.show_batch import Config
+from scripts.show_batch import Config, Settings
 
 T = 40
 
@@ -151,7 +151,7 @@ def test_the_script(tokenizer: Tokenizer, tmp_path: Path) -> None:
         tokenizer_hash=tokenizer.hash,
     )
     single = runtime.single()
-    cfg = Config(stage="base", store=store.folder, sequence_length=T, rows=6)
+    cfg = Config(stage="base", store=store.folder, rows=6, settings=Settings(sequence_length=T))
     view = show_batch.main(cfg, single)
     later = show_batch.main(replace(cfg, rows=2, skip=3), single)
     assert view is not None
@@ -160,7 +160,9 @@ def test_the_script(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert view.kinds["prompt"] == 0
 
     page = tmp_path / "page.html"
-    sft = Config(stage="sft", task="arithmetic:30", sequence_length=200, html=page)
+    sft = Config(
+        stage="sft", task="arithmetic:30", html=page, settings=Settings(sequence_length=200)
+    )
     view = show_batch.main(sft, single)
     assert view is not None
     assert view.kinds["prompt"] > 0
@@ -183,7 +185,9 @@ def test_settings_come_from_the_run_and_flags_override_them(
     assert view.sequence_length == 90
     assert view.kinds["partial"] > 0
     assert "sft/default; seed 9" in view.settings
-    override = Config(stage="sft", prompt_weight=0.0, sequence_length=300, seed=2)
+    override = Config(
+        stage="sft", settings=Settings(prompt_weight=0.0, sequence_length=300, seed=2)
+    )
     view = show_batch.main(override, single)
     assert view is not None
     assert view.sequence_length == 300
@@ -195,7 +199,10 @@ def test_settings_come_from_the_run_and_flags_override_them(
     ("changes", "message"),
     [
         ({"stage": "base", "task": "gsm8k"}, "--stage mid or sft"),
-        ({"stage": "base", "prompt_weight": 0.5}, "--prompt-weight 0.5 means nothing"),
+        (
+            {"stage": "base", "settings": Settings(prompt_weight=0.5)},
+            "--prompt-weight 0.5 means nothing",
+        ),
         ({"task": "gsm8k", "store": Path("x")}, "exclude each other"),
         ({"store": Path("missing")}, "is no token store"),
         ({"rows": 0}, "--rows 0"),

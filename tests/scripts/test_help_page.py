@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nanochat.cli import Group, field_texts, laid_out, parse
+from nanochat.cli import field_texts, laid_out, parse
 from nanochat.runtime import Runtime
 
 SCRIPTS = sorted(p.stem for p in (Path(__file__).parents[2] / "scripts").glob("[a-z]*.py"))
@@ -35,36 +35,18 @@ class Outer:
     """Whether it hurries."""
 
 
-@dataclass(frozen=True)
-class Drawing(Group):
-    """How it is drawn."""
-
-    temperature: float = 1.0
-    """Of the softmax."""
-    seeds: tuple[int, ...] = ()
-    """One or more."""
-
-
-@dataclass(frozen=True)
-class Grouped(Drawing):
-    source: str = "sft"
-    """Where from."""
-    temperature: float = 0.6
-
-
-def test_a_base_is_a_heading_and_its_fields_are_the_configurations_own(
+def test_a_field_that_is_a_dataclass_is_a_heading_and_its_flags_have_no_prefix(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    page = help_of(Grouped, capsys)
-    own, heading, drawing = page.partition("drawing options")
+    page = help_of(Outer, capsys)
+    own, heading, inner = page.partition("inner options")
     assert heading
-    assert "--source" in own
-    assert "--temperature FLOAT  " not in own
-    for part in ("How it is drawn.", "--temperature FLOAT", "Of the softmax. (default: 0.6)"):
-        assert part in drawing
-    line = ["--seeds", "1", "2", "--source", "mid", "--seeds", "3"]
-    assert parse(Grouped, line) == Grouped(seeds=(1, 2, 3), source="mid")
-    assert parse(Grouped, ["--temperature", "0"]).temperature == 0
+    assert "--count INT" in own
+    assert "--limit INT  " not in own
+    for part in ("What belongs together.", "--limit INT", "Most of them. (default: 3)"):
+        assert part in inner
+    line = ["--names", "a", "b", "--count", "2", "--names", "c"]
+    assert parse(Outer, line) == Outer(inner=Inner(3, ("a", "b", "c")), count=2)
 
 
 def test_no_page_is_a_long_list() -> None:
@@ -72,12 +54,8 @@ def test_no_page_is_a_long_list() -> None:
     for name in SCRIPTS:
         cfg = config_of(importlib.import_module(f"scripts.{name}"))
         for cls in typing.get_args(cfg) or [cfg]:
-            bases = [b for b in cls.__bases__ if issubclass(b, Group) and b is not Group]
-            grouped = {field.name for base in bases for field in dataclasses.fields(base)}
             hints = typing.get_type_hints(cls)
-            own = [
-                n for n, h in hints.items() if n not in grouped and not dataclasses.is_dataclass(h)
-            ]
+            own = [name for name, hint in hints.items() if not dataclasses.is_dataclass(hint)]
             assert len(own) <= 12, (name, own)
 
 

@@ -10,7 +10,7 @@ from tasks import asking, followups, identity, ignorance, passages, spellingbee,
 from tasks.arithmetic import Arithmetic
 from tasks.asking import Ways, ask, expand, normal, reserved, slip
 from tasks.common import split_of
-from tasks.judges import Pairs, judge, reference
+from tasks.judges import WordPairs, judge, reference
 
 ALL_WAYS = [
     (f"{module.__name__}.{name}.{key}", ways)
@@ -130,7 +130,7 @@ def test_requests_name_the_numbers_in_their_own_order(said: str, call: str):
     ],
 )
 def test_judges(check: dict, answer: str, right: bool):
-    pairs = Pairs(["The fox ran over the wall. The fox, I do not know the dog."])
+    pairs = WordPairs(["The fox ran over the wall. The fox, I do not know the dog."])
     assert judge(check, answer, pairs) is right
 
 

@@ -308,7 +308,9 @@ def read_meta(folder: Path, verify: bool = True) -> dict[str, Any]:
     try:
         meta: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; {remedy}") from None
+        raise UserError(
+            f"{path} is missing; {remedy}" if folder.is_dir() else _gone(folder)
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from None
     if not isinstance(meta, dict):
@@ -338,9 +340,19 @@ def read_meta(folder: Path, verify: bool = True) -> dict[str, Any]:
     return meta
 
 
+def _gone(folder: Path) -> str:
+    return (
+        f"{folder} is gone: a run that is still training deletes its older steps (--keep-last); "
+        "try again, which takes the newest one"
+    )
+
+
 def load_weights(folder: Path, model: GPT) -> None:
     """Copy the weights of a step folder into the model."""
-    weights = load_file(folder / "model.safetensors")
+    try:
+        weights = load_file(folder / "model.safetensors")
+    except FileNotFoundError:
+        raise UserError(_gone(folder)) from None
     parameters = dict(model.named_parameters())
     missing, unknown = set(parameters) - set(weights), set(weights) - set(parameters)
     wrong = [n for n in set(parameters) & set(weights) if parameters[n].shape != weights[n].shape]

@@ -240,7 +240,13 @@ class Alarm:
             end = time.monotonic() + 2 * self.LINGER
             while self._reason() is None and time.monotonic() < end:
                 time.sleep(0.1)
-            text = f"a collective failed, probably since another rank was killed ({text})"
+            details, text = (
+                f"{details}{text}\n",
+                (
+                    "a collective failed, probably since another rank was killed: the last lines of its "
+                    "own output say why"
+                ),
+            )
             if not os.environ.get("NANOCHAT_TRACEBACK"):
                 details = ""
         reason = self._reason(json.dumps({"rank": self.rank, "text": text[:2000]}))
@@ -347,14 +353,21 @@ def start(device: str = "auto", dtype: str = "auto") -> Runtime:
         torch.set_float32_matmul_precision("high")
         activate_flash_attention(chosen)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo",
-            store=job_store(rank, world_size),
-            rank=rank,
-            world_size=world_size,
-            timeout=TIMEOUT,
-            device_id=chosen if chosen.type == "cuda" else None,
-        )
+        try:
+            dist.init_process_group(
+                "nccl" if chosen.type == "cuda" else "gloo",
+                store=job_store(rank, world_size),
+                rank=rank,
+                world_size=world_size,
+                timeout=TIMEOUT,
+                device_id=chosen if chosen.type == "cuda" else None,
+            )
+        except (dist.DistError, RuntimeError) as error:
+            raise UserError(
+                f"rank {rank} of {world_size} did not meet the others: one of them ended before, "
+                "and its own output says why; start the job again (NANOCHAT_TRACEBACK=1 shows what "
+                "torch said)"
+            ) from error
     chosen_dtype = best_dtype(chosen) if dtype == "auto" else DTYPES[dtype]
     alarm = Alarm(rank, local_rank, world_size) if world_size > 1 else None
     started = Runtime(

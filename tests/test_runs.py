@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from stores import numbered_store
 
 from nanochat import runtime
-from nanochat.checkpoint_manager import list_steps
+from nanochat.checkpoint_manager import list_steps, load_model, load_weights, read_meta
 from nanochat.cli import launch
 from nanochat.config import BaseConfig, Learning, RlConfig, check_ranges
 from nanochat.data.loader import DataLoader
@@ -23,6 +24,7 @@ from nanochat.data.sources import Source
 from nanochat.errors import UserError
 from nanochat.runtime import Runtime
 from nanochat.stage import Stage
+from nanochat.tokenizer import Tokenizer
 from nanochat.train import NonFiniteWeights
 
 
@@ -316,6 +318,49 @@ for _ in range(600):
             break
         time.sleep(0.1)
     assert said.read_text() == "143"
+
+
+def test_a_step_that_is_pruned_while_it_is_read(run: Callable[..., Any], folder: Path) -> None:
+    stage = run()
+    step = checkpoints(folder) / "step_000002"
+    shutil.rmtree(step)
+    for read in (lambda: read_meta(step), lambda: load_weights(step, stage.model)):
+        with pytest.raises(UserError, match=r"step_000002 is gone: .*--keep-last.*; try again"):
+            read()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": 1}', "\xff"])
+def test_broken_metadata_is_one_line(text: str, run: Callable[..., Any], folder: Path) -> None:
+    run()
+    newest = checkpoints(folder) / "step_000004"
+    (newest / "meta.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"meta\.json"):
+        run(run=RESUME)
+    with tiny_runs.base_dir(folder), pytest.raises(UserError, match=r"meta\.json"):
+        load_model("base", device=torch.device("cpu"), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "\xff", '{"version": "x"}'])
+def test_a_broken_tokenizer_is_one_line(text: str, encoded: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(encoded / "tokenizer", tmp_path / "tokenizer"))
+    for file in broken.glob("*.json"):
+        file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match="tokenizer"):
+        Tokenizer.load(broken)
+
+
+def test_wandb_is_checked_before_anything_else(
+    run: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="--wandb needs the package wandb"):
+        run(run={"wandb": "trial"})
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(api=SimpleNamespace(api_key=None)))
+    with pytest.raises(UserError, match="--wandb needs a login"):
+        run(run={"wandb": "trial"})
+    assert not checkpoints(folder).exists()
 
 
 def test_max_hours_is_no_success(run: Callable[..., Any]) -> None:

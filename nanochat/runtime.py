@@ -240,12 +240,10 @@ class Alarm:
             end = time.monotonic() + 2 * self.LINGER
             while self._reason() is None and time.monotonic() < end:
                 time.sleep(0.1)
-            details, text = (
-                f"{details}{text}\n",
-                (
-                    "a collective failed, probably since another rank was killed: the last lines of its "
-                    "own output say why"
-                ),
+            details += f"{text}\n"
+            text = (
+                "a collective failed, probably since another rank was killed: the last lines of "
+                "its own output say why"
             )
             if not os.environ.get("NANOCHAT_TRACEBACK"):
                 details = ""

@@ -310,7 +310,7 @@ def test_the_report_shows_it(folder: Path) -> None:
         "share of groups with something to tell",
     ):
         assert title in html
-    assert "pass@1_greedy" in text
+    assert "share solved at the first try" in text
     assert "advantage" in text, "rollouts with their rewards"
     assert "rollout seconds" not in html
 

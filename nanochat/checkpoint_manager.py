@@ -38,7 +38,6 @@ from nanochat.runtime import Runtime
 from nanochat.tokenizer import SystemStyle, Tokenizer
 
 FORMAT = 1
-STAGES = ("base", "mid", "sft", "rl")
 _STEP = re.compile(r"step_(\d{6,})")
 
 
@@ -271,9 +270,9 @@ def find(source: str, step: int | None = None, tag: str | None = None) -> Path:
     path = paths.user_path(source)
     preferred = tag
     stage, _, tag = source.partition("/")
-    if not tag and preferred and stage in STAGES:
+    if not tag and preferred and stage in paths.STAGES:
         tag = preferred if list_steps(paths.checkpoints_dir(stage, preferred)) else ""
-    if stage in STAGES and not list_steps(path) and not _STEP.fullmatch(path.name):
+    if stage in paths.STAGES and not list_steps(path) and not _STEP.fullmatch(path.name):
         folder = paths.checkpoints_dir(stage, tag or "default")
         if not tag and not folder.is_dir():
             tags = sorted(p.name for p in folder.parent.glob("*") if list_steps(p))
@@ -453,7 +452,7 @@ def tokenizer_of(meta: dict[str, Any], folder: Path) -> Tokenizer:
 def trained_with(digest: str) -> list[str]:
     """Stage/tag of every run whose newest checkpoint was trained with this tokenizer."""
     found = []
-    for stage in STAGES:
+    for stage in paths.STAGES:
         for folder in sorted((paths.base_dir() / "checkpoints" / stage).glob("*")):
             newest = latest(folder)
             try:

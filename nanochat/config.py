@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import tyro
 
-from nanochat.errors import UserError
+from nanochat.errors import BadRows, UserError
 
 T = TypeVar("T")
 
@@ -378,7 +378,7 @@ class MidConfig:
     are trained on without what went before), or leave them out."""
     system: Literal["tokens", "merge"] = "tokens"
     """System message in its own tokens, or merged into the first user message."""
-    bad_rows: Literal["error", "skip"] = "error"
+    bad_rows: BadRows = "error"
     """What to do with a conversation that does not fit the schema."""
 
 
@@ -428,7 +428,7 @@ class Preferences:
     """How firmly the model is held to where it began."""
     length_normalised: bool = False
     """Compare log-probabilities per token; beta then has to be larger, such as 2."""
-    bad_rows: Literal["error", "skip"] = "error"
+    bad_rows: BadRows = "error"
     """What to do with a line that is no pair, or too long."""
 
 

@@ -1,5 +1,10 @@
 """The one exception that means: the user can mend this."""
 
+from typing import Literal
+
+BadRows = Literal["error", "skip"]
+"""Rows of a user's files that cannot be used raise UserError, or are left out and counted."""
+
 
 class UserError(ValueError):
     """Bad input or a bad setting. The message names the value, the limit and the remedy.

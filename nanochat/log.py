@@ -20,6 +20,7 @@ from nanochat import paths
 from nanochat.errors import UserError
 from nanochat.hardware import peak_flops, peak_memory_bytes, processor
 from nanochat.plan import Plan
+from nanochat.progress import duration_text
 from nanochat.runtime import Runtime
 from nanochat.train import StepStats, TrainState
 
@@ -56,13 +57,6 @@ def describe_runtime(runtime: Runtime) -> dict[str, Any]:
         "platform": platform.platform(),
         "commit": commit(),
     }
-
-
-def duration_text(seconds: float) -> str:
-    """75 -> 1:15; 3700 -> 1:01:40."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -17,9 +17,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal, get_args
 
 from nanochat.errors import UserError
+
+Stage = Literal["base", "mid", "sft", "rl"]
+"""The folders of `checkpoints/`: pretraining, mid-training, instruction tuning, reinforcement."""
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 _TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.tmp")
 """The names that tempfile makes for `atomic_folder`: `.NAME.xxxxxxxx.tmp`."""

@@ -27,7 +27,7 @@ from typing import Any
 import tyro
 from rich.table import Table
 
-from nanochat.checkpoint_manager import find, load_model, read_meta, system_style
+from nanochat.checkpoint_manager import find, load_model, read_meta, system_style, tokenizer_of
 from nanochat.cli import launch
 from nanochat.config import Computing
 from nanochat.conversation import parts
@@ -117,14 +117,16 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, record.Measurement]:
             f"--num-samples {drawn.num_samples} at --temperature 0 gives equal samples; "
             "set a temperature such as 0.8"
         )
-    tasks = {spec: build(spec, cfg.split) for spec in cfg.task or EVALUATED}
+    folder = find(cfg.source, cfg.step)
+    meta = read_meta(folder, verify=False)
+    tokenizer = tokenizer_of(meta, folder)
+    tasks = {spec: build(spec, cfg.split, tokenizer=tokenizer) for spec in cfg.task or EVALUATED}
     for spec, task in tasks.items():
         check_task(task, spec)
     examples = {spec: load_examples(spec, task, cfg.shots) for spec, task in tasks.items()}
     settings = {
         spec: settings_of(task, examples[spec], cfg, runtime) for spec, task in tasks.items()
     }
-    meta = read_meta(find(cfg.source, cfg.step), verify=False)
     results: dict[str, record.Measurement] = {}
     if cfg.resume:
         known = runtime.broadcast_object(record.of_checkpoint(meta))

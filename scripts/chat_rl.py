@@ -25,6 +25,7 @@ from nanochat.rl.rollouts import checked_reward
 from nanochat.rl.start import check_config, load_start, plan_rollouts
 from nanochat.runtime import Runtime, seed_everything
 from nanochat.stage import OpenRun, Stage, open_run, origin
+from nanochat.tokenizer import Tokenizer
 from tasks.common import Task
 from tasks.registry import build_mixture
 from tasks.views import TaskMixture, TaskSlice
@@ -44,7 +45,7 @@ def main(cfg: RlConfig, runtime: Runtime) -> Stage | OpenRun:
         if cfg.algo == "dpo":
             method = PreferencePairs(cfg, start, runtime)
         else:
-            mixture, held_out = open_tasks(cfg)
+            mixture, held_out = open_tasks(cfg, start.tokenizer)
             method = PolicyGradient(cfg, start, mixture.order, mixture.tasks, held_out, runtime)
         model, stream, updates = start.model, method.stream, method.updates
         plan = plan_rollouts(
@@ -69,11 +70,11 @@ def main(cfg: RlConfig, runtime: Runtime) -> Stage | OpenRun:
         return stage
 
 
-def open_tasks(cfg: RlConfig) -> tuple[TaskMixture, list[Task]]:
+def open_tasks(cfg: RlConfig, tokenizer: Tokenizer) -> tuple[TaskMixture, list[Task]]:
     """What to train on, and what is held out of each task; all of it has rewards."""
     if not cfg.mix:
         raise UserError("--mix names no task")
-    mixture, halves = build_mixture(cfg.mix, cfg.run.seed)
+    mixture, halves = build_mixture(cfg.mix, cfg.run.seed, tokenizer=tokenizer)
     held_out: list[Task] = []
     for train, held in zip(mixture.tasks, halves, strict=True):
         check_rewards(train)

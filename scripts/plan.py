@@ -36,7 +36,6 @@ from nanochat.data.hub import NAMED
 from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig, config_from_depth, extend_context
 from nanochat.hardware import GPUS, Machine
-from nanochat.log import duration_text
 from nanochat.memory import (
     LEARNING,
     Shape,
@@ -45,7 +44,9 @@ from nanochat.memory import (
     estimate_memory,
     parameter_counts,
 )
+from nanochat.paths import Stage
 from nanochat.plan import DEFAULT_RATIO, Plan, context_schedule, make_plan, model_config
+from nanochat.progress import duration_text
 from nanochat.rl.start import rollout_batching
 from nanochat.runtime import DTYPES, Runtime, single
 
@@ -85,14 +86,14 @@ class StartingModel:
 
 @dataclass(frozen=True)
 class Config(BaseConfig):
-    stage: Literal["base", "mid", "sft", "rl"] = "base"
+    stage: Stage = "base"
     """Which script it is about."""
     hardware: Hardware = field(default_factory=Hardware)
 
 
 @dataclass(frozen=True)
 class MidPlan(MidConfig):
-    stage: Literal["base", "mid", "sft", "rl"] = "mid"
+    stage: Stage = "mid"
     """Which script it is about."""
     hardware: Hardware = field(default_factory=Hardware)
     model: StartingModel = field(default_factory=StartingModel)
@@ -100,7 +101,7 @@ class MidPlan(MidConfig):
 
 @dataclass(frozen=True)
 class SftPlan(SftConfig):
-    stage: Literal["base", "mid", "sft", "rl"] = "sft"
+    stage: Stage = "sft"
     """Which script it is about."""
     hardware: Hardware = field(default_factory=Hardware)
     model: StartingModel = field(default_factory=StartingModel)
@@ -108,7 +109,7 @@ class SftPlan(SftConfig):
 
 @dataclass(frozen=True)
 class RlPlan(RlConfig):
-    stage: Literal["base", "mid", "sft", "rl"] = "rl"
+    stage: Stage = "rl"
     """Which script it is about."""
     hardware: Hardware = field(default_factory=Hardware)
     model: StartingModel = field(default_factory=StartingModel)

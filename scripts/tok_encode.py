@@ -10,13 +10,13 @@ stopped, and shards that are downloaded later are appended by running it again.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from nanochat.data.corpus import Split
 from nanochat.data.encode import _cpus, encode_split
 from nanochat.data.hub import open_corpus
 from nanochat.data.store import TokenStore
-from nanochat.errors import UserError
+from nanochat.errors import BadRows, UserError
 from nanochat.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Config:
     """Read the stores that are there, and stop where one is damaged."""
     workers: int = 0
     """Processes and threads together; 0: one for each CPU."""
-    bad_rows: Literal["error", "skip"] = "error"
+    bad_rows: BadRows = "error"
     """What to do with rows without usable text: stop, or leave them out and count them."""
 
 

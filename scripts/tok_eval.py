@@ -15,7 +15,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import tiktoken
 import tiktoken.load
@@ -23,7 +23,7 @@ from rich.table import Table
 
 from nanochat import paths
 from nanochat.data.hub import open_corpus
-from nanochat.errors import UserError
+from nanochat.errors import BadRows, UserError
 from nanochat.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Config:
     """Characters of validation text, from the beginning."""
     online: bool = False
     """Let tiktoken download GPT-2's and GPT-4's vocabularies if they are not in its cache."""
-    bad_rows: Literal["error", "skip"] = "error"
+    bad_rows: BadRows = "error"
     """What to do with rows without usable text."""
 
 

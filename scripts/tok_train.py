@@ -17,13 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from nanochat import paths
 from nanochat.checkpoint_manager import trained_with
 from nanochat.data.corpus import Corpus, Shard, same_shards
 from nanochat.data.hub import open_corpus
-from nanochat.errors import UserError
+from nanochat.errors import BadRows, UserError
 from nanochat.progress import Bar, progress_bar
 from nanochat.tokenizer import SPLIT_PATTERN, Tokenizer
 
@@ -41,7 +41,7 @@ class Config:
     """Characters to train on, from the beginning of the corpus."""
     doc_cap: int = 10_000
     """Characters of a document that count, so that no long one dominates."""
-    bad_rows: Literal["error", "skip"] = "error"
+    bad_rows: BadRows = "error"
     """What to do with rows without usable text."""
     name: str = "default"
     """Name of the tokenizer, for `--tokenizer` of tok_encode and base_train."""

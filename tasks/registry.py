@@ -7,6 +7,7 @@ that the table below names. In a mixture the last part, if it is a number, is th
     --mix gsm8k:2    --mix arithmetic:2000:level=2:0.5
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -81,6 +82,12 @@ def build(spec: str, split: str, **options: Any) -> Task:
         raise UserError(f"unknown task '{name}'; there are {', '.join(sorted(TASKS))}")
     entry = TASKS[name]
     return construct(entry.constructor, entry.bare, spec, split, **options)
+
+
+def takes(specs: Sequence[str], option: str) -> bool:
+    """Whether one of the tasks has this constructor argument: what nobody takes is not prepared."""
+    entries = [TASKS[name] for spec in specs if (name := spec.partition(":")[0]) in TASKS]
+    return any(option in inspect.signature(entry.constructor).parameters for entry in entries)
 
 
 def split_weight(spec: str) -> tuple[str, float]:

@@ -21,11 +21,8 @@ from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
 from tasks.passages import store_texts
 from tasks.passkey import corpus_sentences
-from tasks.registry import build_mixture
+from tasks.registry import build_mixture, takes
 from tasks.spellingbee import words_path, write_words
-
-ABOUT_TEXTS = ("passages", "ignorance", "followups")
-"""Tasks that ask about the first corpus."""
 
 
 def task_sources(
@@ -35,13 +32,12 @@ def task_sources(
 
     sequence_length: of the rows that they have to fit into, by `--long-conversations`.
     """
-    options: dict[str, Any] = {}
-    if any(spec.split(":")[0] == "passkey" for spec in cfg.mix):
-        sentences = corpus_sentences(replayed(cfg, tokenizer)[0].store, tokenizer)
-        options = {"tokenizer": tokenizer, "sentences": sentences}
-        if cfg.context_length is not None:
-            options["length"] = cfg.context_length
-    if any(spec.split(":")[0] in ABOUT_TEXTS for spec in cfg.mix):
+    options: dict[str, Any] = {"tokenizer": tokenizer}
+    if cfg.context_length is not None:
+        options["length"] = cfg.context_length
+    if takes(cfg.mix, "sentences"):
+        options["sentences"] = corpus_sentences(replayed(cfg, tokenizer)[0].store, tokenizer)
+    if takes(cfg.mix, "corpus_texts"):
         options["corpus_texts"] = store_texts(replayed(cfg, tokenizer)[0].store, tokenizer)
     if not cfg.mix:
         return []
@@ -121,8 +117,6 @@ def note_words(cfg: MidConfig) -> None:
     name = (
         next(iter(parse_shares(cfg.corpus, "--corpus"))) if len(cfg.corpus) > 1 else cfg.corpus[0]
     )
-    if not words_path().is_file() and any(
-        "spelling" in spec or spec.split(":")[0] in ABOUT_TEXTS for spec in cfg.mix
-    ):
+    if takes(cfg.mix, "words") and not words_path().is_file():
         with suppress(UserError):  # too few words: those of the embedded corpus stand in
             write_words(open_corpus(name))

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 import pickle
 import tempfile
@@ -15,12 +14,13 @@ from rich.console import Console
 
 from nanochat import conversation, paths
 from nanochat.data.store import VERSION, StoreWriter, TokenStore, merge_stores
-from nanochat.errors import UserError
+from nanochat.data.workers import in_processes
+from nanochat.errors import BadRows, UserError
 from nanochat.progress import progress_bar
 from nanochat.tokenizer import SystemStyle, Tokenizer, pack_mask
 
-# Below this many rows the processes would take longer to start than they save.
 _PARALLEL_FROM = 20_000
+"""Rows below which the processes would take longer to start than they save."""
 _SLICE_ROWS = 4_000
 
 
@@ -37,7 +37,6 @@ class ConversationTask(Protocol):
     def fingerprint(self) -> str: ...
 
 
-BadRows = Literal["error", "skip"]
 LongConversations = Literal["truncate", "split", "drop"]
 
 
@@ -124,14 +123,9 @@ def _build(
             for start in starts
         ]
         skipped = []
-        # spawn: forking a process in which torch has started its threads can deadlock.
-        with (
-            multiprocessing.get_context("spawn").Pool(
-                min(workers, len(jobs)), _start_worker, (task, tokenizer, settings, made_from)
-            ) as pool,
-            progress_bar(where, len(jobs)) as bar,
-        ):
-            for reasons in pool.imap(_render_slice, jobs):
+        state = (task, tokenizer, settings, made_from)
+        with progress_bar(where, len(jobs)) as bar:
+            for reasons in in_processes(_render_slice, state, jobs, workers, "free some of it"):
                 skipped += reasons
                 bar.advance(1)
         extra: dict[str, Any] = {}
@@ -262,17 +256,11 @@ def _can_pickle(task: object) -> bool:
     return True
 
 
-_worker: tuple[ConversationTask, Tokenizer, _Settings, dict[str, Any]]
+_State = tuple[ConversationTask, Tokenizer, _Settings, dict[str, Any]]
 
 
-def _start_worker(*everything: Any) -> None:
-    """Keep what every slice needs in the worker: pickled once a process, not once a slice."""
-    global _worker
-    _worker = everything
-
-
-def _render_slice(job: tuple[Path, int, int]) -> list[str]:
+def _render_slice(state: _State, job: tuple[Path, int, int]) -> list[str]:
     folder, start, stop = job
-    task, tokenizer, settings, made_from = _worker
+    task, tokenizer, settings, made_from = state
     with StoreWriter(folder, with_mask=True, **made_from) as writer:
         return _render_rows(writer, task, tokenizer, range(start, stop), settings)

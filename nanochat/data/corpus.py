@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from nanochat import paths
-from nanochat.errors import UserError
+from nanochat.errors import BadRows, UserError
 
 Split = Literal["train", "val"]
-BadRows = Literal["error", "skip"]
 
 
 class Shard(NamedTuple):

@@ -6,18 +6,10 @@ import ctypes
 import multiprocessing
 import os
 import shutil
-import signal
 from array import array
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import (
-    FIRST_EXCEPTION,
-    BrokenExecutor,
-    Future,
-    ProcessPoolExecutor,
-    ThreadPoolExecutor,
-    wait,
-)
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,16 +19,15 @@ import numpy as np
 from nanochat import paths
 from nanochat.data.corpus import Corpus, Shard, Split, combined_fingerprint, same_shards
 from nanochat.data.store import StoreWriter, TokenStore, merge_stores
+from nanochat.data.workers import check_stopped, in_processes
 from nanochat.errors import UserError
 from nanochat.progress import progress_bar
 from nanochat.tokenizer import Tokenizer
 
-_BATCH_CHARS = 1 << 17  # texts that a thread encodes at a time
-
-
-_PROCESS_BYTES = (
-    32 << 20
-)  # of shards for each process: starting one takes as long as encoding 10 MB
+_BATCH_CHARS = 1 << 17
+"""Characters of the texts that a thread encodes at a time."""
+_PROCESS_BYTES = 32 << 20
+"""Bytes of shards for each process: starting one takes as long as encoding 10 MB."""
 
 
 def encode_split(
@@ -165,54 +156,29 @@ def _encode_shards(
                 )
                 before += shard.size
         return
-    context = multiprocessing.get_context("spawn")  # forking a process with threads can deadlock
-    # How far each shard is, and a flag that stops all workers.
-    positions: Any = context.Array(ctypes.c_longlong, len(shards) + 1, lock=False)
-    job = (corpus, split, shards, slices, tokenizer, threads)
-    # Unlike multiprocessing.Pool, it notices a worker that dies (of memory, say).
-    with (
-        progress_bar(label, total) as bar,
-        ProcessPoolExecutor(processes, context, _start_worker, (positions, job)) as pool,
-    ):
-        pending = {pool.submit(_work, index) for index in range(len(shards))}
-        try:
-            while pending:
-                done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-                bar.set(sum(positions[:-1]))
-        except BrokenExecutor as error:
-            raise UserError(
-                "a process died while encoding, most likely for want of memory; "
-                "run it again with fewer --workers, finished shards are kept"
-            ) from error
-        except BaseException:
-            positions[-1] = 1
-            pool.shutdown(cancel_futures=True)
-            raise
+    # How many bytes of each shard are done, written by the workers.
+    positions: Any = multiprocessing.get_context("spawn").Array(
+        ctypes.c_longlong, len(shards), lock=False
+    )
+    state = (corpus, split, shards, slices, tokenizer, threads, positions)
+    with progress_bar(label, total) as bar:
+        remedy = "run it again with fewer --workers, finished shards are kept"
+        jobs = range(len(shards))
+        for _ in in_processes(
+            _encode_job, state, jobs, processes, remedy, lambda: bar.set(sum(positions))
+        ):
+            pass
 
 
-class _Stopped(Exception):
-    """Another process failed."""
+_State = tuple[Corpus, Split, list[Shard], Path, Tokenizer, int, Any]
 
 
-_positions: Any
-_job: tuple[Corpus, Split, list[Shard], Path, Tokenizer, int]
-
-
-def _start_worker(positions: Any, job: Any) -> None:
-    global _positions, _job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
-    _positions, _job = positions, job
-
-
-def _work(index: int) -> None:
-    corpus, split, shards, slices, tokenizer, threads = _job
+def _encode_job(state: _State, index: int) -> None:
+    corpus, split, shards, slices, tokenizer, threads, positions = state
 
     def report(position: int) -> None:
-        if _positions[-1]:
-            raise _Stopped
-        _positions[index] = position
+        check_stopped()
+        positions[index] = position
 
     _encode_shard(corpus, split, shards[index], slices, tokenizer, threads, report)
     report(shards[index].size)

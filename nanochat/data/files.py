@@ -12,8 +12,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
-from nanochat.data.corpus import BadRows, Corpus, Shard, Split
-from nanochat.errors import UserError
+from nanochat.data.corpus import Corpus, Shard, Split
+from nanochat.errors import BadRows, UserError
 from nanochat.paths import file_sha256, safe_name
 
 Kind = Literal["text", "lines", "json", "parquet"]

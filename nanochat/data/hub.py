@@ -25,10 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat import paths
-from nanochat.data.corpus import BadRows, Corpus, EmbeddedCorpus, Shard, Split, bbe_chapters
+from nanochat.data.corpus import Corpus, EmbeddedCorpus, Shard, Split, bbe_chapters
 from nanochat.data.download import fetch_files, fetch_url, list_files
 from nanochat.data.files import FolderCorpus, Unusable, kind_of, read_parquet
-from nanochat.errors import UserError
+from nanochat.errors import BadRows, UserError
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import re
 import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nanochat.data.store import StoreWriter, TokenStore
+from nanochat.data.workers import in_processes
 from nanochat.errors import UserError
 from nanochat.progress import progress_bar
 from nanochat.tokenizer import Tokenizer
@@ -250,29 +249,14 @@ def _results(
     if workers == 1 or len(jobs) < 4:
         yield from (scan(store, tokenizer, index, job) for job in jobs)
         return
-    context = multiprocessing.get_context("spawn")  # forking a process with threads can deadlock
-    with ProcessPoolExecutor(
-        min(workers, len(jobs)), context, _start_worker, (store.folder, tokenizer, index)
-    ) as pool:
-        try:
-            yield from pool.map(_work, jobs)
-        except BrokenExecutor as error:
-            raise UserError(
-                "a process died while reading, most likely for want of memory; "
-                "run it again with fewer --workers"
-            ) from error
+    state = (store.folder, tokenizer, index)
+    remedy = "run it again with fewer --workers"
+    yield from in_processes(_scan_job, state, jobs, workers, remedy)
 
 
-_worker: tuple[TokenStore, Tokenizer, NgramIndex]
-
-
-def _start_worker(folder: Path, tokenizer: Tokenizer, index: NgramIndex) -> None:
-    global _worker
-    _worker = TokenStore.open(folder), tokenizer, index
-
-
-def _work(job: range) -> Found:
-    return scan(*_worker, job)
+def _scan_job(state: tuple[Path, Tokenizer, NgramIndex], job: range) -> Found:
+    folder, tokenizer, index = state
+    return scan(TokenStore.open(folder), tokenizer, index, job)
 
 
 def scan(store: TokenStore, tokenizer: Tokenizer, index: NgramIndex, documents: range) -> Found:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, TypeAlias
 
+from nanochat.progress import duration_text
+
 Record: TypeAlias = dict[str, Any]
 
 
@@ -94,16 +96,13 @@ def memory_text(value: float | None) -> str:
     return f"{value / 2**30:.2f}\N{NO-BREAK SPACE}GiB" if value else ""
 
 
-def duration_text(value: Any) -> str:
+def duration_with_unit(value: Any) -> str:
     seconds = as_number(value)
     if seconds is None:
         return ""
     if seconds < 60:
         return f"{seconds:.1f}\N{NO-BREAK SPACE}s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    text = f"{hours}:{minutes:02d}:{rest:02d} h" if hours else f"{minutes}:{rest:02d} min"
-    return text.replace(" ", "\N{NO-BREAK SPACE}")
+    return f"{duration_text(seconds)}\N{NO-BREAK SPACE}{'h' if round(seconds) >= 3600 else 'min'}"
 
 
 def time_text(value: Any) -> str:

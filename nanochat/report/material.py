@@ -12,7 +12,7 @@ from nanochat import paths
 from nanochat.eval.record import Measurement, read_measurements, to_show
 from nanochat.report.blocks import Record, as_mapping, whole_text
 
-STAGES = {
+STAGE_TITLES = {
     "base": "pretraining on text",
     "mid": "mid-training on conversations, tasks and text",
     "sft": "instruction tuning",
@@ -108,7 +108,7 @@ def collect(tag: str | None = None, price_per_hour: float | None = None) -> Mate
     evaluations: dict[str, list[Measurement]] = {}
     missing: list[str] = []
     root = paths.base_dir() / "runs"
-    for stage in STAGES:
+    for stage in paths.STAGES:
         found = sorted(root.glob(f"{stage}-*/metrics.jsonl"), key=lambda p: p.stat().st_mtime)
         if tag is not None:
             found = [path for path in found if path.parent.name == f"{stage}-{tag}"]

@@ -9,7 +9,7 @@ rest is rendered.
 import itertools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from nanochat.report.blocks import (
     as_mapping,
     as_number,
     count_text,
-    duration_text,
+    duration_with_unit,
     fixed_text,
     flops_text,
     memory_text,
@@ -35,7 +35,7 @@ from nanochat.report.blocks import (
     time_text,
     whole_text,
 )
-from nanochat.report.material import STAGES, Material, StageRun, collect
+from nanochat.report.material import STAGE_TITLES, Material, StageRun, collect
 from nanochat.report.pages import to_html, to_markdown
 
 
@@ -77,7 +77,7 @@ def compose(material: Material) -> list[Section]:
 
 def _first_contact(material: Material) -> list[Section]:
     """What the last stage that was asked answers to first messages: exchanges, shares by kind."""
-    for stage in reversed(STAGES):
+    for stage in reversed(paths.STAGES):
         measured = material.evaluations.get(stage, [])
         found = [one["result"] for one in measured if one["name"] == "first_contact"]
         if found:
@@ -117,7 +117,7 @@ def _summary(material: Material) -> Section:
     tokens = sum(as_number(run.last.get("tokens")) or 0 for run in runs)
     flops = math.fsum(_flops(run) or 0.0 for run in runs)
     total = f"{count_text(tokens)} tokens, {flops_text(flops)} FLOPs"
-    total += f", {duration_text(math.fsum(seconds))} of training runs"
+    total += f", {duration_with_unit(math.fsum(seconds))} of training runs"
     if material.price_per_hour is not None:
         cost = math.fsum(seconds) / 3600 * material.price_per_hour
         total += f"; {cost:,.2f} at {material.price_per_hour:g} an hour (without the evaluations)"
@@ -137,8 +137,8 @@ def _summary(material: Material) -> Section:
     add("tokens", [count_text(run.last.get("tokens")) for run in runs])
     add("tokens a step", [count_text(_tokens_a_step(run)) for run in runs])
     add("FLOPs", [flops_text(_flops(run)) for run in runs])
-    add("training time", [duration_text(run.last.get("seconds")) for run in runs])
-    add("with all around it", [duration_text(run.last.get("elapsed_seconds")) for run in runs])
+    add("training time", [duration_with_unit(run.last.get("seconds")) for run in runs])
+    add("with all around it", [duration_with_unit(run.last.get("elapsed_seconds")) for run in runs])
     if material.price_per_hour is not None:
         add("cost", [f"{one / 3600 * material.price_per_hour:,.2f}" for one in seconds])
     add("tokens a second", [count_text(_speed(run)) for run in runs])
@@ -215,7 +215,7 @@ def _merged(values: dict[str, Any]) -> str:
 
 
 def _evaluations(material: Material) -> Section:
-    stages = [s for s in STAGES if s in material.runs or s in material.evaluations]
+    stages = [s for s in paths.STAGES if s in material.runs or s in material.evaluations]
     rows: list[list[str]] = []
 
     def add(name: str, cells: dict[str, str], chance: str = "") -> None:
@@ -349,7 +349,7 @@ def _by_subject(label: str, results: dict[str, Record]) -> list[Block]:
     return [Table([label, *(stage.upper() for stage in results)], rows)] if rows else []
 
 
-def _paired(material: Material, stages: list[str]) -> list[Block]:
+def _paired(material: Material, stages: Sequence[str]) -> list[Block]:
     """McNemar's test between each two stages that answered the same problems."""
     rows = []
     tasks = {
@@ -517,7 +517,7 @@ def stage_section(run: StageRun, measured: list[Measurement]) -> Section:
             label = f"sample of the evaluation at step {whole_text(one['step'])}"
             samples = one["result"].get("samples") or []
             blocks += [_sample(label, as_mapping(sample)) for sample in samples]
-    kind = STAGES[run.stage]
+    kind = STAGE_TITLES[run.stage]
     return Section(f"{run.stage.upper()}: {kind}", blocks)
 
 

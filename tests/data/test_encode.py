@@ -426,7 +426,7 @@ def test_number_of_processes_changes_nothing(tmp_path: Path) -> None:
 
 def test_small_corpora_take_one_process_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     train()
-    monkeypatch.setattr(encoding, "ProcessPoolExecutor", pytest.fail)
+    monkeypatch.setattr(encoding, "in_processes", pytest.fail)
     monkeypatch.setattr(encoding, "_BATCH_CHARS", 50)
     tokenizer = Tokenizer.load()
     expected = [
@@ -449,6 +449,13 @@ def test_error_in_a_process_names_the_row(tmp_path: Path) -> None:
         encode(str(folder), workers=2)
 
 
+class Deadly:
+    """Work that ends the process which receives it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (1,)
+
+
 @pytest.mark.usefixtures("processes")
 def test_death_of_a_process_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "books"
@@ -456,7 +463,7 @@ def test_death_of_a_process_is_noticed(tmp_path: Path, monkeypatch: pytest.Monke
     for name in ("a", "b"):
         (folder / f"{name}.jsonl").write_text("\n".join([json.dumps({"text": "x"})] * 40))
     train(corpus=str(folder))
-    monkeypatch.setattr(encoding, "_work", os._exit)
+    monkeypatch.setattr(encoding, "_encode_job", Deadly())
     with pytest.raises(UserError, match=r"a process died.*fewer --workers"):
         encode(str(folder), workers=2)
 

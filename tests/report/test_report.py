@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
+from nanochat import paths
 from nanochat.errors import UserError
 from nanochat.eval.record import evaluation_path, record
 from nanochat.eval.results import task_result
 from nanochat.report import sections as report
-from nanochat.report.blocks import Plot, Quote, Section, Table, Text, count_text, duration_text
-from nanochat.report.material import STAGES, collect, read_run
+from nanochat.report.blocks import Plot, Quote, Section, Table, Text, count_text, duration_with_unit
+from nanochat.report.material import collect, read_run
 from nanochat.report.plots import axis_ticks, plot_svg, smoothed, thinned
 from nanochat.report.sections import compose
 from nanochat.runtime import single
@@ -280,7 +281,7 @@ def test_missing_stages_are_named(base: Path, present: list[str]) -> None:
     for stage in present:
         write_run(base, f"{stage}-x", whole_run(stage))
     markdown = report.write_report()[0].read_text()
-    for stage in STAGES:
+    for stage in paths.STAGES:
         assert (f"## {stage.upper()}: " in markdown) == (stage in present)
         assert (f"a run of {stage} (runs/{stage}-" in markdown) == (stage not in present)
         assert (f"an evaluation of {stage} " in markdown) == (stage in present)
@@ -573,7 +574,7 @@ def test_numbers_for_people() -> None:
         f"2.5{space}B",
         f"1,200{space}T",
     ]
-    assert [duration_text(s) for s in (5.25, 75, 3700, None)] == [
+    assert [duration_with_unit(s) for s in (5.25, 75, 3700, None)] == [
         f"5.2{space}s",
         f"1:15{space}min",
         f"1:01:40{space}h",

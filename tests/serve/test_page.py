@@ -700,7 +700,9 @@ def test_lines_around_a_message_are_not_sent(page: Page) -> None:
     page.one("#input").send_keys(Keys.SHIFT, Keys.ENTER, Keys.NULL, "hi", Keys.SHIFT, Keys.ENTER)
     page.one("#input").send_keys(Keys.NULL, Keys.ENTER)
     page.answered()
-    kept = "return JSON.parse(Object.entries(localStorage).find(([k]) => k.startsWith('nanochat.chat.'))[1])"
+    # The other keys of the storage are settings.
+    kept = """return JSON.parse(Object.entries(localStorage)
+        .find(([key]) => key.startsWith("nanochat.chat."))[1])"""
     assert page.browser.execute_script(kept)["messages"][0]["content"] == "hi"
 
 

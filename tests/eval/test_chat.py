@@ -249,13 +249,14 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(chat_eval, "find", lambda source, step: source)
     monkeypatch.setattr(chat_eval, "read_meta", lambda folder, verify: meta(folder))
+    monkeypatch.setattr(chat_eval, "tokenizer_of", lambda meta, folder: tiny_tokenizer())
     monkeypatch.setattr(
         chat_eval,
         "load_model",
         lambda source, **_: (tiny_model(seed=len(source) % 2), tiny_tokenizer(), meta(source)),
     )
     tasks = {"choosing": Choosing, "writing": Writing}
-    monkeypatch.setattr(chat_eval, "build", lambda spec, split: tasks[spec]())
+    monkeypatch.setattr(chat_eval, "build", lambda spec, split, **_: tasks[spec]())
     return tmp_path / "report" / "eval_sft-try.json"
 
 
@@ -326,7 +327,7 @@ class Exam(Choosing):
 def test_examples_of_the_subject_stand_before_the_question(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(chat_eval, "build", lambda spec, split: Exam(split))
+    monkeypatch.setattr(chat_eval, "build", lambda spec, split, **_: Exam(split))
     asked: list[list[str]] = []
     tokenizer = tiny_tokenizer()
 
@@ -428,9 +429,9 @@ def test_what_cannot_be_measured_is_explained(
     fails("--batch-size 0", Config(batch_size=0))
     fails("--shots -1", Config(shots=-1))
     fails("--temperature 0 gives equal samples", answering(Config(), num_samples=2))
-    monkeypatch.setattr(chat_eval, "build", lambda spec, split: Writing(0))
+    monkeypatch.setattr(chat_eval, "build", lambda spec, split, **_: Writing(0))
     fails("writing: the split 'test' is empty", Config())
     monkeypatch.setattr(Writing, "evaluate", Task.evaluate)
-    monkeypatch.setattr(chat_eval, "build", lambda spec, split: Writing())
+    monkeypatch.setattr(chat_eval, "build", lambda spec, split, **_: Writing())
     fails("writing has no answers to check", Config())
     assert not checkpoint.exists()

@@ -305,7 +305,7 @@ def job_store(rank: int, world_size: int) -> Any:
 def _is_lost_connection(error: BaseException) -> bool:
     """Whether a collective failed because of another rank."""
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "gloo" in str(error)
+        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
     )
 
 
@@ -350,24 +350,26 @@ def start(device: str = "auto", dtype: str = "auto") -> Runtime:
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")
         activate_flash_attention(chosen)
-    if world_size > 1 and not dist.is_initialized():
+    chosen_dtype = best_dtype(chosen) if dtype == "auto" else DTYPES[dtype]
+    alarm = None
+    if world_size > 1:
         try:
-            dist.init_process_group(
-                "nccl" if chosen.type == "cuda" else "gloo",
-                store=job_store(rank, world_size),
-                rank=rank,
-                world_size=world_size,
-                timeout=TIMEOUT,
-                device_id=chosen if chosen.type == "cuda" else None,
-            )
+            if not dist.is_initialized():
+                dist.init_process_group(
+                    "nccl" if chosen.type == "cuda" else "gloo",
+                    store=job_store(rank, world_size),
+                    rank=rank,
+                    world_size=world_size,
+                    timeout=TIMEOUT,
+                    device_id=chosen if chosen.type == "cuda" else None,
+                )
+            alarm = Alarm(rank, local_rank, world_size)
         except (dist.DistError, RuntimeError) as error:
             raise UserError(
                 f"rank {rank} of {world_size} did not meet the others: one of them ended before, "
-                "and its own output says why; start the job again (NANOCHAT_TRACEBACK=1 shows what "
-                "torch said)"
+                f"or did not come within {TIMEOUT}; its own output says why. Start the job again "
+                "(NANOCHAT_TRACEBACK=1 shows what torch said)"
             ) from error
-    chosen_dtype = best_dtype(chosen) if dtype == "auto" else DTYPES[dtype]
-    alarm = Alarm(rank, local_rank, world_size) if world_size > 1 else None
     started = Runtime(
         chosen,
         chosen_dtype,

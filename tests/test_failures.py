@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import processes
 import pytest
 import torch
 
-from nanochat import checkpoint_manager
+from nanochat import checkpoint_manager, runtime
 from nanochat.checkpoint_manager import CheckpointManager, latest, read_meta
 from nanochat.cli import launch
 from nanochat.config import Learning
@@ -79,15 +80,19 @@ def job(rank: int, world_size: int, port: int, log: Path, main: Any, *args: Any)
     )
     os.environ.pop("NANOCHAT_TRACEBACK", None)
     sys.argv = ["job"]
-    sys.stdout = sys.stderr = log.open("w")
+    sys.stdout = sys.stderr = log.open("a")
     launch(lambda cfg, runtime: main(runtime, *args), Config, None)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def run_job(folder: Path, world_size: int, main: Any, *args: Any) -> tuple[list[int], list[str]]:
     """Exit status and output of every rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     logs = [folder / f"rank{rank}.log" for rank in range(world_size)]
     ranks = [
         processes.start(job, rank, world_size, port, logs[rank], main, *args)
@@ -194,6 +199,51 @@ def test_a_rank_that_waits_for_something_else_ends_too(tmp_path: Path) -> None:
     status, said = run_job(tmp_path, 2, sleep_elsewhere)
     assert status == [1, 1]
     assert said[0] == "error: rank 0 stops, since rank 1 failed: value 3\n"
+
+
+def meet(runtime: Runtime, lost: int) -> None:
+    if runtime.rank == lost:
+        killed(None, runtime)
+    time.sleep(0.5)
+    runtime.barrier()
+
+
+def die(*names: str, **settings: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def lose(when: str, lost: int, rank: int, *args: Any) -> None:
+    """`job` where rank `lost` is killed at that moment of the rendezvous."""
+    if rank != lost:
+        descriptor = os.open(args[-1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 2)  # torch's own log too
+    runtime.TIMEOUT = timedelta(seconds=2)
+    if rank == lost and when == "before it joins":
+        die()
+    if rank == lost and when == "in the store only":
+        runtime.dist.init_process_group = die
+    job(rank, *args, meet, lost)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("when", ["before it joins", "in the store only", "after joining"])
+def test_a_rank_lost_in_the_rendezvous_is_told_in_words(
+    when: str, lost: int, tmp_path: Path
+) -> None:
+    started = time.monotonic()
+    logs = [tmp_path / f"rank{rank}.log" for rank in range(2)]
+    port = free_port()
+    ranks = [processes.start(lose, when, lost, rank, 2, port, logs[rank]) for rank in range(2)]
+    status = [processes.finish(process) for process in ranks]
+    assert time.monotonic() - started < 20
+    assert status[lost] == -signal.SIGKILL
+    assert status[1 - lost] == 1
+    said = logs[1 - lost].read_text()
+    assert len(said.splitlines()) == 1, said
+    if when == "after joining":
+        assert "a collective failed, probably since another rank was killed" in said
+    else:
+        assert f"rank {1 - lost} of 2 did not meet the others: one of them ended before" in said
 
 
 def fail_while_saving(runtime: Runtime, folder: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 BLOCK = 2**16
-"""Elements updated at once on a CPU: with both moments and the gradient 1 MiB in float32."""
+"""Elements of a block on a CPU: with gradient and both moments, a block is 1 MiB in float32."""
 
 
 def adamw_update(
@@ -20,9 +20,9 @@ def adamw_update(
     eps: float = 1e-10,
     weight_decay: float = 0.0,
 ) -> None:
-    """Update parameter and both moments in place; all four have one shape.
+    """Update parameter and both moments in place; all four tensors have one shape.
 
-    step counts from 1. Equal to torch.optim.AdamW with the same settings.
+    step counts from 1. The result equals that of torch.optim.AdamW with the same settings.
     """
     beta1, beta2 = betas
     for p, g, first, second in _blocks(parameter, gradient, first_moment, second_moment):
@@ -35,7 +35,7 @@ def adamw_update(
 
 
 def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The tensors, on CPUs in blocks of which all operations stay in the cache."""
+    """Yield the tensors; on a CPU in blocks so small that all operations stay in the cache."""
     if tensors[0].device.type != "cpu" or not all(t.is_contiguous() for t in tensors):
         yield tensors
         return

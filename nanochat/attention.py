@@ -1,14 +1,16 @@
-"""One attend() over the backends: packed documents, causal, windows, grouped-query heads.
+"""Causal attention inside packed documents, with windows and grouped-query heads.
 
 B batch, T time, S cache slots, H query heads, K key/value heads, G = H / K, D head dim
 
-Backends
-- `varlen`: torch.nn.attention.varlen on CUDA from SM80 in bf16/fp16: documents as cumulative
-  lengths, so that nothing outside a document is computed.
-- `blocked`: matmul and softmax over blocks of queries that each see only the keys up to their own
-  end. The path on CPUs, where it trains 1.4-1.7 times faster in bf16 than
+`attend` chooses one of three backends:
+- `varlen`: torch.nn.attention.varlen, on CUDA from SM80 in bf16/fp16. It takes documents as
+  cumulative lengths, so that nothing outside a document is computed.
+- `blocked`: matmul and softmax over blocks of queries. Each block reads only the keys up to its
+  own end. Used on CPUs, where it trains 1.4-1.7 times faster in bf16 than
   F.scaled_dot_product_attention (which also gains nothing from is_causal there).
-- `sdpa`: F.scaled_dot_product_attention everywhere else, and wherever a key/value cache is read.
+- `sdpa`: F.scaled_dot_product_attention, used everywhere else.
+
+`attend_cached` reads a key/value cache with plain matrix products.
 """
 
 import functools
@@ -28,16 +30,19 @@ QUERY_BLOCK = 128
 
 @dataclass
 class Layout:
-    """Who may look at whom in a batch; built once, outside the compiled graph."""
+    """The pairs of positions that may see each other in a batch; built once a batch.
+
+    It is built outside the compiled graph, which therefore never changes with the documents.
+    """
 
     backend: str
     masks: dict[int, torch.Tensor | None]
-    """Per window size (0 = none): bool (B, 1, T, T) or (1, 1, T, T), True where attended; None
-    stands for plain causal."""
+    """Masks by window size (0: no window), bool (B, 1, T, T) or (1, 1, T, T), True where attended.
+    None stands for plain causal attention."""
     boundaries: torch.Tensor | None = None
-    """varlen: (N,) int32 cumulative document lengths over the flattened B*T tokens."""
+    """Cumulative document lengths over the flattened B*T tokens, int32; for `varlen` only."""
     longest: int = 0
-    """varlen: an upper bound of the document length."""
+    """Upper bound of the documents' lengths, in tokens; for `varlen` only."""
 
 
 FLASH_HEADS = range(8, 257, 8)
@@ -45,7 +50,7 @@ FLASH_HEADS = range(8, 257, 8)
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int = 128) -> str:
-    """The fastest backend for the device; UserError for a head size that its kernel refuses."""
+    """Name the device's fastest backend; UserError for a head size that its kernel refuses."""
     if device.type == "cpu":
         return "blocked"
     if (
@@ -64,9 +69,9 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int = 128
 
 
 def activate_flash_attention(device: torch.device) -> str | None:
-    """Let torch use FlashAttention 3 (Hopper) or 4 (Blackwell) where it is installed.
+    """Let torch use FlashAttention 3 (Hopper) or 4 (Blackwell) if it is installed.
 
-    Returns the name of what was activated; None where torch's own FlashAttention 2 stays.
+    Returns its name, or None if torch goes on with its own FlashAttention 2.
     """
     name, module = {9: ("FA3", "flash_attn_interface"), 10: ("FA4", "flash_attn.cute")}.get(
         torch.cuda.get_device_capability(device)[0], ("", "")
@@ -91,10 +96,10 @@ def make_layout(
 ) -> Layout:
     """Build the layout of a (B, T) batch.
 
-    doc_ids: (B, T), equal within a document and non-decreasing along T; None: a row is a document.
-    windows: the distinct window sizes in use; a query sees itself and the window-1 tokens before.
-    boundaries: `document_boundaries` of doc_ids where they are known; to find them in doc_ids on a
-    GPU is to wait for it.
+    doc_ids: (B, T), equal within a document and non-decreasing along T; None: each row is one
+    document. windows: the distinct window sizes in use; a query sees itself and the window-1
+    tokens before it. boundaries: `document_boundaries` of doc_ids if known; finding them in
+    doc_ids makes the host wait for the GPU.
     """
     B, T = shape
     if backend == "varlen":
@@ -123,7 +128,7 @@ def make_layout(
 
 
 def document_boundaries(doc_ids: torch.Tensor) -> torch.Tensor:
-    """doc_ids (B, T) -> (documents + 1,) int32: where each begins in the flattened rows, and B*T.
+    """Starts of the documents in the flattened rows of doc_ids (B, T), then B*T, int32.
 
     >>> document_boundaries(torch.tensor([[0, 0, 1], [0, 0, 0]]))
     tensor([0, 2, 3, 6], dtype=torch.int32)
@@ -135,17 +140,17 @@ def document_boundaries(doc_ids: torch.Tensor) -> torch.Tensor:
 
 
 def padded_documents(documents: int, tokens: int) -> int:
-    """Documents that a batch's boundaries get room for: a power of two, one for each shape.
+    """Length of a batch's padded boundaries, in documents: a power of two.
 
-    At least 64, and one for 512 tokens: text from the web stays below that, so that a compiled
-    graph meets one shape. Attention kernels start blocks for empty documents too, so more room than
-    that costs time.
+    It is at least 64, and at least one document per 512 tokens. Text from the web stays below that,
+    so that a compiled graph meets one shape. Attention kernels start blocks for empty documents
+    too, so more room would cost time.
     """
     return 1 << (max(64, tokens // 512, documents) - 1).bit_length()
 
 
 def pad_boundaries(boundaries: torch.Tensor, documents: int) -> torch.Tensor:
-    """Empty documents at the end, up to that many of them: (documents + 1,)."""
+    """Append empty documents to boundaries until they have shape (documents + 1,)."""
     missing = documents + 1 - len(boundaries)
     return torch.cat([boundaries, boundaries[-1:].expand(missing)])
 
@@ -153,7 +158,7 @@ def pad_boundaries(boundaries: torch.Tensor, documents: int) -> torch.Tensor:
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, window: int
 ) -> torch.Tensor:
-    """Causal attention inside documents. q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D)."""
+    """Causal attention inside documents: q (B, T, H, D), k and v (B, T, K, D) -> (B, T, H, D)."""
     if layout.backend == "varlen":
         return _varlen(q, k, v, layout, window)
     mask = layout.masks[window]
@@ -204,7 +209,7 @@ def _varlen(
 
 @functools.cache
 def _varlen_groups_heads() -> bool:
-    """Whether this torch's kernel shares keys and values between heads itself (from 2.12 on)."""
+    """True if torch's kernel shares keys and values between heads itself (from 2.12 on)."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -213,9 +218,10 @@ def _varlen_groups_heads() -> bool:
 class BlockedAttention(torch.autograd.Function):
     """Attention over blocks of queries, each against the keys from its window to its own end.
 
-    q (B, T, H, D), k and v (B, T, K, D), mask bool (B or 1, 1, T, T) or None for plain causal ->
-    (B, T, H, D). The probabilities are kept for the backward pass, which adds a block's part to the
-    gradients of keys and values in place (autograd would copy them whole for every block).
+    q is (B, T, H, D), k and v (B, T, K, D), mask bool (B or 1, 1, T, T), or None for plain causal
+    attention; the result is (B, T, H, D). The probabilities are kept for the backward pass. That
+    pass adds each block's part to the gradients of keys and values in place; autograd would copy
+    the whole gradients for every block.
     """
 
     @staticmethod
@@ -282,7 +288,7 @@ class BlockedAttention(torch.autograd.Function):
 
 
 def query_blocks(T: int, window: int) -> list[tuple[int, int, int]]:
-    """(first query, end, first key) of each block."""
+    """List (first query, end, first key) of each block; a block's keys also stop at its end."""
     return [
         (start, min(start + QUERY_BLOCK, T), max(0, start - window + 1) if window > 0 else 0)
         for start in range(0, T, QUERY_BLOCK)
@@ -292,7 +298,7 @@ def query_blocks(T: int, window: int) -> list[tuple[int, int, int]]:
 def attend_cached(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
-    """Attention over a cache. q (B, T, H, D), keys and values (B, K, S, D) -> (B, T, H, D).
+    """Attention over a cache: q (B, T, H, D), keys and values (B, K, S, D) -> (B, T, H, D).
 
     bias (B, 1, T, S) in q's dtype is 0 where attended and -inf elsewhere.
     """
@@ -303,7 +309,7 @@ def attend_cached(
             q.transpose(1, 2), keys, values, attn_mask=bias, enable_gqa=H != K
         )
         return out.transpose(1, 2)
-    # Plain products: F.scaled_dot_product_attention needs 2-6 times as long to decode on a CPU.
+    # Plain products, since F.scaled_dot_product_attention takes 2-6 times as long on a CPU.
     G = H // K
     q = (q * D**-0.5).view(B, T, K, G, D).permute(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
     scores = (q @ keys.transpose(2, 3)).view(B, K, G, T, -1) + bias[:, :, None]

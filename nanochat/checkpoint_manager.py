@@ -7,9 +7,9 @@
         meta.json            model and run configuration, train and loader state, metrics, tokenizer
                              hash, size and SHA-256 of every other file, versions
 
-Everything is built in a temporary folder that is renamed at the end, so a kill, a full disk or a
-power cut leaves the previous checkpoint as the newest. Nothing is ever unpickled. Saving copies the
-state to host memory and writes it on a thread while training goes on.
+A step folder is built under a temporary name and renamed at the end. After a kill, a full disk or a
+power cut, the previous checkpoint is therefore still the newest one. No pickle is ever loaded.
+Saving copies the state to host memory; a thread writes it while training goes on.
 """
 
 import hashlib
@@ -51,13 +51,13 @@ class CheckpointManager:
         # The writer's collectives must not mix with the training's on another thread.
         self._group = dist.new_group(backend="gloo") if runtime.world_size > 1 else None
         if runtime.is_main and folder.is_dir():
-            for leftover in folder.glob(".*.tmp"):  # of a killed run
+            for leftover in folder.glob(".*.tmp"):  # left by a killed run
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def save(self, step: int, model: GPT, optimizer: Optimizer, meta: dict[str, Any]) -> None:
-        """Copy the state to host memory and start writing it; every rank calls it.
+        """Copy the state to host memory and start writing it; every rank must call this.
 
-        Waits for a save still under way. Raises what that one failed with, on every rank.
+        An earlier save is waited for first; if it failed, its error is raised on every rank.
         """
         self.wait()
         weights = {}
@@ -79,16 +79,16 @@ class CheckpointManager:
 
     @property
     def busy(self) -> bool:
-        """Whether a save is under way."""
+        """True while a save is being written."""
         return self._thread is not None and self._thread.is_alive()
 
     def check(self) -> None:
-        """Raise what the last save failed with, if it is over: called after every step."""
+        """Raise the last save's error if it has failed; called after every step."""
         if not self.busy:
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the save under way; raises UserError or OSError where it failed."""
+        """Wait until the last save is written; raises UserError or OSError if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -107,13 +107,13 @@ class CheckpointManager:
         temporary = self.folder / f".step_{step:06d}.tmp"
         problem: BaseException | None = None
         try:
-            # Every step is agreed on, so that no rank waits for one that failed.
+            # The ranks agree after every part, so that no rank waits for one that failed.
             self._agree(lambda: self._prepare(temporary))
             self._agree(lambda: save_file(weights, temporary / "model.safetensors"))
             self._attempt(lambda: save_optimizer_state(state, temporary / "optim", self._group))
             self._agree(lambda: None)
             self._agree(lambda: self._finish(temporary, final, meta))
-        except BaseException as error:  # handed to the training thread by wait()
+        except BaseException as error:  # wait() raises it on the training thread
             problem = error
         if problem is not None:
             if self.runtime.is_main:
@@ -123,19 +123,19 @@ class CheckpointManager:
     _failed: str | None = None
 
     def _attempt(self, action: Any) -> None:
-        """Run an action of this rank, keeping its failure for the next _agree."""
+        """Run an action on this rank; keep its error for the next _agree."""
         if self._failed is None:
             try:
                 action()
-            except BaseException as error:  # torch.distributed.checkpoint's is no Exception
+            except BaseException as error:  # torch.distributed.checkpoint raises no Exception
                 rank = self.runtime.rank
                 by_rank = getattr(error, "failures", None)
-                if by_rank:  # every rank gets this one: name the rank it happened on
+                if by_rank:  # every rank gets this error: name the rank that it happened on
                     rank, (error, _) = next(iter(by_rank.items()))
                 self._failed = f"rank {rank}: {type(error).__name__}: {error}"
 
     def _agree(self, action: Any) -> None:
-        """Run rank 0's action, then fail on every rank where any failed."""
+        """Run an action on rank 0, then raise an error on every rank if any rank failed."""
         if self.runtime.is_main:
             self._attempt(action)
         failures: list[str | None] = [self._failed]
@@ -167,7 +167,7 @@ class CheckpointManager:
         paths.sync_path(temporary / "meta.json")
         paths.sync_path(temporary / "optim")
         paths.sync_path(temporary)
-        if final.exists():  # saved before, by a run that was resumed from further back
+        if final.exists():  # saved before this run was resumed from an earlier step
             aside = final.with_name(f".{final.name}.old.tmp")
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(final, aside)
@@ -176,7 +176,7 @@ class CheckpointManager:
         shutil.rmtree(final.with_name(f".{final.name}.old.tmp"), ignore_errors=True)
         if self.keep_last > 0:
             for step in list_steps(self.folder)[: -self.keep_last]:
-                # Renamed first, so that a kill while deleting leaves no torn step folder.
+                # Renamed first, so that a kill while deleting leaves no incomplete step folder.
                 doomed = self.folder / f".step_{step:06d}.old.tmp"
                 os.replace(self.folder / f"step_{step:06d}", doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
@@ -185,8 +185,8 @@ class CheckpointManager:
 def save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write float32 tensors as safetensors.
 
-    The library's own function makes bytes of all tensors first: a second copy of the weights, and
-    the interpreter's lock held against the training thread meanwhile.
+    The library's own function first makes bytes of all tensors. That needs a second copy of the
+    weights, and meanwhile holds the interpreter's lock, which stops the training thread.
     """
     header: dict[str, Any] = {}
     end = 0
@@ -199,7 +199,7 @@ def save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             view = tensor.numpy().reshape(-1).view("uint8").data
-            while view:  # the system takes 2 GiB at once
+            while view:  # Linux writes at most 2 GiB at once
                 view = view[file.write(view) :]
 
 
@@ -210,7 +210,7 @@ def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
 def save_optimizer_state(
     state: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup | None
 ) -> None:
-    """Write this rank's share of a state dictionary as safetensors."""
+    """Write this rank's share of an optimizer state as safetensors; every rank must call this."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -227,7 +227,7 @@ def save_optimizer_state(
 def load_optimizer_state(
     state: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup | None
 ) -> None:
-    """Fill the tensors of `state` in place from what any number of ranks saved."""
+    """Fill the tensors of `state` in place from files that any number of ranks saved."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -248,7 +248,7 @@ def meta_digest(meta: dict[str, Any]) -> str:
 
 
 def list_steps(folder: Path) -> list[int]:
-    """The steps saved in a run's folder, in order."""
+    """List the steps saved in a run's folder, in rising order."""
     if not folder.is_dir():
         return []
     matches = (_STEP.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
@@ -256,16 +256,16 @@ def list_steps(folder: Path) -> list[int]:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest step folder of a run, None where there is none."""
+    """Return the newest step folder of a run, or None if it has none."""
     steps = list_steps(folder)
     return folder / f"step_{steps[-1]:06d}" if steps else None
 
 
 def find(source: str, step: int | None = None, tag: str | None = None) -> Path:
-    """The step folder `source` means: a stage, stage/tag, a run's folder or a step folder.
+    """Find a step folder. `source` is a stage, stage/tag, a run's folder or a step folder.
 
-    Without a tag it is `tag` if that was trained, `default`, or the only tag there is. Without a
-    step it is the newest.
+    A stage alone means the tag `tag` if it was trained, else `default`, else the only tag there is.
+    Without a step, the newest one is taken. Raises UserError if nothing or several tags fit.
     """
     path = paths.user_path(source)
     preferred = tag
@@ -298,9 +298,10 @@ def find(source: str, step: int | None = None, tag: str | None = None) -> Path:
 
 
 def read_meta(folder: Path, verify: bool = True) -> dict[str, Any]:
-    """The metadata of a step folder, after checking every file's size and digest.
+    """Read a step folder's metadata, after checking the size and digest of every file.
 
-    Raises UserError that names the file which is missing, truncated or changed.
+    Raises UserError that names a missing, truncated or changed file. verify=False checks only that
+    the files exist and have their size.
     """
     path = folder / "meta.json"
     remedy = "restore it from a copy, or use an earlier step"
@@ -347,7 +348,7 @@ def _gone(folder: Path) -> str:
 
 
 def load_weights(folder: Path, model: GPT) -> None:
-    """Copy the weights of a step folder into the model."""
+    """Copy the weights of a step folder into the model; UserError if it is another model's."""
     try:
         weights = load_file(folder / "model.safetensors")
     except FileNotFoundError:
@@ -366,7 +367,7 @@ def load_weights(folder: Path, model: GPT) -> None:
 
 
 def read_verified(folder: Path, runtime: Runtime) -> dict[str, Any]:
-    """`read_meta` on rank 0, which verifies the files; every rank gets its result, or its error."""
+    """Run `read_meta` on rank 0; every rank gets its result or raises its error."""
     found: Any = None
     if runtime.is_main:
         try:
@@ -380,7 +381,7 @@ def read_verified(folder: Path, runtime: Runtime) -> dict[str, Any]:
 
 
 def build_model(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> GPT:
-    """A model whose weights are still to be loaded."""
+    """Build a model with undefined weights; the caller loads them."""
     with torch.device("meta"):
         model = GPT(config, dtype)
     return model.to_empty(device=device)
@@ -391,7 +392,7 @@ def restore(
 ) -> None:
     """Load weights and optimizer state for resuming, at any world size.
 
-    meta: of `read_verified`. Raises UserError where it is of another model.
+    meta is the result of `read_verified`. Raises UserError if it describes another model.
     """
     saved = from_dict(GPTConfig, meta["model_config"], str(folder / "meta.json"))
     if saved != model.config:
@@ -417,9 +418,10 @@ def load_model(
     step: int | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """A model for evaluation or chat, its tokenizer and its metadata.
+    """Load a model for evaluation or chat; returns it with its tokenizer and its metadata.
 
-    Raises UserError where the tokenizer is not the one the model was trained with.
+    `source` and `step` are those of `find`. Raises UserError if `tokenizer` is not the one that the
+    model was trained with.
     """
     folder = find(source, step)
     meta = read_meta(folder)
@@ -434,23 +436,23 @@ def load_model(
 
 
 def system_style(meta: Mapping[str, Any]) -> SystemStyle:
-    """How a checkpoint's training rendered system messages."""
+    """Style in which a checkpoint's training rendered system messages."""
     config = meta.get("run_config") or {}
     return "merge" if config.get("system") == "merge" else "tokens"
 
 
 def tokenizer_of(meta: dict[str, Any], folder: Path) -> Tokenizer:
-    """The tokenizer that a checkpoint was trained with, the default one or not."""
+    """Load the tokenizer that a checkpoint was trained with."""
     try:
         return Tokenizer.find(meta["tokenizer_hash"])
     except UserError:
-        tokenizer = Tokenizer.load()  # says what is wrong where there is none
+        tokenizer = Tokenizer.load()  # its error is the clearer one if there is no tokenizer
         check_tokenizer(meta, tokenizer, folder)
         raise
 
 
 def trained_with(digest: str) -> list[str]:
-    """Stage/tag of every run whose newest checkpoint was trained with this tokenizer."""
+    """List `stage/tag` of every run whose newest checkpoint was trained with this tokenizer."""
     found = []
     for stage in paths.STAGES:
         for folder in sorted((paths.base_dir() / "checkpoints" / stage).glob("*")):

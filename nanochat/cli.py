@@ -1,4 +1,4 @@
-"""The frame around every script: parse, start, run, and one line for a user's mistake."""
+"""Command line of every script: parse flags, start the ranks, run, report a user's mistake."""
 
 import ast
 import dataclasses
@@ -40,15 +40,15 @@ def launch(
 ) -> None:
     """Run `main(cfg, runtime)` from the command line.
 
-    UserError and OSError (a full disk, a missing file) become one line on stderr and exit status 1,
-    and so does memory that ran out, with advice what to set; `NANOCHAT_TRACEBACK=1` shows where
-    they came from. Every other exception is a bug and keeps its traceback. In a job of several
-    ranks any of them ends the whole job (Alarm).
+    UserError and OSError (a full disk, a missing file) become one line on stderr and exit status 1.
+    So does running out of memory, with advice what to set. `NANOCHAT_TRACEBACK=1` shows their
+    traceback. Every other exception is a bug and keeps its traceback. In a job of several ranks,
+    any of these ends the whole job (`runtime.Alarm`).
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # scripts/__init__.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
-        # A character that the terminal's encoding lacks is shown as "?", and ends nothing.
+        # A character that the terminal's encoding lacks is shown as "?" instead of an error.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     cfg = parse(config_class, description=description)
@@ -81,7 +81,7 @@ def launch(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the machine had no memory left: on CPUs torch says so in words only."""
+    """True if the device or the machine had no memory left; on CPUs only the text tells."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     if isinstance(error, OSError):
@@ -100,13 +100,13 @@ registry = ConstructorRegistry()
 
 
 def program() -> str | None:
-    """How this program was started: `python -m scripts.base_train`."""
+    """Command that started this program: `python -m scripts.base_train`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return f"python -m {spec.name}" if spec else None
 
 
 def laid_out(description: str) -> str:
-    """The text with its paragraphs broken to the terminal's width; indented lines stay as they are.
+    """Break the paragraphs of a text to the terminal's width; indented lines stay as they are.
 
     >>> print(laid_out("A long\\nsentence.\\n\\nExample:\\n    command --flag"))
     A long sentence.
@@ -126,7 +126,7 @@ def laid_out(description: str) -> str:
 
 @registry.struct_rule
 def configuration(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """A configuration's fields for tyro, with its own types and what the help says of each."""
+    """Describe a configuration's fields to tyro: type, default and help text of each."""
     if not dataclasses.is_dataclass(info.type):
         return None
     texts = field_texts(info.type)
@@ -145,7 +145,7 @@ def configuration(info: StructTypeInfo) -> StructConstructorSpec | None:
 
 
 def field_texts(cls: type[Any]) -> dict[str, str]:
-    """The docstring under each field, inherited ones too, in one line each."""
+    """Docstring under each field, inherited fields included, each joined into one line."""
     texts: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(base):
@@ -176,7 +176,7 @@ def _default(field: "dataclasses.Field[Any]", info: StructTypeInfo) -> Any:
 
 
 def _placeholder(hint: Any) -> str | None:
-    """INT for `int | None`; None for what tyro names well itself."""
+    """Placeholder of a value in the help, such as INT for `int | None`; None leaves it to tyro."""
     if typing.get_origin(hint) not in (typing.Union, types.UnionType):
         return None
     options = [option for option in typing.get_args(hint) if option is not types.NoneType]
@@ -184,7 +184,7 @@ def _placeholder(hint: Any) -> str | None:
 
 
 def _default_shown(hint: Any, default: Any, text: str) -> str | None:
-    """What follows the text in brackets; None leaves it to tyro."""
+    """Text in brackets after a flag's help; None leaves it to tyro."""
     if tyro.conf.UseAppendAction in getattr(hint, "__metadata__", ()):
         return None
     if isinstance(default, bool):
@@ -210,14 +210,14 @@ def parse(cls: type[T], argv: Sequence[str] | None = None, description: str | No
 
 
 def _expanded(argument: str) -> str:
-    """`--out=~/x` with the home folder in it: shells expand `~` only where a word begins."""
+    """Expand the `~` of `--out=~/x`; shells expand it only at the beginning of a word."""
     flag, equals, value = argument.partition("=") if argument[:1] == "-" else ("", "", argument)
     is_path = value == "~" or (value.startswith("~/") and not any(map(str.isspace, value)))
     return f"{flag}{equals}{Path(value).expanduser()}" if is_path else argument
 
 
 def _list_flags(cls: type[Any]) -> set[str]:
-    """The flags that take any number of values: `--mix`."""
+    """List the flags that take any number of values, such as `--mix`."""
     flags = set()
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         if dataclasses.is_dataclass(hint):
@@ -228,7 +228,7 @@ def _list_flags(cls: type[Any]) -> set[str]:
 
 
 def _gathered(arguments: list[str], flags: set[str]) -> list[str]:
-    """`--mix a --mix b` -> `--mix a b`: the last one would count, and the others be forgotten."""
+    """Join repeated flags, `--mix a --mix b` -> `--mix a b`; else only the last one would count."""
     kept: list[str] = []
     values: dict[str, list[str]] = {}
     flag = ""

@@ -1,8 +1,8 @@
-"""A frozen dataclass per script <-> command line (tyro) <-> JSON in the checkpoint.
+"""Settings of the training scripts: frozen dataclasses, read from flags and saved in checkpoints.
 
-A field that is itself a dataclass is a heading of the help page: named after the field, above the
-dataclass's docstring and its flags. The flags carry no prefix: `--matrix-lr`, not
-`--learning.matrix-lr`.
+tyro makes the flags from the fields, and the help from the docstrings. A field that is itself a
+dataclass is a heading of the help page: the field's name, the dataclass's docstring and its flags.
+The flags have no prefix: `--matrix-lr`, not `--learning.matrix-lr`.
 """
 
 import dataclasses
@@ -22,15 +22,15 @@ T = TypeVar("T")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as JSON-ready nested dictionaries."""
+    """Turn a configuration into nested dictionaries for JSON."""
     return dataclasses.asdict(config)
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
     """Rebuild a configuration saved by `to_dict`.
 
-    A field missing in `values` takes its default (an older checkpoint); an unknown one is an error,
-    since dropping a setting silently would change what the run means.
+    A field missing in `values` (of an older checkpoint) gets its default. An unknown one raises
+    UserError, since dropping a setting silently would change what the run means.
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -48,7 +48,7 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "config") -> T:
         elif isinstance(value, list) and _is_tuple(hint):
             value = tuple(value)
         elif isinstance(value, str) and typing.get_origin(hint) is tuple:
-            value = (value,)  # saved when the setting took a single value
+            value = (value,)  # the checkpoint is from when the setting took a single value
         known[name] = value
     return cls(**known)
 
@@ -104,11 +104,11 @@ RANGES: dict[str, tuple[float, float]] = {
     "group_size": (1, 10**4),
     "beta": (0.000001, 10**6),
 }
-"""Least and greatest value of a setting of the training stages, by its name."""
+"""Smallest and largest allowed value of settings of the training stages, by field name."""
 
 
 def check_ranges(config: Any) -> None:
-    """Raise UserError for a number outside RANGES, or one that is not finite."""
+    """Raise UserError for a number that is outside RANGES or not finite."""
     for one in dataclasses.fields(config):
         value = getattr(config, one.name)
         if dataclasses.is_dataclass(value):
@@ -123,9 +123,9 @@ def check_ranges(config: Any) -> None:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What a run goes on with that it did not begin with: "--matrix-lr 0.02 -> 0.01".
+    """List settings that differ from those a run began with: "--matrix-lr 0.02 -> 0.01".
 
-    Settings that change no step are left out: when to save, evaluate, log and resume.
+    Settings that do not change the steps are left out: when to save, evaluate, log and resume.
     """
     found = []
     for name, value in now.items():
@@ -141,36 +141,36 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 @dataclass(frozen=True)
 class Run:
-    """What runs where."""
+    """Name, seed and device of the run."""
 
     tag: str = "default"
     """Name of this run: checkpoints/<stage>/<tag> and runs/<stage>-<tag>."""
     seed: int = 1337
-    """Seeds initialisation, data order and sampling."""
+    """Seed of the initial weights, the data order and sampling."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Activation dtype; weights are always kept in float32."""
+    """Activation dtype; auto: the fastest that the device trains in. Weights are always float32."""
     fp8: bool = False
-    """Multiply the blocks' matrices in float8, on GPUs from compute capability 8.9 (needs the extra
-    fp8; has not been run on a GPU yet)."""
+    """Multiply the blocks' matrices in float8. Needs a GPU of compute capability 8.9 or newer and
+    pip install -e '.[fp8]'. It has not been run on a GPU yet."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile the loss; auto: on for CUDA, off elsewhere."""
+    """Compile the loss with torch.compile; auto: on for CUDA, off elsewhere."""
     resume: bool = False
-    """Continue from the newest checkpoint of this tag (from the start where there is none)."""
+    """Continue from the newest checkpoint of this tag; if there is none, begin a new run."""
     wandb: str | None = None
     """Also log to wandb under this run name."""
     check_replicas: int = 0
-    """Every N steps compare a hash of all parameters across ranks; 0 = never."""
+    """Steps between comparisons of all parameters across ranks; 0 = never."""
 
     def compiles(self, device: torch.device) -> bool:
-        """Whether the loss is compiled; micro-batches of one shape are then compiled once."""
+        """True if the loss is to be compiled on this device."""
         return self.compile == "on" or (self.compile == "auto" and device.type == "cuda")
 
 
 @dataclass(frozen=True)
 class Computing:
-    """What it runs on."""
+    """Device and dtype."""
 
     device: str = "auto"
     """auto, cpu, cuda or mps."""
@@ -180,60 +180,61 @@ class Computing:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are computed one after the other."""
+    """Settings of token generation."""
 
     quantize: Literal["none", "int8"] = "none"
-    """int8: weights in 8 bits, for large models on a CPU in bfloat16."""
+    """int8 keeps weights in 8 bits: for large models on a CPU in bfloat16."""
     cuda_graphs: bool = False
-    """Compile the decoding step, once per start and length of the cache (not yet run on a GPU)."""
+    """Compile the decoding step, at each start and each growth of the cache. It has not been run on
+    a GPU yet."""
 
 
 @dataclass(frozen=True)
 class Tools:
-    """What a model may call while it answers."""
+    """Tools that the model may call while it answers."""
 
     tools: bool = True
-    """The calculator."""
+    """Let the model call the calculator."""
     python_tool: bool = False
-    """Python in the sandbox, instead of the calculator."""
+    """Let the model run Python in the sandbox, instead of the calculator."""
     sandbox: Literal["strict", "best-effort"] = "strict"
-    """strict refuses to run Python where a layer of the sandbox is missing."""
+    """strict refuses to run Python if a layer of the sandbox is missing on this machine."""
 
 
 @dataclass(frozen=True)
 class Batching:
-    """How many tokens a step sees."""
+    """Size of batches, and packing of documents into rows."""
 
     device_batch_size: Literal["auto"] | int = "auto"
     """Rows per rank and micro-batch; auto: the largest that fits and divides the total."""
     total_batch_size: Literal["auto"] | int = "auto"
     """Tokens per optimizer step over all ranks; auto: from the scaling rule."""
     window: int | None = None
-    """Documents that are packed together, at least 1,024 and enough to fill 256 rows by default;
-    larger packs tighter and shuffles wider."""
+    """Documents per packing window, whose rows are filled together; default: at least 1,024, and
+    enough to fill 256 rows. More documents leave less padding and are shuffled more widely."""
     recompute: bool = False
     """Recompute each block's activations in the backward pass: less memory, about 30 % slower."""
 
 
 @dataclass(frozen=True)
 class Duration:
-    """When training stops: the first of these that is set, in this order."""
+    """End of training. If several of these are set, the first one in this order counts."""
 
     num_steps: int | None = None
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     target_tokens: int | None = None
-    """Training tokens."""
+    """Number of training tokens."""
     target_flops: float | None = None
-    """Training FLOPs, e.g. 1e18."""
+    """Number of training FLOPs, e.g. 1e18."""
     target_param_data_ratio: float | None = None
-    """Tokens per parameter of the block matrices and the head."""
-    # Last, since epochs are the default of some stages and must not overrule a flag.
+    """Training tokens per parameter of the block matrices and the head."""
+    # The last one, since some stages set epochs by default, and a flag must win over it.
     epochs: int | None = None
     """Passes over all sources; an epoch covers every row exactly once."""
 
     @property
     def counts_epochs(self) -> bool:
-        """Whether the epochs decide."""
+        """True if `epochs` decides when training stops."""
         others = (
             self.num_steps,
             self.target_tokens,
@@ -245,30 +246,32 @@ class Duration:
 
 @dataclass(frozen=True)
 class Learning:
-    """Learning rates at a batch of 2^19 tokens and width 768, before the scaling rules."""
+    """Optimizer settings. Learning rates are for a width of 768 and 2^19 tokens per step; scaling
+    rules adapt them."""
 
     matrix_optimizer: Literal["muon", "adamw", "lion"] = "muon"
-    """Update rule of the block matrices; adamw and lion want less --matrix-lr: 0.003, 0.0003."""
+    """Update rule of the block matrices. adamw and lion need a smaller --matrix-lr: 0.003 and
+    0.0003."""
     matrix_lr: float = 0.02
-    """The block matrices."""
+    """Learning rate of the block matrices."""
     embedding_lr: float = 0.3
-    """AdamW: token embedding and value embeddings."""
+    """AdamW's learning rate of the token embedding and the value embeddings."""
     head_lr: float = 0.004
-    """AdamW: the output head."""
+    """AdamW's learning rate of the output head."""
     scalar_lr: float = 0.5
-    """AdamW: residual scalars (a tenth of that in mid-training and SFT)."""
+    """AdamW's learning rate of the residual scalars (0.05 by default in mid-training and SFT)."""
     gate_lr: float = 0.01
-    """AdamW: the small gate projections."""
+    """AdamW's learning rate of the small gate projections."""
     weight_decay: float | Literal["auto"] = "auto"
-    """Muon's cautious weight decay; auto: from the scaling rule."""
+    """Weight decay of the block matrices; auto: from the scaling rule."""
     lr_scale: float | Literal["auto"] = "auto"
-    """Factor on every learning rate for the batch size; auto: sqrt(B / 2^19), at least 1."""
+    """Factor on every learning rate; auto: sqrt(B / 2^19) for B tokens per step, but at least 1."""
     adam_betas: tuple[float, float] = (0.8, 0.95)
     """AdamW's moment decay rates."""
     muon_momentum: tuple[float, float] = (0.85, 0.95)
-    """Muon's momentum: at the start, and after its warm-up."""
+    """Muon's momentum at the start, and after its warm-up."""
     warmup: float = 0.04
-    """Fraction of the steps with a rising learning rate."""
+    """Fraction of the steps, at the start, with a rising learning rate."""
     warmdown: float = 0.5
     """Fraction of the steps, at the end, with a falling learning rate."""
     final_lr: float = 0.0
@@ -277,31 +280,31 @@ class Learning:
 
 @dataclass(frozen=True)
 class Evaluating:
-    """What is measured on the way."""
+    """Evaluation and samples during training."""
 
     eval_every: int = 250
     """Steps between evaluations; 0 = only at the start and at the end."""
     eval_tokens: int = 2**19
-    """Held-out tokens per evaluation, at least one batch."""
+    """Held-out tokens per evaluation; at least one batch is used."""
     sample_every: int = 0
     """Steps between printed samples; 0 = only at the end."""
 
 
 @dataclass(frozen=True)
 class Saving:
-    """When checkpoints are written."""
+    """Checkpoints, and the time limit."""
 
     save_every: int = 0
-    """Steps between checkpoints (there is always one at the end); 0 = only at the end."""
+    """Steps between checkpoints; 0 = only at the end. The last step is always saved."""
     keep_last: int = 2
-    """Older checkpoints of this tag are deleted; 0 keeps all."""
+    """Number of checkpoints of this tag to keep; older ones are deleted. 0 keeps all."""
     max_hours: float = 0.0
-    """Save and stop after this long; 0 = no limit."""
+    """Hours after which the run saves and stops; 0 = no limit."""
 
 
 @dataclass(frozen=True)
 class BaseConfig:
-    """Pretraining."""
+    """Pretraining on text."""
 
     run: Run = field(default_factory=Run)
     batching: Batching = field(default_factory=Batching)
@@ -310,33 +313,36 @@ class BaseConfig:
     evaluating: Evaluating = field(default_factory=Evaluating)
     saving: Saving = field(default_factory=Saving)
     depth: int = 20
-    """The one dial: number of layers; width, heads, batch, steps and rates follow."""
+    """Number of layers. Width, heads, batch size, steps and learning rates follow from it."""
     aspect_ratio: int = 64
-    """Width per layer, before rounding up to a multiple of the head size."""
+    """Channels per layer: the width is depth * aspect ratio, rounded up to whole heads."""
     head_dim: int = 128
-    """Size of an attention head."""
+    """Channels of an attention head."""
     kv_heads: int | None = None
     """Key/value heads (grouped-query attention); default: as many as query heads."""
     context_length: int = 2048
     """Tokens per row."""
     context_schedule: str | None = None
-    """Short rows first, instead: each length with its share of the steps, like 256:0.5,512:0.5.
-    A step's tokens stay the same; each length must divide the last, which is the context."""
+    """Train on short rows first: row lengths with their share of the steps, like 256:0.5,512:0.5.
+    The tokens of a step stay the same. The last length is the context length, and each other length
+    must divide it."""
     window_pattern: str = "SSSL"
-    """Attention per layer, repeated over the depth: L full, S half the context; the last is L."""
+    """Attention window of each layer, repeated over the depth: L sees the whole context, S half of
+    it. The last layer is always L."""
     portable: bool = False
-    """Build the plain variant that loads as transformers' own `nanochat` model type."""
+    """Leave out what transformers' own `nanochat` model type lacks, so that it loads the model."""
     corpus: str = "climbmix"
-    """Corpus name or path, as encoded by scripts.tok_encode."""
+    """Corpus name or path, as given to scripts.tok_encode."""
     mix: tuple[str, ...] = ()
-    """Several corpora by share of the tokens instead: climbmix:0.9 ./mybooks:0.1."""
+    """Several corpora with their shares of the tokens, in place of --corpus: climbmix:0.9
+    ./mybooks:0.1."""
     tokenizer: str = "default"
-    """The name given to scripts.tok_train; later stages take the checkpoint's tokenizer."""
+    """Name that scripts.tok_train gave the tokenizer; later stages take the checkpoint's."""
 
 
 @dataclass(frozen=True)
 class MidConfig:
-    """Mid-training: conversations, tasks and replayed pretraining text, all tokens trained."""
+    """Mid-training: conversations, tasks and replayed pretraining text; all tokens are trained."""
 
     run: Run = field(default_factory=Run)
     batching: Batching = field(default_factory=Batching)
@@ -347,10 +353,10 @@ class MidConfig:
     evaluating: Evaluating = field(default_factory=Evaluating)
     saving: Saving = field(default_factory=Saving)
     source: str = "base"
-    """Where the weights come from: a stage, stage/tag, or a checkpoint folder."""
+    """Checkpoint to start from: a stage, stage/tag, or a checkpoint folder."""
     corpus: tuple[str, ...] = ("climbmix",)
-    """Pretraining corpus that is replayed and on which bits per byte are measured; several by
-    share: climbmix:0.9 ./mybooks:0.1."""
+    """Pretraining corpus to replay and to measure bits per byte on; several with their shares:
+    climbmix:0.9 ./mybooks:0.1."""
     mix: tuple[str, ...] = (
         "smoltalk",
         "mmlu",
@@ -359,32 +365,32 @@ class MidConfig:
         "simplespelling:0.5",
         "spellingbee:0.5",
     )
-    """Tasks as NAME[:OPTION...][:WEIGHT], e.g. arc:easy, spellingbee:3000:0.5; a weight of 2 is two
-    passes per epoch."""
+    """Tasks as NAME[:OPTION...][:PASSES], e.g. arc:easy, spellingbee:3000:0.5. PASSES is the number
+    of passes over the task per epoch, 1 by default."""
     replay: float = 0.2
-    """Share of the documents' tokens that is replayed pretraining text."""
+    """Share of the tokens that is replayed pretraining text."""
     prompt_weight: float = 1.0
     """Loss weight of tokens the assistant does not produce."""
     context_length: int | None = None
-    """Extend the model to so many tokens per row; default: as it was trained."""
+    """Extend the model to this many tokens per row; default: keep its context."""
     rope_scaling: Literal["abf", "none"] = "abf"
-    """With --context-length: raise the rotary base of full attention (ABF, arXiv 2309.16039), or
-    leave it, for comparison."""
+    """With --context-length: raise the rotary base of layers without a window (abf, arXiv
+    2309.16039), or keep it (none), for comparison."""
     long_fraction: float = 0.34
-    """With --context-length: share of the tokens from documents of --corpus that are at least that
-    long."""
+    """With --context-length: share of the tokens that come from documents of --corpus of at least
+    the new length."""
     long_conversations: Literal["truncate", "split", "drop"] = "split"
-    """Conversations longer than a row: keep their beginning, split them (all pieces but the first
-    are trained on without what went before), or leave them out."""
+    """Conversations longer than a row: truncate keeps the beginning, split makes several rows (the
+    later ones do not see the earlier ones), drop leaves them out."""
     system: Literal["tokens", "merge"] = "tokens"
-    """System message in its own tokens, or merged into the first user message."""
+    """System message in its own tokens, or merged into the user message after it."""
     bad_rows: BadRows = "error"
-    """What to do with a conversation that does not fit the schema."""
+    """Stop at a conversation that does not fit the schema, or skip it."""
 
 
 @dataclass(frozen=True)
 class SftConfig(MidConfig):
-    """Instruction tuning: conversations and tasks, the assistant's tokens trained."""
+    """Instruction tuning: conversations and tasks; only the assistant's tokens are trained."""
 
     learning: Learning = field(
         default_factory=lambda: Learning(scalar_lr=0.05, warmup=0.0, warmdown=1.0, weight_decay=0.0)
@@ -398,24 +404,24 @@ class SftConfig(MidConfig):
 
 @dataclass(frozen=True)
 class Rollouts:
-    """What is sampled for a step."""
+    """Sampling of answers. A rollout is the answers sampled at once to prompts_per_step prompts."""
 
     prompts_per_step: int = 16
-    """Prompts of a rollout over all ranks, in the order of the mixture (dpo: pairs)."""
+    """Prompts per rollout over all ranks (dpo: pairs per step), in the order of the mixture."""
     group_size: int = 16
-    """Answers to each prompt; their mean reward is the baseline."""
+    """Answers per prompt; their mean reward is the baseline of each of them."""
     temperature: float = 1.0
-    """Of sampling, and of the loss, which scores what was sampled; at least 0.5."""
+    """Temperature of sampling and of the loss, which scores the samples; at least 0.5."""
     max_tokens: int = 256
-    """Longest answer. Longer ones are cut off and not trained on."""
+    """Tokens of the longest answer. Longer ones are cut off and not trained on."""
     max_slots: int = 64
     """Answers that a rank decodes at once."""
     updates_per_rollout: int = 1
-    """Optimizer steps on each rollout; above 1 with CISPO's clipped importance weights."""
+    """Optimizer steps per rollout; above 1, CISPO's clipped importance ratios are used."""
     max_importance: float = 2.0
-    """Upper bound of these weights."""
+    """Upper bound of the importance ratios."""
     format_bonus: float = 0.0
-    """Added in training to the reward of an answer that its task can read, right or wrong."""
+    """Bonus, in training, to the reward of an answer that the task can parse, right or wrong."""
 
 
 @dataclass(frozen=True)
@@ -423,28 +429,28 @@ class Preferences:
     """Direct preference optimisation (--algo dpo)."""
 
     pairs: str = ""
-    """A .jsonl file with lines {"messages": [...], "chosen": "...", "rejected": "..."}."""
+    """File of pairs, .jsonl: {"messages": [...], "chosen": "...", "rejected": "..."} per line."""
     beta: float = 0.1
-    """How firmly the model is held to where it began."""
+    """DPO's beta: how strongly the model is pulled to where it started."""
     length_normalised: bool = False
     """Compare log-probabilities per token; beta then has to be larger, such as 2."""
     bad_rows: BadRows = "error"
-    """What to do with a line that is no pair, or too long."""
+    """Stop at a line that is not a pair or is too long, or skip it."""
 
 
 @dataclass(frozen=True)
 class RlEvaluating(Evaluating):
-    """What is measured on the way."""
+    """Evaluation and samples during training."""
 
     eval_every: int = 20
-    """Optimizer steps between evaluations (also at the start and at the end); 0 = both ends."""
+    """Optimizer steps between evaluations; 0 = only at the start and at the end."""
     eval_tokens: tyro.conf.Suppress[int] = 0
     eval_problems: int = 128
-    """Held-out problems (dpo: pairs) over all tasks."""
+    """Held-out problems (dpo: pairs) per evaluation, over all tasks."""
     eval_samples: int = 4
-    """Answers drawn to each of them beside the greedy one."""
+    """Answers sampled to each held-out problem, beside the greedy one."""
     sample_every: int = 20
-    """Optimizer steps between rollouts that are printed and saved, with their rewards; 0 = only the
+    """Optimizer steps between rollouts that are printed and saved with their rewards; 0 = only the
     last one."""
 
 
@@ -463,11 +469,11 @@ class RlConfig:
     algo: Literal["reinforce", "dpo"] = "reinforce"
     """Policy gradient on rollouts, or direct preference optimisation on pairs."""
     source: str = "sft"
-    """Where the weights come from: a stage, stage/tag, or a checkpoint folder."""
+    """Checkpoint to start from: a stage, stage/tag, or a checkpoint folder."""
     mix: tuple[str, ...] = ("gsm8k",)
-    """Tasks with rewards as NAME[:options][:weight]."""
+    """Tasks with rewards as NAME[:OPTION...][:PASSES]; PASSES is passes per epoch."""
     num_steps: int | None = None
-    """Optimizer steps; default: as many as --epochs has."""
+    """Number of optimizer steps; default: that of --epochs."""
     epochs: int = 1
     """Passes over the prompts (dpo: pairs)."""
     device_batch_size: Literal["auto"] | int = "auto"
@@ -475,5 +481,5 @@ class RlConfig:
     recompute: bool = False
     """Recompute each block's activations in the backward pass: less memory, about 30 % slower."""
     system: Literal["auto", "tokens", "merge"] = "auto"
-    """System message in its own tokens, or merged into the first user message; auto: as the source
-    was trained."""
+    """System message in its own tokens, or merged into the user message after it; auto: as the
+    source was trained."""

@@ -1,15 +1,15 @@
-"""The conversation schema: roles, parts, and a validation that says what is wrong and where.
+"""Schema of a conversation, and its validation.
 
     {"messages": [{"role": "system" | "user" | "assistant", "content": str | [part, ...]}, ...]}
     part = {"type": "text" | "python" | "python_output", "text": str}
 
 A plain string is one text part. Only assistants have `python` parts (a tool call) and
-`python_output` parts (its result, directly after the call). Turns need not alternate: consecutive
-messages of one role are turns of their own. A task can keep its answer next to the messages.
+`python_output` parts (its result, directly after the call). Roles need not alternate: consecutive
+messages of one role stay separate messages. A task may keep its answer beside "messages".
 
-A message may also have `"weight": 0` or `"train": false`: the model sees it and is never trained on
-it. With 1 and true it counts as usual. A `name` is accepted and not shown to the model. Any other
-key of a message is an error, unless it is null or empty: it might have said what to train on.
+A message may also have `"weight": 0` or `"train": false`: the model sees the message but is never
+trained on it. 1 and true change nothing. A `name` is accepted, but the model does not see it. Any
+other key is an error unless its value is null or empty, because it might say what to train on.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,13 +25,13 @@ _KEYS = ("role", "content", "weight", "train", "name")
 
 
 def _shown(value: object) -> str:
-    """`value` short enough for an error of one line."""
+    """Show `value` so briefly that it fits into an error of one line."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def parts(message: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The parts of a valid message: `[{"type": ..., "text": ...}, ...]`."""
+    """List the parts of a valid message: `[{"type": ..., "text": ...}, ...]`."""
     content = message["content"]
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
@@ -39,16 +39,16 @@ def parts(message: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def is_trained(message: Mapping[str, Any]) -> bool:
-    """Whether a valid message may be trained on at all: no `"weight": 0`, no `"train": false`."""
+    """Return False if a valid message has `"weight": 0` or `"train": false`, else True."""
     return message.get("weight") in (None, 1) and message.get("train") in (None, True)
 
 
 def validate(conversation: object, where: str, last_role: str | None = None) -> None:
     """Raise `UserError` unless `conversation` fits the schema.
 
-    `where` names the row in the error (`"gsm8k/train row 17"`). `last_role` additionally demands
-    that the last message is from that role. A message must have some text; whitespace alone
-    counts, an empty string does not.
+    `where` names the row in the error (`"gsm8k/train row 17"`). With `last_role`, the last message
+    must be from that role. A message must have some text; whitespace counts as text, an empty
+    string does not.
     """
 
     def fail(wrong: str, right: str) -> None:
@@ -114,7 +114,7 @@ def validate(conversation: object, where: str, last_role: str | None = None) -> 
             if kind == "python_output" and previous != "python":
                 fail(f"{name} is a tool output", "it must directly follow a python part")
             previous = kind
-        # The output of a program may be empty, what was said or called may not.
+        # A tool's output may be empty; text and tool calls may not.
         if not any(part["text"] for part in content if part["type"] != "python_output"):
             fail(f"message {i} ({role}) has no text", "fill it in or drop the message")
 

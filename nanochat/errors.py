@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""UserError, the exception for mistakes that the user can correct."""
 
 from typing import Literal
 
@@ -7,7 +7,7 @@ BadRows = Literal["error", "skip"]
 
 
 class UserError(ValueError):
-    """Bad input or a bad setting. The message names the value, the limit and the remedy.
+    """Error for bad input or a bad setting. Its message names the value, the limit and the remedy.
 
     Scripts print it as one line and exit with status 1; everything else is a bug and keeps its
     traceback.

@@ -1,9 +1,9 @@
 """Training with float8 matrix products (`--fp8`), by torchao.
 
-Activations, weights and gradients are scaled, each tensor by its largest value, and cast to float8
-right before the products of the blocks' matrices; master weights, optimizer and everything else
-stay as they are. So names and checkpoints do not change, and a checkpoint continues with or without
-it. Embeddings, head (its loss is one function, in chunks) and the small gates keep their precision.
+Right before the products of the blocks' matrices, activations, weights and gradients are scaled
+(each tensor by its largest value) and cast to float8. Master weights, optimizer, parameter names
+and checkpoints do not change, so a run may be resumed with or without `--fp8`. Embeddings, the head
+(whose loss is one function, in chunks) and the small gates keep their precision.
 """
 
 import torch
@@ -13,13 +13,13 @@ from nanochat.errors import UserError
 from nanochat.gpt import GPT
 
 MULTIPLE = 16
-"""Of both sides of a matrix: what the GPU's float8 products ask for."""
+"""Number that must divide both sides of a matrix, for the GPU's float8 products."""
 CAPABILITY = (8, 9)
-"""The first CUDA architecture that has them: Ada, Hopper and later."""
+"""Compute capability of the first GPUs with float8 products (Ada; Hopper and later have them)."""
 
 
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
-    """UserError where --fp8 cannot be."""
+    """Raise UserError if the device or the dtype does not allow --fp8."""
     if device.type != "cuda":
         raise UserError(f"--fp8 needs a CUDA GPU, the device is {device.type}; leave --fp8 out")
     capability = torch.cuda.get_device_capability(device)
@@ -43,16 +43,16 @@ def is_convertible(module: nn.Module, name: str) -> bool:
 
 
 def convert_to_fp8(model: GPT, emulate: bool = False) -> int:
-    """Let the blocks' matrices multiply in float8; returns how many there are.
+    """Make the blocks' matrices multiply in float8; returns how many matrices do.
 
-    emulate: round to float8 and multiply in the activation dtype, on any device. Raises UserError
-    without torchao, and where no matrix has the right shape.
+    emulate: round to float8 but multiply in the activation dtype, on any device. Raises UserError
+    if torchao is missing or no matrix has the right shape.
     """
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError:
         raise UserError(
-            "--fp8 needs torchao, which is not installed: pip install -e '.[fp8]'"
+            "--fp8 needs torchao, which is not installed; install it: pip install -e '.[fp8]'"
         ) from None
     count = sum(is_convertible(module, name) for name, module in model.named_modules())
     if count == 0:
@@ -60,7 +60,7 @@ def convert_to_fp8(model: GPT, emulate: bool = False) -> int:
             f"--fp8 finds no matrix whose sides are multiples of {MULTIPLE} at a width of "
             f"{model.config.n_embd}; choose another --depth, --aspect-ratio or --head-dim"
         )
-    # pad_inner_dim: the number of tokens need not be a multiple.
+    # pad_inner_dim allows any number of tokens.
     settings = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
     convert_to_float8_training(model, module_filter_fn=is_convertible, config=settings)
     return count

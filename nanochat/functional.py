@@ -1,7 +1,8 @@
-"""Element-wise parts of the model, with derivatives that take few passes over the data on a CPU.
+"""Norm and activation of the model, with derivatives that read the data few times on a CPU.
 
-PyTorch's own `rms_norm` and `relu(x).square()` are chains of simple operations there: measured in
-bfloat16 they need 3.2 and 1.8 times as long, forward and backward. On CUDA its kernels are used.
+On a CPU, PyTorch's own `rms_norm` and `relu(x).square()` are chains of simple operations. They take
+3.2 and 1.8 times as long as these in bfloat16, forward and backward. On CUDA, PyTorch's kernels are
+used.
 """
 
 from typing import cast
@@ -20,16 +21,17 @@ def norm(x: torch.Tensor) -> torch.Tensor:
 
 
 def relu_squared(x: torch.Tensor) -> torch.Tensor:
-    """max(0, x)^2, the activation of arXiv 2109.08668."""
+    """Square of max(0, x), the activation of arXiv 2109.08668."""
     if x.device.type == "cuda" or not (torch.is_grad_enabled() and x.requires_grad):
         return F.relu(x).square()
     return cast(torch.Tensor, ReLUSquared.apply(x))  # type: ignore[no-untyped-call]
 
 
 class RMSNorm(torch.autograd.Function):
-    """y = x r with r = 1 / sqrt(mean(x^2) + eps); dx = r (dy - y mean(y dy)). Reduces in float32.
+    """RMSNorm with a derivative written by hand; means are taken in float32.
 
-    Keeps y, which a following matrix multiplication keeps as well, in the place of x.
+    y = x r with r = 1 / sqrt(mean(x^2) + eps), and dx = r (dy - y mean(y dy)). The backward pass
+    needs y and not x: the matrix multiplication that follows keeps y anyway.
     """
 
     @staticmethod
@@ -53,7 +55,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 class ReLUSquared(torch.autograd.Function):
-    """r^2 with r = max(0, x); the derivative is 2 r."""
+    """The activation r^2 with r = max(0, x); its derivative is 2 r."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor) -> torch.Tensor:

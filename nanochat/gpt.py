@@ -32,7 +32,7 @@ from nanochat.rope import apply_rope, extended_base, rope_table
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Everything that defines the function; saved in every checkpoint."""
+    """Settings that define the model's function; every checkpoint saves them."""
 
     vocab_size: int
     n_layer: int = 20
@@ -42,15 +42,15 @@ class GPTConfig:
     head_dim: int = 128
     context_length: int = 2048
     windows: tuple[int, ...] = ()
-    """Tokens each layer sees, itself included; 0 = all. Empty: all layers see all."""
+    """Tokens that a query of each layer sees, its own included; 0: all. Empty: 0 for all layers."""
     rope_base: float = 10000.0
     """Rotary base of layers without a window."""
     windowed_rope_base: float = 10000.0
-    """Rotary base of layers with a window: a longer context leaves it alone."""
+    """Rotary base of layers with a window; extending the context does not change it."""
     trained_context_length: int | None = None
-    """The context before it was first extended; None: never extended."""
+    """Context length before the first extension; None: never extended."""
     trained_rope_base: float | None = None
-    """rope_base before the context was first extended."""
+    """`rope_base` before the first extension of the context; None: never extended."""
     value_embeddings: bool = True
     residual_scalars: bool = True
     softcap: float = 15.0
@@ -68,19 +68,19 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """The vocabulary rounded up to a multiple of 64; the extra rows are never predicted."""
+        """Vocabulary size rounded up to a multiple of 64; the extra rows are never predicted."""
         return -(-self.vocab_size // 64) * 64
 
     def window(self, layer: int) -> int:
         return self.windows[layer] if self.windows else 0
 
     def has_value_embedding(self, layer: int) -> bool:
-        """Every other layer, the last one among them."""
+        """Return True for every second layer, counted back from the last one."""
         return self.value_embeddings and layer % 2 == (self.n_layer - 1) % 2
 
     @property
     def is_portable(self) -> bool:
-        """Whether transformers' `nanochat` model type computes the same function."""
+        """True if transformers' `nanochat` model type computes the same function."""
         plain = not (self.value_embeddings or self.residual_scalars or any(self.windows))
         return plain and self.head_dim * self.n_head == self.n_embd
 
@@ -96,7 +96,11 @@ def config_from_depth(
     window_pattern: str = "SSSL",
     portable: bool = False,
 ) -> GPTConfig:
-    """The one dial: width is 64 per layer, rounded up to the head size."""
+    """Build the configuration of a model of `depth` layers; the other settings follow from it.
+
+    The width is `aspect_ratio` channels per layer, rounded up to a multiple of `head_dim`. Raises
+    UserError for sizes below 1 and for a window pattern with other letters than S and L.
+    """
     for flag, value in (
         ("depth", depth),
         ("aspect-ratio", aspect_ratio),
@@ -129,13 +133,13 @@ def config_from_depth(
 def extend_context(
     config: GPTConfig, new_length: int, rope_scaling: Literal["abf", "none"] = "abf"
 ) -> GPTConfig:
-    """The same weights for a longer context; only the rotary base of full attention changes.
+    """Return the configuration of the same model with a longer context.
 
-    The base is raised from the one the model was first trained with, by the ratio of the new
-    context to the first one (`rope.extended_base`), so extending twice is extending once to the
-    final length, exactly. Layers with a window keep base and window: they look no farther than
-    before. rope_scaling="none" leaves the base alone, for comparison. The present length gives the
-    configuration back as it is.
+    Only the rotary base of layers without a window changes. `rope.extended_base` computes it from
+    the first base and the first context length, so extending twice gives exactly what extending
+    once to the final length gives. Layers with a window keep their base and window, because they
+    look no farther than before. rope_scaling="none" keeps the base, for comparison. The present
+    length returns the configuration unchanged; a shorter one raises UserError.
 
     >>> twice = extend_context(extend_context(GPTConfig(64), 4096), 8192)
     >>> twice == extend_context(GPTConfig(64), 8192)
@@ -169,14 +173,14 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def reset_parameters(self) -> None:
-        """Nothing: `GPT.init_weights` draws them, or a checkpoint brings them."""
+        """Do nothing: `GPT.init_weights` draws the weights, or a checkpoint brings them."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
-    """Not initialised: nn.Embedding's own drawing imports torch's compiler on the meta device."""
+    """An embedding with undefined weights: drawing them on meta would import torch's compiler."""
     embedding: nn.Embedding = nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
     return embedding
 
@@ -244,7 +248,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Call `init_weights(seed)` before training: the constructor leaves parameters undefined."""
+    """The whole model. Its constructor leaves parameters undefined; `init_weights` draws them."""
 
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -252,7 +256,7 @@ class GPT(nn.Module):
         self.compute_dtype = compute_dtype
         self.recompute = False
         self.backend: str | None = None
-        """Attention backend; None: the best for device and dtype."""
+        """Attention backend; None: the fastest one for device and dtype."""
         V, C = config.padded_vocab_size, config.n_embd
         self.embedding = _embedding(V, C)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
@@ -273,8 +277,9 @@ class GPT(nn.Module):
     def init_weights(self, seed: int = 0) -> "GPT":
         """Draw every parameter from one seeded stream, the same on any device; returns self.
 
-        Matrices uniform in +-sqrt(3)/sqrt(C) (standard deviation 1/sqrt(C)), output projections and
-        gates zero, head normal 0.001, embeddings normal 0.8 (value embeddings like matrices).
+        Matrices and value embeddings are uniform in +-sqrt(3)/sqrt(C) (standard deviation
+        1/sqrt(C)). Output projections and gates are zero. The head is normal with standard
+        deviation 0.001, the embedding normal with 0.8.
         """
         generator = torch.Generator().manual_seed(seed)
         bound = math.sqrt(3 / self.config.n_embd)
@@ -301,7 +306,7 @@ class GPT(nn.Module):
         return self.embedding.weight.device
 
     def num_parameters(self) -> dict[str, int]:
-        """Parameters by group, padding rows of the vocabulary included."""
+        """Count the parameters of each group; padding rows of the vocabulary are included."""
         blocks = sum(p.numel() for p in self.blocks.parameters())
         gates = sum(p.numel() for n, p in self.blocks.named_parameters() if "value_gate" in n)
         return {
@@ -316,8 +321,9 @@ class GPT(nn.Module):
     def flops_per_token(self, context_length: int | None = None) -> int:
         """Training FLOPs (forward and backward) per token of a full row, matmuls only.
 
-        6 per matrix parameter; attention 12 * H * D per visible key, with the mean number of keys
-        a causal (windowed) query sees in a row of one document (PaLM, arXiv 2204.02311, app. B).
+        A matrix costs 6 per parameter. Attention costs 12 * H * D per visible key; the number of
+        keys is the mean over the causal (windowed) queries of a row that holds one document
+        (PaLM, arXiv 2204.02311, app. B).
         """
         T = context_length or self.config.context_length
         counts = self.num_parameters()
@@ -341,7 +347,7 @@ class GPT(nn.Module):
         return make_layout(doc_ids, (shape[0], shape[1]), windows, backend, self.device, boundaries)
 
     def _rotary(self, positions: torch.Tensor) -> dict[bool, tuple[torch.Tensor, torch.Tensor]]:
-        """Windowed? -> cosines and sines (..., 1, D/2) in the compute dtype."""
+        """Cosines and sines (..., 1, D/2) in the compute dtype, keyed by "has a window"."""
         bases = {False: self.config.rope_base, True: self.config.windowed_rope_base}
         tables = {}
         for windowed, base in bases.items():
@@ -355,7 +361,7 @@ class GPT(nn.Module):
     def _trunk(
         self, ids: torch.Tensor, positions: torch.Tensor, attention: Callable[..., torch.Tensor]
     ) -> torch.Tensor:
-        """ids (B, T) -> normalised hidden states (B, T, C) in the compute dtype."""
+        """Compute normalised hidden states (B, T, C) of ids (B, T), in the compute dtype."""
         rotary = self._rotary(positions)
         x = norm(self.embedding(ids).to(self.compute_dtype))
         first = x
@@ -374,7 +380,7 @@ class GPT(nn.Module):
         return norm(x)
 
     def hidden(self, ids: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """ids (B, T) -> (B, T, C): what the head reads."""
+        """Compute the hidden states (B, T, C) of ids (B, T), which the head reads."""
 
         def attention(
             q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, window: int
@@ -385,7 +391,7 @@ class GPT(nn.Module):
         return self._trunk(ids, positions, attention)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., C) -> softcapped float32 logits (..., V) over the real vocabulary."""
+        """Compute softcapped float32 logits (..., V) of hidden (..., C), padding rows left out."""
         raw = self.head(hidden)[..., : self.config.vocab_size].float()
         return self.config.softcap * torch.tanh(raw / self.config.softcap)
 
@@ -396,10 +402,11 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         counts: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits (B, T, V) float32 after each of ids (B, T).
+        """Compute logits (B, T, V) float32 after each of ids (B, T).
 
         With a cache, row b's first counts[b] ids (all of them by default) continue what the cache
-        holds; the rest of the row is padding, its logits are meaningless.
+        holds. The rest of the row is padding, and its logits are meaningless. Rows longer than the
+        context raise UserError.
         """
         self._check_length(ids.shape[1], cache)
         if cache is None:
@@ -409,7 +416,7 @@ class GPT(nn.Module):
     def next_logits(
         self, ids: torch.Tensor, cache: KVCache, counts: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(B, V) float32: logits after each row's last valid token, appending ids to the cache."""
+        """Append ids to the cache; return float32 logits (B, V) after each row's last valid id."""
         self._check_length(ids.shape[1], cache)
         hidden = self._cached_hidden(ids, cache, counts)
         if counts is None:
@@ -467,11 +474,11 @@ class GPT(nn.Module):
     ) -> torch.Tensor:
         """Negative log-likelihood (B, T) float32 in nats; 0 where the target is -1.
 
-        Under softmax(logits / temperature): reinforcement learning scores its samples as they were
-        drawn. The head runs in chunks and again in the backward pass, so that (B*T, V) logits never
-        exist at once. Longer rows than the context, and a temperature so low that exponentials of
-        float32 overflow, raise UserError. `boundaries` are those of a Batch: with them
-        nothing waits for a GPU.
+        The distribution is softmax(logits / temperature): reinforcement learning scores its samples
+        at the temperature they were drawn at. The head runs in chunks, and again in the backward
+        pass, so that (B*T, V) logits never exist at once. Rows longer than the context raise
+        UserError, and so does a temperature so low that float32 exponentials overflow. `boundaries`
+        are those of a Batch; without them the host waits for a GPU to find them in doc_ids.
         """
         layout = self._loss_layout(inputs, doc_ids, temperature, boundaries)
         return self.token_losses(inputs, targets, layout, temperature)
@@ -485,10 +492,11 @@ class GPT(nn.Module):
         temperature: float = 1.0,
         boundaries: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """sum(weights * nll), a scalar: what training minimises. All arguments (B, T).
+        """Weighted sum of the losses, a scalar: the objective of training.
 
-        Equal to `(weights * nll(...)).sum()`, but as the weights are known beforehand, the gradient
-        of the logits is computed beside them: the head is not run again in the backward pass.
+        inputs, targets, weights and doc_ids are (B, T). The value is `(weights * nll(...)).sum()`.
+        As the weights are known beforehand, the gradient of the logits is computed in the forward
+        pass, and the head does not run again in the backward pass. Errors are those of `nll`.
         """
         layout = self._loss_layout(inputs, doc_ids, temperature, boundaries)
         return self.summed_loss(inputs, targets, weights, layout, temperature)
@@ -541,12 +549,12 @@ class GPT(nn.Module):
         return losses.view_as(targets)
 
     def compile_loss(self) -> None:
-        """Compile the loss graph; the layout stays outside, so documents never recompile it.
+        """Compile the loss graph. The layout stays outside, so new documents never recompile it.
 
         Each shape has a graph of its own: training and evaluation, every length of a
-        `--context-schedule`, every doubling of the documents in a batch.
+        `--context-schedule`, every doubling of the number of documents in a batch.
         """
-        # By default the ninth graph of a run would be an error.
+        # torch's default limit would make the ninth graph of a run an error.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
         self.token_losses = torch.compile(self._token_losses, fullgraph=True, dynamic=False)
         self.summed_loss = torch.compile(self._summed_loss, fullgraph=True, dynamic=False)

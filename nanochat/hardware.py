@@ -14,20 +14,20 @@ import torch
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run is planned for."""
+    """Facts about the machine that a plan depends on."""
 
     device_type: str
-    """cpu, cuda or mps."""
+    """Type of the device: cpu, cuda or mps."""
     dtype: torch.dtype
     """Activation dtype."""
     world_size: int = 1
-    """Ranks."""
+    """Number of ranks."""
     memory_limit: int | None = None
-    """Bytes a rank may use; None where no limit is known."""
+    """Bytes that a rank may use; None if no limit is known."""
 
 
 def physical_cores() -> int:
-    """Cores this process may run on, hyper-threads counted once where Linux tells."""
+    """Number of cores this process may use; on Linux, two hyper-threads count as one core."""
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     allowed = os.sched_getaffinity(0)
@@ -42,10 +42,10 @@ def physical_cores() -> int:
 
 
 def machine_memory(root: Path = Path("/")) -> int | None:
-    """Bytes of memory this process may use: the machine's, or fewer where a container says so.
+    """Bytes of memory this process may use: the machine's, or less if a container has a limit.
 
-    None where it is not known (Windows). Control groups of both versions are asked, the process's
-    own and those around it: each may hold a limit. `root` is that of the file system.
+    The result is None if it is not known (Windows). Limits are read from the process's control
+    group and all groups around it, in versions 1 and 2. `root` is the root of the file system.
     """
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -65,23 +65,23 @@ def machine_memory(root: Path = Path("/")) -> int | None:
         for place in (folder, *folder.parents):
             if not place.is_relative_to(top):
                 break
-            with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            with contextlib.suppress(OSError, ValueError):  # no such file, or its content is "max"
                 memory = min(memory, int((place / name).read_text()))
     return memory
 
 
 ONEDNN_KERNELS = 128
-"""Kernels that oneDNN keeps, each for one shape of one operation and about 0.6 MiB large."""
+"""Number of kernels that oneDNN caches. Each is for one shape of one operation, about 0.6 MiB."""
 
 
 def tune_cpu(local_processes: int = 1) -> None:
-    """Use all physical cores, keep freed memory mapped between steps, and few kernels.
+    """Use all physical cores, keep freed memory mapped between steps, and cache few kernels.
 
-    glibc hands large activations back to the kernel at once and faults them in anew at every step;
-    raising its thresholds was measured to gain 20-50 % of the training throughput.
+    By default glibc returns large activations to the system at once, and every step has to map them
+    again. Raising its thresholds made training 20-50 % faster in a measurement.
 
-    oneDNN would keep 1,024 kernels, torch as many: prompts of ever new lengths then fill a GiB
-    with the smallest of models. Both read their limit when they are first used.
+    By default oneDNN caches 1,024 kernels, and torch as many. Prompts of many different lengths
+    then fill a GiB even with the smallest model. Both read their limit when they are first used.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(ONEDNN_KERNELS))
@@ -97,20 +97,21 @@ def tune_cpu(local_processes: int = 1) -> None:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of GPU (vendors' data sheets)."""
+    """Data of one kind of GPU, from the vendors' data sheets."""
 
     teraflops: float
-    """Dense bf16 matmul peak; fp16 where the card has no bf16 (T4, V100)."""
+    """Dense bf16 matmul peak in TFLOP/s; that of fp16 if the card has no bf16 (T4, V100)."""
     gigabytes: float
-    """Memory, in units of 10^9 bytes."""
+    """Memory, in 10^9 bytes."""
     bandwidth: float
-    """Of that memory, in 10^9 bytes a second."""
+    """Bandwidth of the memory, in 10^9 bytes a second."""
     price: float
-    """Rough US dollars for an hour of one card at a cloud; `plan --price-per-hour` says yours."""
+    """Rough price of one card for an hour in a cloud, in US dollars; `plan --price-per-hour`
+    replaces it."""
 
     @property
     def peak(self) -> float:
-        """FLOP/s."""
+        """Peak in FLOP/s."""
         return self.teraflops * 1e12
 
 
@@ -139,31 +140,31 @@ GPUS = {
     "T4": Gpu(65, 16, 320, 0.35),
     "V100": Gpu(125, 32, 900, 0.6),
 }
-"""By the name in the driver's name of the device. The A100 and the V100 also exist with half the
-memory: `plan --gpu-memory` says so, a run asks the card."""
+"""GPUs by a name that is part of the driver's name of the device. The A100 and the V100 also exist
+with half the memory; `plan --gpu-memory` tells the planner, and a run asks the card."""
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak in FLOP/s, None where it is not known."""
+    """Dense bf16 peak of the device in FLOP/s; None if it is not known."""
     if device.type != "cuda":
         return None
     return peak_of(torch.cuda.get_device_name(device))
 
 
 def peak_of(name: str) -> float | None:
-    """The peak of a device by its name: of the longest entry that is in it as whole words."""
+    """Peak, in FLOP/s, of the longest name in GPUS that is part of `name`; None if none is."""
     if "Laptop" in name:
-        return None  # less than the card of the same name
+        return None  # a laptop's GPU is slower than the card of the same name
     found = [key for key in GPUS if re.search(rf"\b{re.escape(key)}\b", name)]
     return GPUS[max(found, key=len)].peak if found else None
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory so far: of the allocator on CUDA, of the process (resident set) elsewhere."""
+    """Peak memory so far, in bytes: that of the allocator on CUDA, else of the process (RSS)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
-        return 0  # not known: the resource module is Unix only
+        return 0  # not known: the resource module exists on Unix only
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -171,13 +172,13 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def describe_processor() -> str:
-    """What the last bits of a result depend on: processor, threads, version of torch."""
+    """Describe what the last bits of a result depend on: processor, threads, version of torch."""
     threads = torch.get_num_threads()
     return f"{processor()}, {threads} threads, torch {torch.__version__}"
 
 
 def processor() -> str:
-    """The CPU's model name, as far as the system tells."""
+    """Model name of the CPU, as the system reports it."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.split(":", 1)[1].strip() for line in file if "model name" in line)

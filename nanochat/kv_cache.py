@@ -1,8 +1,8 @@
-"""Keys and values of what was read so far, per layer, with a position of its own for every row.
+"""Cache of the keys and values of the tokens read so far; every row has a length of its own.
 
-B rows, K key/value heads, S slots (capacity), D head dim
+B rows, T new tokens, K key/value heads, S slots (capacity), D head dim
 
-A list of per-layer tensors, not slices of one stacked tensor: the latter was measured nine times
+The cache is a list of tensors, one per layer. Slices of one stacked tensor were measured nine times
 slower to decode under torch.compile.
 """
 
@@ -14,26 +14,27 @@ import torch
 
 @dataclass(frozen=True)
 class Reading:
-    """Where T more tokens per row go, and what they see."""
+    """A plan for T new tokens per row: where their keys and values go, and what they see."""
 
     positions: torch.Tensor
-    """(B, T): their places in the rows; padding that does not fit is at the capacity."""
+    """Positions (B, T) of the new tokens in their rows. Padding that does not fit gets S."""
     slots: torch.Tensor
-    """(B * T * K,): where their keys and values go, in a layer's vectors numbered (B, K, S)."""
+    """Indices (B * T * K,) of the new vectors among a layer's B * K * S vectors."""
     biases: dict[int, torch.Tensor]
-    """Per window size (0 = none): (B, 1, T, S), 0 where attended and -inf elsewhere."""
+    """Biases (B, 1, T, S) by window size (0: no window), 0 where attended and -inf elsewhere."""
     column: int | None = None
-    """The position of all rows, if they go on with one token at the same one."""
+    """The position, if every row gets one token at the same position."""
 
 
 class KVCache:
-    """Room for `capacity` tokens in each of `batch_size` rows.
+    """Keys and values of up to `capacity` tokens in each of `batch_size` rows.
 
-    `lengths` (B,) int64 counts the tokens each row holds; slots at and beyond it hold garbage that
-    no query sees, so appending right-padded tokens is harmless.
+    `lengths` (B,) int64 counts the tokens of each row. Slots from there on hold garbage that no
+    query sees, so right-padded tokens may be appended.
 
-    `shortest` and `longest` bound `lengths` from below and above. They are known without asking the
-    device, and let a reader skip what no row needs. Whoever knows the lengths may tighten them.
+    `shortest` and `longest` bound `lengths` from below and above. The host knows them without
+    asking the device, and skips slots that no row needs. A caller that knows the lengths may
+    tighten them.
     """
 
     def __init__(
@@ -47,9 +48,9 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        # One slot beyond the capacity takes the padding that would not fit; a multiple of 8 lets
-        # GPU kernels read masks aligned. Zeros, since a masked slot still enters a product, and 0
-        # times whatever memory held may be NaN.
+        # One slot beyond the capacity takes the padding that would not fit. A multiple of 8 keeps
+        # masks aligned for GPU kernels. The slots start as zeros: a masked slot still enters a
+        # product, and 0 times uninitialised memory may be NaN.
         shape = (batch_size, n_kv_head, capacity // 8 * 8 + 8, head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layer)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layer)]
@@ -61,7 +62,7 @@ class KVCache:
         self.pinned = False
 
     def pin(self) -> None:
-        """Promise compiled graphs, which write to the cache, that its memory stays where it is."""
+        """Tell compiled graphs, which write to the cache, that its memory never moves."""
         for tensor in (self.lengths, *self.keys, *self.values):
             torch._dynamo.mark_static_address(tensor)
         self.pinned = True
@@ -73,9 +74,10 @@ class KVCache:
     def read(
         self, T: int, counts: torch.Tensor | None, windows: set[int], dtype: torch.dtype
     ) -> Reading:
-        """Plan for T more tokens per row, of which the first counts (B,) are no padding.
+        """Plan T more tokens per row, of which the first counts (B,) are real and the rest padding.
 
-        A token sees itself and the window - 1 tokens before it (0: all). Padding may see anything.
+        A token sees itself and the window - 1 tokens before it (window 0: all). Padding may see
+        anything. Raises ValueError if T tokens do not fit.
         """
         if self.shortest + (T if counts is None else 0) > self.capacity:
             raise ValueError(f"{T} more tokens do not fit into a cache of {self.capacity}")
@@ -103,17 +105,17 @@ class KVCache:
         self.widen_bounds(T, counts)
 
     def widen_bounds(self, T: int, counts: torch.Tensor | None) -> None:
-        """`advance` for the bounds alone, where something else has counted."""
+        """Advance only `shortest` and `longest`; a compiled graph has advanced `lengths`."""
         self.shortest += T if counts is None else 0
         self.longest = min(self.longest + T, self.capacity)
 
     def reset(self, rows: torch.Tensor | slice = slice(None)) -> None:
-        """Forget these rows."""
+        """Empty these rows."""
         self.lengths[rows] = 0
         self.shortest = 0
 
     def head(self, rows: int) -> "KVCache":
-        """The first rows as a cache that shares this one's memory (its bounds are its own)."""
+        """Return the first rows as a cache that shares this one's memory, with its own bounds."""
         view = object.__new__(KVCache)
         view.keys = [t[:rows] for t in self.keys]
         view.values = [t[:rows] for t in self.values]
@@ -126,9 +128,10 @@ class KVCache:
     def copy_rows(
         self, other: "KVCache", sources: list[int], targets: list[int], length: int
     ) -> None:
-        """Row targets[i] gets the first `length` slots and the length of row sources[i] of `other`.
+        """Copy the first `length` slots and the length of row sources[i] of `other` to targets[i].
 
-        `length` is at least the longest of those rows. `other` may be this cache.
+        `length` must be at least the longest of those rows. `other` may be this cache. Raises
+        ValueError if `length` exceeds the capacity.
         """
         if length > self.capacity:
             raise ValueError(f"{length} cached tokens do not fit into {self.capacity}")
@@ -142,7 +145,7 @@ class KVCache:
         self.longest = max(self.longest, min(other.longest, length))
 
     def load(self, other: "KVCache") -> None:
-        """Take over the rows and tokens of another cache that fit; the other rows become empty."""
+        """Copy the rows and tokens of another cache that fit; the remaining rows become empty."""
         rows = min(self.batch_size, other.batch_size)
         length = min(self.capacity, other.capacity, other.longest)
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
@@ -161,7 +164,7 @@ def plan_reading(
     windows: set[int],
     dtype: torch.dtype,
 ) -> Reading:
-    """Where T tokens go behind each row's lengths (B,), in a cache with (K, S) vectors per row."""
+    """Plan T tokens after each row's lengths (B,); shape is the (K, S) of the cache's rows."""
     K, S = shape
     device = lengths.device
     positions = lengths[:, None]
@@ -182,6 +185,6 @@ def plan_reading(
 
 
 def write(vectors: torch.Tensor, slots: torch.Tensor, new: torch.Tensor) -> None:
-    """new (B, T, K, D) to a `Reading`'s slots of vectors (B, K, S, D)."""
+    """Write new (B, T, K, D) to a `Reading`'s slots of vectors (B, K, S, D), in place."""
     D = vectors.shape[3]
     vectors.view(-1, D).index_copy_(0, slots, new.reshape(-1, D).to(vectors.dtype))

@@ -14,8 +14,8 @@ def lion_update(
 ) -> None:
     """Update parameter and momentum in place; all three have one shape.
 
-    Every element moves by lr, in the direction of sign(beta1 m + (1 - beta1) g). Rates are
-    therefore 3 to 10 times smaller than AdamW's, and decay as much larger.
+    Every element moves by lr against sign(beta1 m + (1 - beta1) g). Learning rates are therefore 3
+    to 10 times smaller than AdamW's, and weight decay is larger by the same factor.
     """
     beta1, beta2 = betas
     direction = momentum.lerp(gradient, 1 - beta1).sign_()

@@ -1,7 +1,7 @@
-"""What a run says: the console, metrics.jsonl, and wandb where the user named a run.
+"""Log of a run: progress lines on the console, metrics.jsonl, and wandb with `--wandb`.
 
-metrics.jsonl holds one JSON object a line with a "kind": start, train, eval, sample or end. A
-resumed run appends; where a step appears twice, the later line counts.
+metrics.jsonl holds one JSON object per line. "kind" is start, train, eval, sample or end. A resumed
+run appends; if a step appears twice, the later line counts.
 """
 
 import json
@@ -29,7 +29,7 @@ CONSOLE_EVERY = 5.0
 
 
 def commit() -> str | None:
-    """The checkout this code runs from, if it is one."""
+    """Git commit of the checkout that this code runs from; None if it is not a checkout."""
     try:
         result = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"],
@@ -60,7 +60,7 @@ def describe_runtime(runtime: Runtime) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; lines that a kill or a full disk tore are left out."""
+    """Read the records of a metrics.jsonl; lines cut off by a kill or a full disk are left out."""
     records = []
     try:
         lines = path.read_bytes().splitlines()
@@ -77,7 +77,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def check_wandb() -> None:
-    """Raise UserError where `--wandb` cannot work, before anything is computed."""
+    """Raise UserError if `--wandb` cannot work; called before anything is computed."""
     try:
         import wandb
     except ImportError:
@@ -90,7 +90,7 @@ def check_wandb() -> None:
 
 
 class RunLog:
-    """The log of one stage; every rank may call it, rank 0 writes."""
+    """Log of one run; every rank may call it, only rank 0 writes."""
 
     def __init__(
         self, stage: str, tag: str, runtime: Runtime, plan: Plan, wandb_run: str | None = None
@@ -137,7 +137,7 @@ class RunLog:
             self.runtime.print(f"resuming after step {state.step}")
 
     def _begin(self, afresh: bool) -> None:
-        """Remove what a run left that never saved; of one that goes on, a line torn at the end."""
+        """Remove the log of a run that never saved; or, if resumed, an incomplete last line."""
         if afresh:
             self.path.unlink(missing_ok=True)
         elif self.path.is_file():
@@ -153,15 +153,16 @@ class RunLog:
         lr_multiplier: float,
         more: Mapping[str, float] | None = None,
     ) -> None:
-        """Record a finished step; `state` already counts it. `more` is what else it measured.
+        """Record a finished step; `state` already counts it. `more` are further measurements.
 
-        Tokens per second, and MFU, are of steps alone; `elapsed_seconds` has the rest.
+        Tokens per second and MFU (share of the device's peak FLOPs) count the time inside steps
+        only; `elapsed_seconds` counts all time.
         """
         speed = stats.tokens / stats.seconds
         record: dict[str, Any] = {
             "kind": "train",
             "step": state.step,
-            # Without a target there is no loss: a rollout whose answers are all alike.
+            # A step without targets has no loss: all answers of a rollout got the same reward.
             **({"loss": stats.loss} if stats.targets else {}),
             "lr": lr_multiplier,
             "targets": stats.targets,
@@ -179,7 +180,7 @@ class RunLog:
         if stats.skipped:
             record["skipped"] = True
         self._write(record)
-        # A debiased moving average, over the steps with a loss that this process has seen.
+        # Debiased moving average over the steps of this process that had a loss.
         if stats.targets:
             self.smooth = 0.95 * self.smooth + 0.05 * stats.loss
             self.smooth_steps += 1

@@ -2,16 +2,17 @@
 
 N tokens, C channels, V vocabulary, V' its padded rows
 
-With s = sigmoid(2 z / softcap), which costs half of tanh, the capped logit of z is
-softcap (2 s - 1) and its derivative 4 s (1 - s). The factor 2 / softcap goes into the head's cast
-weight, other factors of a row are applied where rows are short: to the hidden states. Capped logits
-are so small that their exponentials need no maximum subtracted.
+A logit z is capped to softcap * tanh(z / softcap). With s = sigmoid(2 z / softcap), which costs
+half as much as tanh, this is softcap (2 s - 1), and the derivative is 4 s (1 - s). The factor
+2 / softcap is multiplied into the head's cast weight. Factors that belong to a token are applied to
+its hidden state, which is shorter than its row of logits. Capped logits are so small that no
+maximum has to be subtracted before their exponentials.
 
-A matrix multiplication likes chunks of many tokens, what follows it likes data that stay in the
-cache: a chunk's logits are turned into their gradient block by block.
+The matrix multiplication is fastest on chunks of many tokens. The operations after it are fastest
+on data that stay in the cache, so a chunk's logits become their gradient block by block.
 
-Both losses are operators of their own (`torch.library`), which `torch.compile` leaves whole. A
-compiler that sees the loop over chunks moves all its products to the front and keeps the logits of
+Both losses are operators of their own (`torch.library`), and `torch.compile` does not look inside
+them. If it saw the loop over chunks, it would move all products to the front and keep the logits of
 all chunks at once.
 """
 
@@ -22,23 +23,23 @@ import torch
 import torch.nn.functional as F
 
 LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**28}
-"""Logits (tokens x vocabulary) that exist at once, in the compute dtype: 512 MiB on a GPU. The
-head's float32 gradient is read and written once for each chunk, so fewer chunks are faster."""
+"""Logits of a chunk (tokens x vocabulary), in the compute dtype: 512 MiB on a GPU. The head's
+float32 gradient is read and written once per chunk, so fewer chunks are faster."""
 LOGITS_PER_BLOCK = {"cpu": 2**20, "cuda": 2**25}
-"""Those of them that are in float32 at once, up to four times: 16 MiB on a CPU, 512 on a GPU."""
+"""Logits of a block, in float32, in up to four copies: 16 MiB on a CPU, 512 MiB on a GPU."""
 LEAST_TOKENS, LEAST_BLOCK = 64, 16
 MAX_EXPONENT = 60.0
-"""Exponentials reach exp(2 softcap / temperature); a sum of 2^24 such still fits."""
+"""Limit of 2 softcap / temperature: the sum of 2^24 exponentials of it still fits in float32."""
 
 
 def chunk_tokens(vocab_size: int, device_type: str) -> int:
-    """Tokens of a chunk."""
+    """Number of tokens in a chunk."""
     logits = LOGITS_PER_CHUNK.get(device_type, LOGITS_PER_CHUNK["cuda"])
     return max(LEAST_TOKENS, logits // vocab_size)
 
 
 def block_tokens(vocab_size: int, device_type: str) -> int:
-    """Tokens of a block, at most those of a chunk."""
+    """Number of tokens in a block, at most that of a chunk."""
     logits = LOGITS_PER_BLOCK.get(device_type, LOGITS_PER_BLOCK["cuda"])
     return min(chunk_tokens(vocab_size, device_type), max(LEAST_BLOCK, logits // vocab_size))
 
@@ -56,7 +57,7 @@ def _capped(
 
 
 def _gradient(probabilities: torch.Tensor, s: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """(p - one-hot) s (1 - s), overwriting p. p and s (t, V), targets (t, 1)."""
+    """Compute (p - one-hot) s (1 - s) in the memory of p. p and s are (t, V), targets (t, 1)."""
     minus_one = s.new_full((1, 1), -1.0).expand_as(targets)
     probabilities.scatter_add_(1, targets, minus_one)
     result: torch.Tensor = torch.ops.aten.sigmoid_backward(probabilities, s)
@@ -72,7 +73,7 @@ def _token_losses(
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses (N,) and the logarithms of the softmax's denominators (N,), both float32."""
-    height = softcap / temperature  # what the capped and tempered logits stay below
+    height = softcap / temperature  # the bound of the capped logits divided by the temperature
     cast = _capped(hidden, weight, softcap, vocab_size)
     kind = hidden.device.type
     losses, normalizers = [], []
@@ -128,7 +129,7 @@ def _summed_loss(
     vocab_size: int,
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss, a float32 scalar, and its gradients: hidden's (N, C), weight's (V', C) float32."""
+    """Compute the loss, a float32 scalar, and the gradients of hidden (N, C) and weight (V', C)."""
     height = softcap / temperature
     cast = _capped(hidden, weight, softcap, vocab_size)
     kind = hidden.device.type
@@ -227,11 +228,12 @@ def softcapped_losses(
     vocab_size: int,
     temperature: float = 1.0,
 ) -> torch.Tensor:
-    """hidden (N, C), weight (V', C) with V' >= V rows, targets (N,) with -1 ignored -> (N,).
+    """Compute each token's loss (N,) in nats; targets of -1 are ignored and give 0.
 
-    Equal to F.cross_entropy(softcap * tanh(hidden @ weight.T / softcap) / temperature), the test's
-    slow twin. The backward pass computes each chunk's logits again, so that (N, V) logits never
-    exist at once.
+    hidden is (N, C), weight (V', C) with V' >= V rows, targets (N,). The result equals
+    F.cross_entropy(softcap * tanh(hidden @ weight.T / softcap) / temperature, targets), which the
+    tests compare with. The backward pass computes each chunk's logits again, so that (N, V) logits
+    never exist at once.
     """
     losses: torch.Tensor = _token_losses_op(
         hidden, weight, targets, softcap, vocab_size, temperature
@@ -248,11 +250,11 @@ def summed_softcapped_loss(
     vocab_size: int,
     temperature: float = 1.0,
 ) -> torch.Tensor:
-    """sum(weights * softcapped_losses), a scalar, whose gradient is computed in the forward pass.
+    """Sum of weights * softcapped_losses, a scalar; the forward pass computes its gradient too.
 
-    weights (N,); the others as in `softcapped_losses`. Saves a quarter of the head's arithmetic and
-    half of the exponentials; the price is to keep the head's gradient, (V', C), until the backward
-    pass.
+    weights is (N,); the other arguments are those of `softcapped_losses`. This saves a quarter of
+    the head's arithmetic and half of the exponentials. In return, the head's gradient (V', C) is
+    kept until the backward pass.
     """
     total: torch.Tensor = _summed_loss_op(
         hidden, weight, targets, weights, softcap, vocab_size, temperature

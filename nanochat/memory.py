@@ -1,4 +1,4 @@
-"""How much memory training takes, known before it starts; what to set where it ran out.
+"""Estimate of the memory that training needs, and advice when memory ran out.
 
 B batch, T time, C channels, V vocabulary
 """
@@ -15,45 +15,45 @@ from nanochat.loss import block_tokens, chunk_tokens
 from nanochat.optim import KINDS
 
 RUNTIME = {"cpu": 380 * 2**20, "cuda": 2**30}
-"""Python, torch and what they load; on a GPU the allocator's gaps and cuBLAS's workspaces."""
+"""Bytes for Python, torch and their libraries; on a GPU, for the allocator's gaps and cuBLAS."""
 CUDA_CONTEXT = 512 * 2**20
-"""Kernels and the driver's own memory, outside the allocator."""
+"""Bytes of GPU memory for kernels and the driver, outside torch's allocator."""
 NCCL_BUFFERS = 512 * 2**20
-"""Channels to the other ranks, outside the allocator."""
+"""Bytes of GPU memory for NCCL's channels to other ranks, outside torch's allocator."""
 HOLES = 0.9
-"""On CPUs: what lies idle between activations, as a share of those of one size. glibc before 2.38
-cannot put an aligned block into the hole that one of the same size left."""
+"""Unused gaps between activations on a CPU, as a share of the activations of one size. glibc before
+2.38 cannot put an aligned block into the gap that a block of the same size left."""
 
 
 def meta_model(config: GPTConfig, dtype: torch.dtype = torch.float32) -> GPT:
-    """The model without its memory, to count things."""
+    """Build the model on the meta device: shapes without memory, for counting."""
     with torch.device("meta"):
         return GPT(config, dtype)
 
 
 @functools.cache
 def parameter_counts(config: GPTConfig) -> dict[str, int]:
-    """As `GPT.num_parameters`."""
+    """Count the parameters of each group without building the model, as `GPT.num_parameters`."""
     return meta_model(config).num_parameters()
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A micro-batch as far as memory goes."""
+    """Size of a micro-batch, as far as memory depends on it."""
 
     rows: int
     sequence_length: int
     """Tokens per row."""
     recompute: bool = False
-    """Whether the blocks' activations are computed again in the backward pass."""
+    """True: the backward pass computes the blocks' activations again instead of keeping them."""
 
 
 @functools.cache
 def saved_for_backward(config: GPTConfig, shape: Shape, dtype: torch.dtype, backend: str) -> int:
-    """Bytes that autograd keeps between a forward and a backward pass, parameters aside.
+    """Bytes that autograd keeps between forward and backward pass, without the parameters.
 
-    Counted, not guessed: the loss is computed on tensors without memory, and autograd tells what it
-    saves. So a change of the model changes the plan.
+    The loss is computed on meta tensors, and autograd's hooks count what it saves. The estimate
+    therefore follows every change of the model.
     """
     rows, T, recompute = shape.rows, shape.sequence_length, shape.recompute
     model = meta_model(config, dtype)
@@ -76,7 +76,7 @@ def saved_for_backward(config: GPTConfig, shape: Shape, dtype: torch.dtype, back
         model.summed_loss(ids, ids, ids.float(), layout)
     kept = sum(storage.nbytes() for storage in storages.values())
     if recompute:
-        # The blocks' inputs are kept by the checkpoints themselves, and one block is run again.
+        # Checkpointing keeps the blocks' inputs, and one block at a time is run again.
         half = dtype.itemsize
         values = config.n_kv_head * config.head_dim
         layers = [config.has_value_embedding(layer) for layer in range(config.n_layer)]
@@ -89,11 +89,11 @@ def saved_for_backward(config: GPTConfig, shape: Shape, dtype: torch.dtype, back
 def estimate_memory(
     config: GPTConfig, shape: Shape, machine: Machine, optimizer: str = "muon"
 ) -> dict[str, int]:
-    """Bytes a rank needs in training, by kind; "total" last.
+    """Bytes that a rank needs in training, by kind; the last entry is "total".
 
-    For a GPU the device's memory, for a CPU all that the process needs, what a checkpoint under way
-    holds included. optimizer: of the block matrices. Checked against real runs by
-    benchmarks/memory.py, on CPUs.
+    For a GPU this is the device's memory. For a CPU it is all memory of the process, including the
+    copy that a checkpoint being written holds. `optimizer` is the rule of the block matrices.
+    benchmarks/memory.py compares the estimate with real runs on CPUs.
     """
     rows, T, recompute = shape.rows, shape.sequence_length, shape.recompute
     C, V = config.n_embd, config.padded_vocab_size
@@ -108,12 +108,12 @@ def estimate_memory(
     )
     per_matrix, per_other = (sum(KINDS[kind].state.values()) for kind in (optimizer, "adamw"))
     shard = 4 * (per_matrix * matrices + per_other * (parameters - matrices)) // world_size
-    # Muon on the MLP's stack: update, its cast, the polynomial's terms.
+    # Muon on the MLP's stack needs the update, its cast, and the polynomial's terms.
     stack = 4 * C * C * -(-config.n_layer // world_size)
-    # The head's gradient scaled, or a table's, before it is added to what is there.
+    # The gradient of the head, or of an embedding, before it is added to the existing gradient.
     tables = 4 * V * max(C, config.n_kv_head * config.head_dim)
     windows = len({config.window(layer) for layer in range(config.n_layer)})
-    # Gradients on their way back through the widest part of a block, and masks on CPUs.
+    # Gradients of the widest part of a block in the backward pass, and masks on CPUs.
     backward = rows * T * (half * 12 * C + (windows * T if on_cpu else 0))
     activations = rows * (two - one) + backward
     if on_cpu:
@@ -122,7 +122,7 @@ def estimate_memory(
             for layer in range(1 if recompute else config.n_layer)
             for start, end, first in query_blocks(T, config.window(layer))
         ]
-        probabilities = rows * config.n_head * half * sum(seen)  # of another size in each block
+        probabilities = rows * config.n_head * half * sum(seen)  # blocks differ in size
         activations += int(HOLES * max(0, activations - probabilities))
     memory = {
         "weights": 4 * parameters,
@@ -147,7 +147,7 @@ def estimate_memory(
 
 
 def _gpu_memory(config: GPTConfig, shape: Shape, machine: Machine) -> dict[str, int]:
-    """Bytes that only a GPU needs, by kind."""
+    """Bytes that a GPU needs and a CPU does not, by kind."""
     tokens, heads = shape.rows * shape.sequence_length, config.n_head * config.head_dim
     # A compiled backward pass returns all gradients together, before they are added up.
     memory = {"gradients of a compiled pass": 4 * sum(parameter_counts(config).values())}
@@ -171,13 +171,13 @@ LEARNING = (
     "attention accumulators",
     "attention masks",
 )
-"""The kinds that are there only while a step is taken: sampling and evaluating have their room."""
+"""Kinds of memory in use only during a step; sampling and evaluation may use that room."""
 
 
 def decoder_memory(config: GPTConfig, dtype: torch.dtype) -> int:
-    """Bytes of a decoder at most: the weights in the compute dtype, laid out for it.
+    """Upper bound of a decoder's bytes: a copy of the weights in the compute dtype.
 
-    In float32 it shares the tables it looks rows up in with the model.
+    In float32 the decoder shares the embedding tables with the model.
     """
     counts = parameter_counts(config)
     parameters = sum(counts.values())
@@ -195,7 +195,7 @@ def cache_memory(config: GPTConfig, dtype: torch.dtype) -> int:
 def largest_batch(
     config: GPTConfig, machine: Machine, sequence_length: int, recompute: bool = False
 ) -> int:
-    """The largest power of two of rows, up to 4,096, that fits the limit; 0 where none does."""
+    """Largest power of two of rows, up to 4,096, that fits the limit; 0 if not one row does."""
     rows, trial = 0, 1
     while trial <= 4096:
         needed = estimate_memory(config, Shape(trial, sequence_length, recompute), machine)["total"]
@@ -208,10 +208,10 @@ def largest_batch(
 def memory_advice(
     config: GPTConfig, shape: Shape, machine: Machine, *, rows_per_step: int, fits: int
 ) -> str:
-    """What to set where training ran out of memory with micro-batches of this shape.
+    """Advise which flags to set after training ran out of memory with this shape.
 
-    Proposes fewer rows, as many as divide the rank's `rows_per_step` and by the plan fit the limit
-    (`fits`, of largest_batch), and --recompute where that is off.
+    The advice is fewer rows: the most that divide the rank's `rows_per_step` and, by the plan, fit
+    the limit (`fits`, from `largest_batch`). If --recompute is off, the advice names it too.
     """
 
     def gibibytes(shape: Shape) -> str:

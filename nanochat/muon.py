@@ -2,8 +2,8 @@
 
 S matrices of one shape, R rows, C columns
 
-Nesterov momentum, orthogonalisation by Polar Express (arXiv 2505.16932), NorMuon's second moment
-per row (arXiv 2510.05491), cautious weight decay (arXiv 2510.12402).
+The update uses Nesterov momentum, orthogonalisation by Polar Express (arXiv 2505.16932), NorMuon's
+second moment per row (arXiv 2510.05491) and cautious weight decay (arXiv 2510.12402).
 """
 
 import functools
@@ -15,12 +15,13 @@ Coefficients = tuple[tuple[float, float, float], ...]
 
 
 def _minimax_quintic(low: float, high: float) -> tuple[float, float, float]:
-    """The odd quintic a x + b x^3 + c x^5 closest to 1 on [low, high] in the maximum norm.
+    """Coefficients of the odd quintic a x + b x^3 + c x^5 that is closest to 1 on [low, high].
 
-    Remez exchange: the error of the best approximation takes its extreme value with alternating
-    sign at four points, the two ends and the two inner extrema of the polynomial.
+    Closest means the smallest maximum error. The method is Remez exchange: the best polynomial has
+    its largest error, with alternating sign, at four points: the two ends of the interval and the
+    polynomial's two inner extrema.
     """
-    if 1 - low / high < 1e-6:  # an interval this short: the Taylor solution at its middle
+    if 1 - low / high < 1e-6:  # a very short interval: take the Taylor solution at its middle
         middle = (low + high) / 2
         return 15 / (8 * middle), -10 / (8 * middle**3), 3 / (8 * middle**5)
     inner = np.array([low + (high - low) * 0.25, low + (high - low) * 0.75])
@@ -43,12 +44,13 @@ def _minimax_quintic(low: float, high: float) -> tuple[float, float, float]:
 def polar_express_coefficients(
     steps: int = 5, smallest: float = 1e-3, safety: float = 1.01, cushion: float = 0.024
 ) -> Coefficients:
-    """Polar Express: the composition of `steps` quintics that takes [smallest, 1] closest to 1.
+    """Coefficients of Polar Express: `steps` quintics that, one after the other, map [smallest, 1]
+    as close to 1 as possible.
 
-    Greedy is optimal (theorem 3.1): each quintic is the minimax one on the interval that the ones
-    before leave. `safety` shrinks all but the last polynomial's argument, since bf16 rounding can
-    push singular values beyond the interval; `cushion` keeps an interval from becoming so wide that
-    its polynomial dips close to zero inside.
+    Each quintic is the best one for the interval that the ones before it leave; by theorem 3.1 this
+    greedy choice is optimal. `safety` shrinks the argument of all quintics but the last, since bf16
+    rounding can push singular values beyond the interval. `cushion` keeps an interval from becoming
+    so wide that its quintic comes close to zero inside it.
     """
     low, high = smallest, 1.0
     result = []
@@ -59,7 +61,7 @@ def polar_express_coefficients(
             return a * x + b * x**3 + c * x**5
 
         if cushion * high > low:
-            # Recentre around 1: the ends of the true interval are no longer symmetric about it.
+            # Recentre: with a cushion, the ends of the true interval are not symmetric about 1.
             factor = 2 / (value(low) + value(high))
             a, b, c = a * factor, b * factor, c * factor
         if step < steps - 1:
@@ -76,9 +78,10 @@ def orthogonalize(
     dtype: torch.dtype = torch.bfloat16,
     safety: float = 1.01,
 ) -> torch.Tensor:
-    """The closest (semi-)orthogonal matrix to each of (S, R, C), approximately; same shape, dtype.
+    """Approximate the (semi-)orthogonal matrix closest to each of matrices (S, R, C).
 
-    For G = U diag(s) V^T the result is close to U V^T. A zero matrix stays zero.
+    For G = U diag(s) V^T the result is close to U V^T, with G's shape and dtype. A zero matrix
+    stays zero. `dtype` is that of the matrix products.
     """
     x = matrices.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
@@ -109,16 +112,16 @@ def muon_update(
 ) -> None:
     """Update a stack of matrices and its state in place.
 
-    parameters, gradients, momentum_buffer (S, R, C) float32; second_moment (S, R, 1), or None for
-    plain Muon. The learning rate is scaled by sqrt(max(1, R/C)). With second_moment None, cautious
-    False and its coefficients this is torch.optim.Muon.
+    parameters, gradients and momentum_buffer are (S, R, C) float32. second_moment is (S, R, 1), or
+    None for plain Muon. The learning rate is scaled by sqrt(max(1, R/C)). With second_moment None,
+    cautious False and torch.optim.Muon's coefficients, the update equals torch.optim.Muon's.
     """
     R, C = parameters.shape[-2:]
     momentum_buffer.lerp_(gradients, 1 - momentum)
     update = gradients.lerp(momentum_buffer, momentum)  # Nesterov
     update = orthogonalize(update, coefficients, dtype, safety).to(parameters.dtype)
     if second_moment is not None:
-        # Every row (neuron) gets the same share of the step; its total length stays.
+        # Every row (neuron) gets the same share of the step; the length of the step stays.
         before = update.norm(dim=(-2, -1), keepdim=True)
         second_moment.lerp_(update.square().mean(dim=-1, keepdim=True), 1 - beta2)
         update = update * second_moment.clamp(min=1e-12).rsqrt()
@@ -127,6 +130,6 @@ def muon_update(
     if weight_decay:
         decay = parameters * (lr * weight_decay)
         if cautious:
-            decay = decay * (update * parameters > 0)  # only where the update shrinks it as well
+            decay = decay * (update * parameters > 0)  # where the update shrinks it too
         parameters.sub_(decay)
     parameters.sub_(update, alpha=rate)

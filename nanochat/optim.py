@@ -1,13 +1,14 @@
-"""Parameter groups, and the sharded step over Muon and AdamW.
+"""Optimizer over several ranks: each rank updates its share of the parameters.
 
 S matrices of one shape, R rows, C columns, W ranks
 
-Parameters live in padded buffers, one per unit of communication: all Muon matrices of one shape
-form a stack (S', R, C) with S' a multiple of W, each large AdamW tensor a row-padded (R', ...) with
-R' a multiple of W. `parameter.data` and `parameter.grad` are views of these buffers, so gradients
-are reduce-scattered and parameters all-gathered without a copy, and nothing has to divide the
-number of ranks. A rank updates, and keeps optimizer state for, its own contiguous share only. Small
-AdamW tensors are all-reduced and updated on every rank alike.
+Parameters live in padded buffers. A buffer with its gradients and state is a `Unit`. All matrices
+of one shape that Muon updates form a stack (S', R, C), with S' a multiple of W. Each large tensor
+that AdamW updates is row-padded to (R', ...), with R' a multiple of W. `parameter.data` and
+`parameter.grad` are views of these buffers, so gradients are reduce-scattered and parameters
+all-gathered without a copy, and any number of ranks works. A rank updates its own contiguous share
+only, and keeps optimizer state for it only. Small AdamW tensors are all-reduced, and every rank
+updates them.
 
 Gradients are summed over ranks, not averaged: the loss is already divided by the global count of
 targets. At world size 1 the same code runs and the collectives are skipped.
@@ -27,20 +28,20 @@ from nanochat.config import Learning
 from nanochat.lion import lion_update
 from nanochat.muon import muon_update
 
-# torch 2.13 renamed both.
+# torch 2.13 renamed both functions.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 SMALL = 4096
-"""Elements up to which an AdamW tensor is replicated instead of sharded."""
+"""Largest number of elements of an AdamW tensor that every rank updates instead of a share."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How a group of parameters is updated, before the schedule's factors."""
+    """Settings of the update of a group of parameters, before the schedule's factors."""
 
     kind: str
-    """An entry of KINDS."""
+    """Name of an entry of KINDS."""
     lr: float
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.8, 0.95)
@@ -49,7 +50,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Hypers:
-    """What the schedule says about one step."""
+    """Values of the schedule at one step."""
 
     lr_multiplier: float = 1.0
     momentum: float = 0.95
@@ -57,18 +58,18 @@ class Hypers:
 
 @dataclass(frozen=True)
 class Kind:
-    """An update rule as the optimizer uses it: one entry of KINDS per optimizer."""
+    """An update rule: its state and its function. KINDS has one entry per rule."""
 
     stacked: bool
-    """Whether it updates matrices of one shape as a stack (S, R, C), else tensors by rows."""
+    """True: the rule updates matrices of one shape as a stack (S, R, C); False: tensors by rows."""
     state: dict[str, bool]
     """Names of its state tensors, all float32; True: shaped like the parameters, False: one value
     per row."""
     update: Callable[["Share"], None]
-    """Changes parameters and state in place."""
+    """Function that changes parameters and state in place."""
 
     def make_state(self, parameters: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The state before the first step of this rank's share of the parameters."""
+        """Create the state, all zeros, of a rank's share of the parameters."""
         return {
             name: torch.zeros_like(parameters)
             if full
@@ -79,7 +80,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank updates of a unit in one step, padding left out."""
+    """One rank's share of a unit in one step, without padding."""
 
     parameters: torch.Tensor
     gradients: torch.Tensor
@@ -87,9 +88,9 @@ class Share:
     rule: Rule
     hypers: Hypers
     step: int
-    """Counted from 1."""
+    """Number of the step, counted from 1."""
     dtype: torch.dtype
-    """Dtype of matrix products."""
+    """Dtype of Muon's matrix products."""
 
     @property
     def lr(self) -> float:
@@ -142,18 +143,18 @@ KINDS = {
 
 @dataclass
 class Unit:
-    """One buffer of parameters and what belongs to it."""
+    """One buffer of parameters with its gradients and optimizer state."""
 
     rule: Rule
     names: list[str]
     parameters: torch.Tensor
-    """(S', R, C) for Muon, (R', ...) for AdamW."""
+    """Padded parameters: (S', R, C) for a stack, else (R', ...)."""
     gradients: torch.Tensor
     rows: int
-    """Entries along dimension 0 that are real: S or R."""
+    """Number of entries along dimension 0 without padding: S or R."""
     sharded: bool
     own: slice
-    """This rank's share of dimension 0, padding included."""
+    """Indices of this rank's share of dimension 0, padding included."""
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     reduced: torch.Tensor | None = None
 
@@ -166,9 +167,10 @@ def parameter_rules(
     lr_scale: float = 1.0,
     weight_decay: float = 0.0,
 ) -> dict[str, Rule]:
-    """Which rule each parameter gets: block matrices the chosen one, everything else AdamW.
+    """Rules by parameter name: the chosen rule for block matrices, AdamW for everything else.
 
-    AdamW's rates scale with (width / 768)^-1/2.
+    AdamW's learning rates are multiplied by (width / 768)^-1/2. Weight decay applies to block
+    matrices.
     """
     adam_scale = lr_scale * (width / 768) ** -0.5
     betas = learning.adam_betas
@@ -184,18 +186,20 @@ def parameter_rules(
         elif name.endswith("value_gate.weight"):
             rules[name] = Rule("adamw", learning.gate_lr * adam_scale, betas=betas)
         else:
-            # Scalars act on the whole stream: a longer memory, and no scaling by width. At the
-            # first step the final norm undoes whatever they do, so their gradient is rounding
-            # (1e-10 in float32, 5e-7 in bfloat16; 1e-3 later) and must not become a full step.
+            # Scalars act on the whole residual stream, so they get a longer memory, and no scaling
+            # by width. At the first step the final norm undoes whatever they do: their gradient is
+            # rounding only (1e-10 in float32, 5e-7 in bfloat16; 1e-3 later). The large eps keeps
+            # that from becoming a full step.
             rules[name] = Rule("adamw", learning.scalar_lr * lr_scale, betas=(0.95, 0.99), eps=1e-5)
     return rules
 
 
 class Optimizer:
-    """Muon and AdamW over the ranks of a process group.
+    """Updates a model's parameters by their rules, over the ranks of a process group.
 
-    The model must be initialised and on its device; its parameters move into the buffers here.
-    Keep gradients with `zero_grad()` of this class: `model.zero_grad()` would drop the views.
+    The model must be initialised and on its device; the constructor moves its parameters into the
+    buffers. Clear gradients with this class's `zero_grad()`: `model.zero_grad()` would drop the
+    views.
     """
 
     def __init__(
@@ -219,7 +223,7 @@ class Optimizer:
             else:
                 self.units.append(self._tensor_unit(rules[name], name, parameter))
         stack_units = [self._stack_unit(rule, names) for (rule, _), names in stacks.items()]
-        # Large transfers first: the updates of the early ones then hide the later transfers.
+        # Large transfers come first; later transfers then run during the updates of the first ones.
         self.units = sorted(
             stack_units + self.units, key=lambda unit: unit.parameters.numel(), reverse=True
         )
@@ -264,16 +268,18 @@ class Optimizer:
             unit.gradients.zero_()
 
     def scale_gradients(self, factor: torch.Tensor) -> None:
-        """Multiply every gradient of this rank (the float16 path undoes its loss scale)."""
+        """Multiply every gradient of this rank by factor (training in float16 undoes its loss
+        scale)."""
         for unit in self.units:
             unit.gradients.mul_(factor)
 
     @torch.no_grad()
     def step(self, hypers: Hypers) -> None:
-        """Reduce gradients, update the own shares, gather parameters: three passes over the units,
+        """Reduce gradients, update this rank's shares, gather parameters.
 
-        so that the transfers of later units run while earlier ones are updated. Buffers and handles
-        are attributes of the units, alive until their transfer has been waited for.
+        These are three passes over the units, so that later units are transferred while earlier
+        ones are updated. Buffers and handles are attributes of the units, so they live until their
+        transfer has been waited for.
         """
         self.steps += 1
         reducing = [self._reduce(unit) for unit in self.units]
@@ -317,12 +323,12 @@ class Optimizer:
     def _gather(self, unit: Unit) -> Any:
         if self.world_size == 1 or not unit.sharded:
             return None
-        # The input is a copy: gathering from a view of the output is not allowed everywhere.
+        # The input is a copy, because some backends cannot gather from a view of the output.
         unit.reduced = unit.parameters[unit.own].clone()
         return all_gather(unit.parameters, unit.reduced, async_op=True)
 
     def bytes_communicated(self) -> int:
-        """Bytes a rank sends per step with ring collectives: (W-1)/W of what each one moves."""
+        """Bytes a rank sends per step with ring collectives: (W-1)/W of each buffer moved."""
         share = (self.world_size - 1) / self.world_size
         total = sum(unit.parameters.numel() * unit.parameters.element_size() for unit in self.units)
         return int(2 * share * total)
@@ -332,11 +338,11 @@ class Optimizer:
         return sum(t.numel() * t.element_size() for u in self.units for t in u.state.values())
 
     def state_dict(self, host_copy: bool = False) -> dict[str, torch.Tensor]:
-        """This rank's state, keyed `<parameter name>.<state name>`, in the form that
-        torch.distributed.checkpoint reshards.
+        """Return this rank's state, keyed `<parameter name>.<state name>`.
 
-        A Muon matrix's state is a plain tensor on its owner, a row-sharded one's a DTensor over all
-        ranks (a plain tensor at world size 1), a replicated one's a plain tensor. Without
+        torch.distributed.checkpoint can reshard this form. The state of a stacked matrix is a plain
+        tensor on its owner. That of a row-sharded tensor is a DTensor over all ranks (a plain
+        tensor at world size 1). That of a small tensor is a plain tensor on every rank. Without
         `host_copy` the tensors share memory with the optimizer.
         """
         result: dict[str, torch.Tensor] = {}
@@ -355,14 +361,14 @@ class Optimizer:
         return result
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Copy in what `state_dict(host_copy=True)` of the same model and world size gave."""
+        """Copy in the result of `state_dict(host_copy=True)` of the same model and world size."""
         with torch.no_grad():
             for name, mine in self.state_dict().items():
                 local = getattr(state[name], "_local_tensor", state[name])
                 getattr(mine, "_local_tensor", mine).copy_(local)
 
     def _real_rows(self, unit: Unit) -> int:
-        """Entries of this rank's share that are not padding."""
+        """Number of entries in this rank's share, without padding."""
         real: int = max(0, min(unit.own.stop, unit.rows) - unit.own.start)
         return real
 
@@ -380,7 +386,7 @@ class Optimizer:
         )
 
     def describe(self) -> list[dict[str, Any]]:
-        """One row per unit for logs: rule, tensors, elements, rate."""
+        """List one row per unit for logs: rule, tensors, elements, learning rate."""
         return [
             {
                 **dataclasses.asdict(unit.rule),

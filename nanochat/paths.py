@@ -1,7 +1,8 @@
-"""Where artifacts live, who may write them, and how: a torn one never carries the final name.
+"""Folders of all artifacts, locks for writing them, and writing under a temporary name first.
 
 Everything lies under `NANOCHAT_BASE_DIR` (default `~/.cache/nanochat`). Names that people choose
-(tags, tokenizers) become folders there and are checked by `checked_name`.
+(tags, tokenizers) become folders there, and `checked_name` checks them. A file or folder gets its
+final name only when it is complete.
 """
 
 import errno
@@ -26,18 +27,18 @@ Stage = Literal["base", "mid", "sft", "rl"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 _TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.tmp")
-"""The names that tempfile makes for `atomic_folder`: `.NAME.xxxxxxxx.tmp`."""
+"""Names that tempfile makes for `atomic_folder`: `.NAME.xxxxxxxx.tmp`."""
 _LOOK_AGAIN = 0.1  # seconds between two tries to get a lock
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def base_dir() -> Path:
-    """The folder that holds every artifact; read from the environment at each call."""
+    """Folder of every artifact; read from the environment at each call."""
     return user_path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat")
 
 
 def user_path(path: str | Path) -> Path:
-    """A path that somebody typed, its `~` expanded: in `--out=~/x` no shell does it."""
+    """Expand the `~` of a path that a user typed; a shell does not do it in `--out=~/x`."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -45,7 +46,7 @@ def user_path(path: str | Path) -> Path:
 
 
 def checked_name(name: str, what: str) -> str:
-    """`name` if it can be a folder's name; `what` names it in the UserError otherwise."""
+    """Return `name` if it can be a folder's name, else raise a UserError that calls it `what`."""
     if not re.fullmatch(r"\w([^/\\:*?\"<>|\x00-\x1f]{0,98}[^/\\:*?\"<>|\x00-\x1f .])?", name):
         raise UserError(
             f"{what} {name!r} cannot be a folder's name: begin with a letter or digit, and take at "
@@ -59,7 +60,7 @@ def checked_name(name: str, what: str) -> str:
 
 
 def safe_name(text: str) -> str:
-    """`./my books` -> `my_books`: a folder's name made from any text, never empty."""
+    """Make a folder's name of any text, never an empty one: `./my books` -> `my_books`."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip(".") or "unnamed"
 
 
@@ -68,14 +69,14 @@ def corpora_dir() -> Path:
 
 
 def tokenizer_dir(name: str = "default") -> Path:
-    """The folder of the default tokenizer, or of the one that was given a name."""
+    """Folder of the default tokenizer, or of the tokenizer with this name."""
     if name == "default":
         return base_dir() / "tokenizer"
     return tokenizers_dir() / checked_name(name, "the tokenizer's name")
 
 
 def tokenizers_dir() -> Path:
-    """Tokenizers with a name, and under their hash those that were the default one once."""
+    """Folder of the tokenizers with a name, and of present and former default ones by hash."""
     return base_dir() / "tokenizers"
 
 
@@ -100,9 +101,9 @@ def eval_bundle_dir() -> Path:
 
 
 def hub_source(repo_id: str) -> str:
-    """What to hand to `datasets.load_dataset`: a folder under `NANOCHAT_HUB_DIR`, or the hub id.
+    """Path or hub id for `datasets.load_dataset`: the folder under `NANOCHAT_HUB_DIR` if set.
 
-    `NANOCHAT_HUB_DIR/<org>/<name>` is laid out like the data set's repository.
+    `NANOCHAT_HUB_DIR/<org>/<name>` must hold the same files as the data set's repository.
     """
     root = os.environ.get("NANOCHAT_HUB_DIR")
     if root and (user_path(root) / repo_id).is_dir():
@@ -111,7 +112,7 @@ def hub_source(repo_id: str) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hex."""
+    """SHA-256 of a file's content, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -120,7 +121,7 @@ def file_sha256(path: Path) -> str:
 
 
 def sync_path(path: Path) -> None:
-    """fsync a file, or a folder's entry list where the system allows it."""
+    """Call fsync on a file, or on a folder if the system allows that."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:  # Windows cannot open a folder
@@ -139,12 +140,13 @@ def lock(
     wait: bool = True,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Iterator[None]:
-    """Be the only one who writes `artifact`, a file or folder, while the block runs.
+    """Lock `artifact`, a file or folder, so that only this process writes it during the block.
 
-    The lock file `.NAME.lock` beside it says which process holds it, where, and what it is `doing`;
-    the system frees it when that process dies. Who comes second waits, after a line on stderr, or
-    gets a UserError with `wait=False`. The thread that holds a lock may take it again. What killed
-    writers left beside the artifact is removed. `cancelled` ends the waiting with a UserError.
+    The lock file `.NAME.lock` beside it names the process that holds it, its machine, and what it
+    is `doing`. The system frees the lock when that process dies. A second process prints a line to
+    stderr and waits; with `wait=False` it gets a UserError at once, and as soon as `cancelled()`
+    returns True. The thread that holds a lock may take it again. Temporary files that killed
+    writers left beside the artifact are removed.
     """
     artifact = artifact.parent.resolve() / artifact.name
     held: set[Path] = vars(_locks).setdefault("held", set())
@@ -173,7 +175,7 @@ def lock(
         yield
     finally:
         held.discard(artifact)
-        # Removed while it is locked: see _try_lock. Windows keeps the file of an open one.
+        # Removed while it is locked, see _try_lock. Windows keeps it: it cannot remove open files.
         with suppress(OSError):
             path.unlink()
         file.close()
@@ -183,24 +185,24 @@ _locks = threading.local()
 
 
 def _try_lock(path: Path) -> BinaryIO | None:
-    """The open and locked file, or None if somebody else has it."""
+    """Open and lock the file; returns None if another process has locked it."""
     file = path.open("a+b")
     try:
         if os.name == "nt":
             import msvcrt
 
-            file.seek(1 << 30)  # what is locked cannot be read: the holder's name must be
+            file.seek(1 << 30)  # locked bytes cannot be read, and others must read the name
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
         else:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in _NO_LOCKS:  # a file system without locks: as good as it gets
+        if error.errno not in _NO_LOCKS:  # a file system without locks: go on without one
             file.close()
             return None
     try:
-        # The one who held it before removed the file: this lock is on nothing.
+        # The process that held the lock has removed the file, so this lock protects nothing.
         if os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
     except FileNotFoundError:
@@ -217,9 +219,10 @@ def _holder(path: Path) -> str:
 
 
 def _clean_up(artifact: Path) -> None:
-    """Remove the temporary folders of killed writers beside an artifact, all that nobody locks.
+    """Remove the temporary folders that killed writers left beside an artifact.
 
-    A writer that was killed between two renames left the former artifact in one: it comes back.
+    A writer that was killed between its two renames left the former artifact in such a folder; that
+    one is renamed back.
     """
     for leftover in list(artifact.parent.glob(".*.tmp")):
         match = _TEMPORARY.fullmatch(leftover.name)
@@ -251,9 +254,9 @@ def _remove(leftover: Path, final: Path) -> None:
 def atomic_folder(final: Path) -> Iterator[Path]:
     """Yield a temporary sibling folder that becomes `final` only if the block succeeds.
 
-    Files are synced before the rename, so after a crash or a power cut `final` is either absent,
-    the old one, or complete. An existing `final` is replaced. The lock of `final` is held.
-    Temporary folders start with a dot and end in `.tmp`.
+    Files are synced before the rename. After a crash or a power cut `final` is therefore absent, or
+    the old folder, or the complete new one. An existing `final` is replaced. The lock of `final` is
+    held meanwhile. Temporary folders start with a dot and end in `.tmp`.
     """
     with lock(final):
         temporary = _temporary(final)
@@ -272,9 +275,9 @@ def _temporary(final: Path) -> Path:
 
 
 def replace_folder(new: Path, final: Path) -> None:
-    """Rename the folder `new` to `final`; an existing `final` is removed, or stays on an error."""
+    """Rename the folder `new` to `final`; an existing `final` is removed, but kept on an error."""
     if final.exists():
-        # A folder cannot be renamed over a non-empty one: move the old one aside first.
+        # A folder cannot be renamed over one that has files, so the old one is moved aside first.
         aside = _temporary(final)
         try:
             os.replace(final, aside / "old")

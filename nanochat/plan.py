@@ -1,7 +1,7 @@
-"""What a run will do, known before its first step: tokens, steps, batch, rates, memory.
+"""Plan of a run, made before its first step: tokens, steps, batch size, learning rates, memory.
 
-The scaling rules take the depth dial to everything else; a flag overrides each. Reference model:
-depth 12 at a batch of 2^19 tokens.
+Scaling rules compute these from `--depth`; each has a flag that overrides it. The rules start from
+a reference model: depth 12, with 2^19 tokens per step.
 """
 
 import math
@@ -21,16 +21,16 @@ REFERENCE_BATCH = 2**19
 REFERENCE_DECAY = 0.2
 DEFAULT_RATIO = 12.0
 MINIMAL_LR_SCALE = 1.0
-"""The square-root rule was fitted at large batches and starves small ones: with 4,096 tokens a step
-(where it says 0.09) a depth-4 model reached 1.354, 1.252 and 1.144 bits per byte after 200 steps
-at scales of 0.1, 0.3 and 1."""
+"""Lower bound of the factor on learning rates. The square-root rule was fitted at large batches and
+gives too little for small ones: with 4,096 tokens a step (where it gives 0.09) a depth-4 model
+reached 1.354, 1.252 and 1.144 bits per byte after 200 steps with factors of 0.1, 0.3 and 1."""
 CPU_TOKENS = 4096
 """Tokens per micro-batch on a CPU: large enough for its matmuls, small enough for its caches."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps, from `first_step` on, with rows of one length; the tokens of a step stay the same."""
+    """Steps from `first_step` on with rows of one length; all phases have the same step size."""
 
     first_step: int
     sequence_length: int
@@ -47,7 +47,7 @@ class Plan:
     device_batch_size: int
     """Rows per rank and micro-batch."""
     largest_device_batch_size: int
-    """The largest power of two of rows that fits the memory limit."""
+    """Largest power of two of rows that fits the memory limit."""
     micro_batches: int
     sequence_length: int
     world_size: int
@@ -58,10 +58,10 @@ class Plan:
     learning: Learning
     parameters: dict[str, int]
     phases: tuple[Phase, ...] = ()
-    """Of a --context-schedule; `sequence_length` and `device_batch_size` are those of the last."""
+    """Phases of --context-schedule; `sequence_length` and `device_batch_size` are the last's."""
 
     def phase(self, step: int) -> Phase:
-        """How long the rows of a step are, and how many a micro-batch has."""
+        """Phase that a step belongs to."""
         begun = [phase for phase in self.phases if phase.first_step <= step]
         return begun[-1] if begun else Phase(0, self.sequence_length, self.device_batch_size)
 
@@ -70,11 +70,11 @@ class Plan:
         return self.total_batch_size // self.sequence_length
 
     def rows_at(self, step: int) -> int:
-        """Rows of a step over all ranks."""
+        """Number of rows in a step, over all ranks."""
         return self.total_batch_size // self.phase(step).sequence_length
 
     def hypers(self, step: int) -> Hypers:
-        """The schedule at a step in [0, num_steps)."""
+        """Values of the schedule at a step in [0, num_steps)."""
         learning = self.learning
         low, high = learning.muon_momentum
         return Hypers(
@@ -92,7 +92,7 @@ class Plan:
         return asdict(self)
 
     def describe(self) -> str:
-        """One paragraph for the console."""
+        """Describe the plan in one paragraph for the console."""
         parts = ", ".join(f"{k} {v:,}" for k, v in self.parameters.items() if v)
         phases = ", then ".join(
             f"{phase.device_batch_size} rows x {phase.sequence_length} tokens from step "
@@ -115,18 +115,18 @@ def scaled_batch_size(tokens: float, reference_tokens: float) -> int:
 
 
 def scaled_lr(total_batch_size: int) -> float:
-    """Factor on every learning rate: sqrt(B / 2^19), bounded from below."""
+    """Factor on every learning rate: sqrt(B / 2^19), but at least MINIMAL_LR_SCALE."""
     return float(max(MINIMAL_LR_SCALE, math.sqrt(total_batch_size / REFERENCE_BATCH)))
 
 
 def scaled_weight_decay(
     total_batch_size: int, lr: float, lr_scale: float, tokens: float, reference_tokens: float
 ) -> float:
-    """Muon's decay: the same fraction of a weight forgotten over a run (arXiv 2405.13698).
+    """Weight decay with which every run forgets the same fraction of a weight (arXiv 2405.13698).
 
-    lambda = lambda12 (B / B12) (D12 / D) / lr_scale; with the square-root rule for lr_scale that is
-    lambda12 sqrt(B / B12) D12 / D. Bounded so that a step never takes more than 2 % of a weight: a
-    run of a handful of steps would otherwise ask for more than all of it.
+    lambda = lambda12 (B / B12) (D12 / D) / lr_scale; with the square-root rule for lr_scale this is
+    lambda12 sqrt(B / B12) D12 / D. The result is bounded so that a step never takes more than 2 %
+    of a weight; the formula alone would take more than 100 % in a run of a few steps.
     """
     if lr * lr_scale == 0:  # frozen matrices
         return 0.0
@@ -135,10 +135,11 @@ def scaled_weight_decay(
 
 
 def context_schedule(cfg: BaseConfig) -> list[tuple[int, Fraction]]:
-    """(row length, share of the steps) one after the other; the last length is the context.
+    """List (row length, share of the steps) of each phase; the last length is the context length.
 
-    From `--context-schedule 256:0.5,512:0.5`; without it from --context-length alone. Each length
-    divides the last one, so that a step has the same tokens in each.
+    `--context-schedule 256:0.5,512:0.5` gives two phases; without the flag there is one. Each
+    length must divide the last one, so that every step has the same number of tokens; UserError
+    otherwise.
     """
     if cfg.context_schedule is None:
         return [(cfg.context_length, Fraction(1))]
@@ -169,7 +170,7 @@ def context_schedule(cfg: BaseConfig) -> list[tuple[int, Fraction]]:
 
 
 def model_config(cfg: BaseConfig, vocab_size: int) -> GPTConfig:
-    """The model that the flags of pretraining describe."""
+    """Build the model configuration that the flags of pretraining describe."""
     return config_from_depth(
         cfg.depth,
         vocab_size,
@@ -194,9 +195,9 @@ def make_plan(
 ) -> Plan:
     """Resolve every "auto" and count the steps.
 
-    rows_in_epochs tells how many rows so many epochs have (for --epochs). schedule: of
-    `context_schedule`, which ends with the model's context. Raises UserError for impossible batch
-    arithmetic.
+    rows_in_epochs(n) is the number of rows in n epochs (for --epochs). schedule is the result of
+    `context_schedule`; it ends with the model's context length. Raises UserError if batch sizes do
+    not divide or not even one row fits into memory.
     """
     sequence_length, world_size = config.context_length, machine.world_size
     schedule = schedule or [(sequence_length, Fraction(1))]
@@ -280,7 +281,7 @@ def make_plan(
 
 
 def _token_budget(duration: Duration, scaling: int, flops_per_token: float) -> float | None:
-    """Tokens to train on, where the duration says so directly; None for steps and epochs."""
+    """Number of tokens to train on; None if the duration is given in steps or epochs."""
     if duration.num_steps is not None or duration.counts_epochs:
         return None
     if duration.target_tokens is not None:
@@ -303,9 +304,9 @@ def _batch(
     world_size: int,
     fits: int,
 ) -> tuple[int, int, int]:
-    """Rows per micro-batch, micro-batches per step, and tokens per step.
+    """Compute rows per micro-batch, micro-batches per step, and tokens per step.
 
-    Rows that do not divide evenly are shared out all the same: some ranks then have empty rows.
+    If the rows do not divide evenly, some ranks have empty rows.
     """
     if isinstance(rows, int) and rows < 1:
         raise UserError(f"--device-batch-size {rows} must be at least 1")
@@ -329,10 +330,10 @@ def _batch(
 def lr_multiplier(
     step: int, num_steps: int, *, warmup: float, warmdown: float, final: float = 0.0
 ) -> float:
-    """The factor on every learning rate at `step` in [0, num_steps): warm up, hold, cool down.
+    """Factor on every learning rate at `step` in [0, num_steps): warm-up, hold, warm-down.
 
-    `warmup` and `warmdown` are fractions of num_steps; the cool-down is linear and ends at `final`
-    one step after the last. Never negative, and never 0 at the first step.
+    `warmup` and `warmdown` are fractions of num_steps. The warm-down is linear and would reach
+    `final` one step after the last. The factor is never negative, and not 0 at the first step.
 
     >>> [lr_multiplier(s, 4, warmup=0.25, warmdown=0.5) for s in range(4)]
     [1.0, 1.0, 1.0, 0.5]
@@ -358,10 +359,10 @@ def muon_momentum(
     warmup: float = 0.1,
     cooldown: float = 0.02,
 ) -> float:
-    """Momentum rising linearly from low to high, and back to low over the last steps.
+    """Momentum at `step`: rises linearly from low to high, and falls back over the last steps.
 
-    Early gradients are stale soon, so they are forgotten faster; at the end a shorter memory
-    averages over the small steps only.
+    Gradients change quickly early in a run, so they are forgotten faster. At the end a shorter
+    memory averages over the small last steps only.
     """
     progress = min(max(step, 0), num_steps) / num_steps
     rise = min(1.0, progress / warmup) if warmup else 1.0

@@ -1,4 +1,4 @@
-"""A progress bar with an ETA: drawn on a terminal, a line now and then everywhere else."""
+"""Progress bar with an ETA: drawn on a terminal, a line every 30 seconds elsewhere."""
 
 import threading
 import time
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-_LINE_EVERY = 30.0  # seconds between lines where there is no terminal
+_LINE_EVERY = 30.0  # seconds between lines without a terminal
 
 
 class Bar:
@@ -25,7 +25,7 @@ class Bar:
         self._start = self._last = time.monotonic()
 
     def advance(self, amount: float) -> None:
-        """Add `amount`; a negative one takes back what has to be done again."""
+        """Add `amount`; a negative amount is work that has to be done again."""
         with self._lock:
             self.count += amount
             self._show()
@@ -36,13 +36,13 @@ class Bar:
             self._show()
 
     def resize(self, total: float) -> None:
-        """A better estimate of the total."""
+        """Set a better estimate of the total."""
         with self._lock:
             self.total = total
             self._show()
 
     def relabel(self, label: str) -> None:
-        """The next phase: the ETA starts anew."""
+        """Name the next phase; the ETA starts anew."""
         with self._lock:
             if label == self.label:
                 return
@@ -60,14 +60,14 @@ class Bar:
             return
         self._last = now
         done = min(1.0, self.count / self.total)
-        # Before the first percent it would be a wild guess.
+        # An ETA before the first percent would be a wild guess.
         left = f", {(now - self._start) * (1 - done) / done:.0f} s left" if done >= 0.01 else ""
         self._console.print(f"{self.label}: {100 * done:.0f} %{left}", highlight=False)
 
 
 @contextmanager
 def progress_bar(label: str, total: float) -> Iterator[Bar]:
-    """A bar on stderr for the `with` block; it disappears when the block ends."""
+    """Show a bar on stderr during the `with` block."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield Bar(label, total, console, None)

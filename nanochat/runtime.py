@@ -1,8 +1,8 @@
 """Device, dtype, ranks, process group and seeds; the only reader of RANK, LOCAL_RANK, WORLD_SIZE.
 
 `start()` is called once per process. A run under torchrun always gets a process group, on CPUs too
-(gloo): a loader that shards by rank beside an optimizer that believes in one rank would let the
-replicas drift apart without a word.
+(gloo). Without one, the loader would split the data by rank while each optimizer worked alone, and
+the replicas would drift apart without an error.
 """
 
 import json
@@ -32,11 +32,11 @@ from nanochat.hardware import Machine, machine_memory, tune_cpu
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
-"""For a collective to end, and for all ranks to come."""
+"""Time limit of a collective, and of waiting for all ranks to start."""
 TIME_IS_UP = 75
-"""Exit status of a run that `--max-hours` stopped; a signal N gives 128 + N, as in a shell."""
+"""Exit status of a run that `--max-hours` stopped. A run stopped by signal N has 128 + N."""
 LAST_SAVE = 30.0
-"""Seconds a failing rank gives a checkpoint that is being written."""
+"""Seconds that a failing rank waits for a checkpoint that is being written."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -52,17 +52,18 @@ class Runtime:
     world_size: int = 1
     console: Console = field(default_factory=Console)
     stop_signal: bool = False
-    """SIGTERM or SIGINT came, or the time is up, on this rank."""
+    """True after SIGTERM, SIGINT or the time limit, on this rank."""
     stop_requested: bool = False
-    """Some rank's `stop_signal`, agreed on by all in train_step: stop at the end of this step."""
+    """True on all ranks after any rank's `stop_signal`; train_step sets it, and the run stops at
+    the end of that step."""
     exit_code: int = 0
-    """Status with which the process ends after a run that was stopped."""
+    """Exit status of the process after a run that was stopped."""
     alarm: "Alarm | None" = None
-    """Between the ranks of a job that `start` joined."""
+    """Link between the ranks of a job, set by `start`; None for one rank."""
     local_world_size: int = 1
-    """Ranks that share this machine."""
+    """Number of ranks on this machine."""
     memory_advice: str = "use a machine with more memory, or a smaller model"
-    """What to do when memory runs out; a training stage that is planned knows better."""
+    """Advice for an out-of-memory error; a training stage sets a more exact one."""
 
     @property
     def is_main(self) -> bool:
@@ -71,12 +72,12 @@ class Runtime:
     def print(self, *args: Any) -> None:
         """Print on rank 0 only, without interpreting the text as markup."""
         if self.is_main:
-            # A reader that left (`| head`), or a character its encoding lacks, must not end a run.
+            # A closed pipe (`| head`) or a character that it cannot encode must not end a run.
             with suppress(OSError, ValueError, SystemExit):  # rich exits on a broken pipe
                 self.console.print(*args, markup=False, highlight=False, soft_wrap=True)
 
     def stop(self, exit_code: int) -> None:
-        """Save and stop at the end of this step, with that exit status."""
+        """Make the run save and stop at the end of this step, with this exit status."""
         self.stop_signal, self.exit_code = True, exit_code
 
     def barrier(self) -> None:
@@ -90,7 +91,7 @@ class Runtime:
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(...) on each rank -> (world_size, ...) on every rank."""
+        """Gather a tensor (...) of each rank as (world_size, ...) on every rank."""
         if self.world_size == 1:
             return tensor[None]
         gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
@@ -98,7 +99,7 @@ class Runtime:
         return torch.stack(gathered)
 
     def broadcast_object(self, value: Any) -> Any:
-        """Rank 0's `value` on every rank."""
+        """Return rank 0's `value` on every rank."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -106,7 +107,7 @@ class Runtime:
         return box[0]
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Each rank's `value`, in the order of the ranks, on every rank."""
+        """Return the list of all ranks' values, in the order of ranks, on every rank."""
         if self.world_size == 1:
             return [value]
         gathered: list[Any] = [None] * self.world_size
@@ -114,10 +115,10 @@ class Runtime:
         return gathered
 
     def in_turns(self, build: Callable[[], T]) -> T:
-        """`build()` on rank 0, then on the first rank of each other machine, then on the rest.
+        """Run `build()` on rank 0, then on the first rank of each other machine, then on the rest.
 
-        So a file that the first one writes and the others then find is written once, be the file
-        system shared between machines or not.
+        A file that `build` writes if it does not find it is then written once per file system,
+        whether machines share one or not.
         """
         result: list[T] = []
         for turn in (self.is_main, self.local_rank == 0, True):
@@ -127,15 +128,16 @@ class Runtime:
         return result[0]
 
     def machine(self) -> Machine:
-        """What plans are made for; all ranks call it."""
+        """Describe the machine for planning; every rank must call this."""
         return Machine(self.device.type, self.dtype, self.world_size, self.memory_limit())
 
     def memory_limit(self) -> int | None:
-        """Bytes that every rank may plan with, None where that is not known; all ranks call it.
+        """Bytes that a rank may plan with, or None if unknown; every rank must call this.
 
-        The least of any rank's 90 % of a GPU, or share of 80 % of a machine: ranks that plan
-        differently would wait for each other forever. Never what is free at the moment, with which
-        a resumed run would not be the one that was interrupted.
+        A rank may use 90 % of its GPU's memory, or its share of 80 % of the machine's. The smallest
+        value of any rank is taken, since ranks with different plans would wait for each other
+        forever. Memory that is free at the moment does not matter: a resumed run must get the plan
+        that the interrupted run had.
         """
         if self.device.type == "cuda":
             limit = int(0.9 * torch.cuda.get_device_properties(self.device).total_memory)
@@ -150,7 +152,7 @@ class Runtime:
         return limit or None
 
     def synchronize(self) -> None:
-        """Wait for the device's queue, so that a clock read next is honest."""
+        """Wait until the device has finished its work, so that times can be measured."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -159,7 +161,7 @@ class Runtime:
 
         def handler(number: int, frame: Any) -> None:
             if self.alarm and self.alarm.leaving.locked():
-                return  # torchrun ends the others once one has failed
+                return  # this job has already failed, and torchrun is ending the other ranks
             if self.stop_signal and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.stop(128 + number)
@@ -176,10 +178,10 @@ class Runtime:
 
 
 def watch_parent(runtime: Runtime, patience: float = 300.0, poll: float = 1.0) -> None:
-    """End this rank when the launcher that started it is gone, as after SIGTERM: save, then stop.
+    """Save and stop this rank when the launcher that started it is gone.
 
-    A launcher that is killed tells nobody, and its ranks would train on beside the next start.
-    After `patience` more seconds the process is ended wherever it is.
+    A killed launcher does not stop its ranks; they would go on training beside those of the next
+    start. After `patience` more seconds the process is ended at once.
     """
     launcher = os.getppid()
 
@@ -200,43 +202,45 @@ def watch_parent(runtime: Runtime, patience: float = 300.0, poll: float = 1.0) -
 
 
 class Alarm:
-    """Tells the reason of a job's first failure to all of its ranks, through the job's store.
+    """Tells all ranks of a job the reason of its first failure, through the job's store.
 
-    A rank that failed would otherwise leave the others in a collective: gloo's break with an error
-    that says nothing of the reason, NCCL's wait for a timeout. Therefore a thread of every rank
-    looks for the reason and ends its process.
+    When a rank fails, the others are left in a collective. gloo then raises an error that does not
+    name the reason, and NCCL waits for its timeout. So a thread of every rank watches the store for
+    a reason and ends its process.
     """
 
     KEY = "nanochat/failure"
     POLL = 0.5
     LINGER = 1.0
-    """Seconds the failed rank stays, so that the others learn the reason before it is gone (its
-    process may host the store) and a launcher sees it leave first, though not much later."""
+    """Seconds that the failed rank stays alive, so that the others can read the reason (its process
+    may host the store). They stay a little longer, so that a launcher sees the failed rank end
+    first."""
 
     def __init__(self, rank: int, local_rank: int, world_size: int):
         self.rank, self.local_rank = rank, local_rank
-        # A connection of its own: another thread may be waiting on the process group's.
+        # A separate connection, since another thread may be waiting on the process group's.
         self.store = job_store(rank, world_size)
         self.leaving = threading.Lock()
-        """Held by the thread that ends the process."""
+        """Lock that the thread which ends the process holds."""
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="alarm", daemon=True)
         self.thread.start()
 
     def close(self) -> None:
-        """The job went well."""
+        """Stop watching, after a job without a failure."""
         self.closed.set()
         self.thread.join()
 
     def fail(self, error: BaseException, details: str = "") -> NoReturn:
         """End this process because of `error`, with status 1 and without waiting for collectives.
 
-        The first rank of the job that fails says why; `details` (a traceback) come before.
+        The first rank that fails prints its reason, after `details` (a traceback). Other ranks
+        print that rank's reason.
         """
         self.leaving.acquire()
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         if _is_lost_connection(error):
-            # The others may be gone because of a reason that is still to be read.
+            # Other ranks may have ended for a reason that they are about to store.
             end = time.monotonic() + 2 * self.LINGER
             while self._reason() is None and time.monotonic() < end:
                 time.sleep(0.1)
@@ -267,14 +271,14 @@ class Alarm:
                 self._leave(reason)
 
     def _reason(self, ours: str | None = None) -> dict[str, Any] | None:
-        """What the first rank said that failed; `ours` if nobody did before."""
+        """Return the reason of the first rank that failed; store `ours` if there is none yet."""
         try:
             if ours is not None:
                 return dict(json.loads(self.store.compare_set(self.KEY, "", ours)))
             return (
                 dict(json.loads(self.store.get(self.KEY))) if self.store.check([self.KEY]) else None
             )
-        except (RuntimeError, ValueError):  # the store went with the rank that hosted it
+        except (RuntimeError, ValueError):  # the rank that hosted the store has ended
             return None
 
     def _leave(self, reason: dict[str, Any]) -> NoReturn:
@@ -292,25 +296,25 @@ class Alarm:
 
 
 def job_store(rank: int, world_size: int) -> Any:
-    """A new connection to the store through which the job's ranks find each other."""
+    """Open a new connection to the store through which the job's ranks find each other."""
     store, _, _ = next(rendezvous("env://", rank, world_size, timeout=TIMEOUT))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun's own store outlives a restart of the workers: what the ranks of the last attempt
-        # wrote must not be read as this one's (torch 2.13 hangs in that case).
+        # torchrun's own store survives a restart of the workers. The prefix keeps this attempt from
+        # reading what the ranks of the last attempt wrote, on which torch 2.13 hangs.
         attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
         return dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]
     return store
 
 
 def _is_lost_connection(error: BaseException) -> bool:
-    """Whether a collective failed because of another rank."""
+    """True if a collective failed because another rank ended."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error).lower()
     )
 
 
 def _finish_threads() -> None:
-    """Let the checkpoint writer finish: the writers of all ranks still run."""
+    """Wait for the thread that writes a checkpoint; those of the other ranks still run too."""
     end = time.monotonic() + LAST_SAVE
     for thread in threading.enumerate():
         if (
@@ -327,21 +331,22 @@ def _exit() -> NoReturn:
 
 
 def single(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Runtime:
-    """A one-process runtime for tests and notebooks; reads no environment."""
+    """Build a one-process runtime for tests and notebooks; reads no environment variables."""
     return Runtime(torch.device(device), dtype)
 
 
 def start(device: str = "auto", dtype: str = "auto") -> Runtime:
     """Choose device and dtype, join the process group, size the thread pool.
 
-    Raises UserError for a device this machine does not have.
+    Raises UserError for a device that this machine does not have, and if other ranks do not come.
     """
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
-        # Batches of other lengths then leave no gaps. Read when the allocator is first used.
+        # Batches of different lengths then leave no gaps. torch reads this variable at the first
+        # allocation.
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     chosen = choose_device(device, local_rank)
     if chosen.type == "cpu":
@@ -385,10 +390,10 @@ def start(device: str = "auto", dtype: str = "auto") -> Runtime:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto` prefers CUDA, then Apple's MPS, then the CPU.
+    """Choose a device by name; `auto` prefers CUDA, then Apple's MPS, then the CPU.
 
-    Raises UserError where the machine has a GPU that torch cannot use: training on the CPU instead
-    would be a costly surprise.
+    Raises UserError for a device that is missing. `auto` also raises it for a GPU that torch cannot
+    use, since training on the CPU instead would be a costly surprise.
     """
     has_mps = torch.backends.mps.is_available()
     if name in ("auto", "cuda") and not torch.cuda.is_available() and (driver := _gpu_driver()):
@@ -419,9 +424,9 @@ OTHER_BUILD = (
 
 
 def _gpu_driver() -> str | None:
-    """The NVIDIA driver's version, "of unknown version" where only a device is seen, else None.
+    """Version of the NVIDIA driver, "of unknown version" if only a device file exists, else None.
 
-    None too where CUDA_VISIBLE_DEVICES hides all GPUs: then the CPU is what was asked for.
+    If CUDA_VISIBLE_DEVICES hides all GPUs, the result is None too: the user wants the CPU.
     """
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
         return None
@@ -429,14 +434,14 @@ def _gpu_driver() -> str | None:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):  # not installed, or it hangs
+    except (OSError, subprocess.TimeoutExpired):  # nvidia-smi is missing or hangs
         return found
     lines = said.stdout.split("\n") if said.returncode == 0 else []
     return lines[0].strip() if lines and lines[0].strip() else found
 
 
 def _no_cuda(driver: str) -> str:
-    """What to do where a driver is there and torch sees no CUDA."""
+    """Error text for a machine with an NVIDIA driver on which torch sees no CUDA."""
     cuda = torch.version.cuda
     has = f"this machine has an NVIDIA GPU (driver {driver}), which torch {torch.__version__} "
     if cuda is None:
@@ -452,7 +457,7 @@ def _no_cuda(driver: str) -> str:
 
 
 def _check_architecture(index: int) -> None:
-    """Raise UserError where torch's build holds no code for the GPU."""
+    """Raise UserError if torch was built without code for this GPU."""
     numbers = [int(name[3:].rstrip("af")) for name in torch.cuda.get_arch_list() if "sm_" in name]
     major, minor = torch.cuda.get_device_capability(index)
     if numbers and 10 * major + minor < min(numbers):
@@ -463,10 +468,10 @@ def _check_architecture(index: int) -> None:
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
-    """The fastest activation dtype the device computes natively.
+    """Choose the fastest activation dtype that the device computes natively.
 
-    bfloat16 on CUDA from SM80 and on CPUs with AMX or AVX512-BF16 instructions, float16 on older
-    CUDA (with a gradient scaler), float32 elsewhere.
+    This is bfloat16 on CUDA from SM80 and on CPUs with AMX or AVX512-BF16 instructions, float16 on
+    older CUDA devices (with a loss scale), and float32 elsewhere.
     """
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
@@ -480,6 +485,6 @@ def best_dtype(device: torch.device) -> torch.dtype:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the global generators (anything reproducible uses its own generator besides)."""
+    """Seed the global generators; whatever must be reproducible uses its own generator."""
     random.seed(seed)
     torch.manual_seed(seed)

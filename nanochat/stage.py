@@ -1,9 +1,9 @@
-"""One run of a training stage: where it is kept, what it goes on from, what happens around a step.
+"""A run of a training stage: its folder, what it resumes from, and saving and logging around steps.
 
 with open_run("mid", cfg, runtime) as run:      folder, newest checkpoint, its metadata: read once
-    model, source = open_model(run, tokenizer)  the run's own weights, or those it starts from
+    model, tokenizer, source = open_model(run)  the model; for a new run, with the source's weights
     plan = make_plan(...)
-    stage = Stage(run, model, tokenizer, plan)  the optimizer, restored where the run goes on
+    stage = Stage(run, model, tokenizer, plan)  optimizer and log; a resumed run is restored
     ...                                         the loop, in the script
 """
 
@@ -56,20 +56,20 @@ StageConfig = BaseConfig | MidConfig | RlConfig
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run whose folder is open: what is known of it before anything is loaded."""
+    """A run whose folder is locked and read; nothing is loaded yet."""
 
     name: str
-    """The stage: base, mid, sft or rl."""
+    """Name of the stage: base, mid, sft or rl."""
     cfg: StageConfig
     runtime: Runtime
     folder: Path
-    """checkpoints/<stage>/<tag>."""
+    """Folder of the run's checkpoints: checkpoints/<stage>/<tag>."""
     newest: Path | None
-    """The checkpoint to go on from; None at the start."""
+    """Step folder to resume from; None for a new run."""
     meta: dict[str, Any] | None
-    """Its metadata."""
+    """Metadata of `newest`."""
     logged: dict[str, Any] = field(default_factory=dict)
-    """What metrics.jsonl already holds of that step: evaluation, samples, the end of the run."""
+    """Records of that step in metrics.jsonl: its evaluation, its samples, the end of the run."""
 
     @property
     def title(self) -> str:
@@ -77,22 +77,22 @@ class OpenRun:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is saved and logged, and the settings are those it began with."""
+        """True if the last step is saved and logged and no setting has changed since."""
         if self.meta is None or self.meta["step"] < self.meta["num_steps"]:
             return False
         return bool(self.logged["end"]) and not changes(self.meta["run_config"], to_dict(self.cfg))
 
     @property
     def loader_state(self) -> dict[str, Any] | None:
-        """The loader's position to go on from."""
+        """Position of the loader to resume from; None for a new run."""
         return self.meta["loader_state"] if self.meta else None
 
     @property
     def batching(self) -> Batching:
-        """The flags' batching; for a run that goes on, `auto` is the batch that it began with.
+        """Batching flags; in a resumed run, `auto` means the batch size that the run began with.
 
-        The rule rounds to whole rows of all ranks, so another number of ranks would take other
-        steps.
+        Without this, another number of ranks would change the batch size, since the rule for `auto`
+        rounds to whole rows of all ranks.
         """
         assert not isinstance(self.cfg, RlConfig)
         batching = self.cfg.batching
@@ -104,10 +104,11 @@ class OpenRun:
 
 @contextmanager
 def open_run(name: str, cfg: StageConfig, runtime: Runtime) -> Iterator[OpenRun]:
-    """Lock the run's folder and read what is in it, once, on rank 0; every rank calls it.
+    """Lock the run's folder and read it once, on rank 0; every rank must call this.
 
-    Raises UserError for settings out of range, a tag that is in use without --resume, a damaged
-    checkpoint, a run that another process trains, and a source that moved on since.
+    Raises UserError for settings out of range, for a tag that exists if --resume is off, for a
+    damaged checkpoint, for a run that another process is training, and for a source that has newer
+    steps than those the run was started from.
     """
     check_ranges(cfg)
     if cfg.run.wandb and runtime.is_main:
@@ -175,15 +176,15 @@ def _look_into(
 
 
 def origin(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Which checkpoint it is, as the one trained from it notes it."""
+    """Identity of a checkpoint, which a run started from it saves in its own metadata."""
     return {key: meta[key] for key in ("stage", "tag", "step", "digest")}
 
 
 def open_model(run: OpenRun) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """The model of a stage after base, its tokenizer, and the checkpoint it was started from.
+    """Build the model of a stage after base; returns it with its tokenizer and its `origin`.
 
-    A run that goes on has all it needs in its own folder: what it started from may be gone. Its
-    weights are read by `Stage`, with the optimizer.
+    A new run gets the weights of its source. A resumed run needs only its own folder, so its source
+    may be gone; `Stage` reads its weights together with the optimizer state.
     """
     cfg, runtime = run.cfg, run.runtime
     context = getattr(cfg, "context_length", None)
@@ -222,9 +223,9 @@ class Stage:
         plan: Plan,
         source: Mapping[str, Any] | None = None,
     ):
-        """Build the optimizer, restore where the run goes on, and open the log.
+        """Build the optimizer, restore weights and optimizer of a resumed run, and open the log.
 
-        source: the checkpoint that it was started from, by `origin`.
+        source: `origin` of the checkpoint that the run was started from.
         """
         cfg, runtime = run.cfg, run.runtime
         self.run, self.cfg, self.runtime = run, cfg, runtime
@@ -285,15 +286,15 @@ class Stage:
     def finished(self) -> bool:
         return self.state.step >= self.plan.num_steps
 
-    # What is due at the top of a step: first save, then look
+    # Actions at the top of a step, in this order: save, evaluate, sample
 
     def save_due(self, step: int, every: int) -> bool:
-        """Whether to save before `step`: every so many steps, at the end, when stopping."""
+        """True if a save is due before `step`: every `every` steps, at the end, when stopping."""
         last = step == self.plan.num_steps
         return step > self.first_step and (due(step, every, last) or self.runtime.stop_requested)
 
     def evaluation_due(self, step: int, every: int) -> bool:
-        """Whether to evaluate before `step`; not what the log of a resumed run already has."""
+        """True if an evaluation is due before `step` and the resumed log does not have it yet."""
         if not (step == 0 or due(step, every, step == self.plan.num_steps)):
             return False
         known = self.run.logged.get("evaluation") if step == self.first_step else None
@@ -302,14 +303,14 @@ class Stage:
         return known is None
 
     def samples_due(self, step: int, every: int) -> bool:
-        """Whether to show samples before `step`; never of a model that has not learned."""
+        """True if samples are due before `step`; never at the start of a base run."""
         logged = step == self.first_step and self.run.logged.get("samples", True)
         return step > 0 and not logged and due(step, every, step == self.plan.num_steps)
 
     def save(self, position: Mapping[str, Any], consumed: Mapping[str, Any]) -> None:
-        """Start writing a checkpoint; `position` and `consumed` are the loader's.
+        """Start writing a checkpoint; `position` and `consumed` come from the loader.
 
-        Raises NonFiniteWeights where a weight or an optimizer state is not finite.
+        Raises NonFiniteWeights if a weight or the optimizer state is not finite.
         """
         check_finite(self.optimizer, self.runtime, self.state.step)
         if self.loss_scale:
@@ -335,19 +336,19 @@ class Stage:
         self.log.eval(self.state.step, metrics)
 
     def show(self, sample: Callable[[], list[tuple[str, str]]]) -> None:
-        """Print and log (prompt, text) pairs on rank 0; where that fails, training goes on."""
+        """Print and log (prompt, text) pairs on rank 0; training goes on if that fails."""
         if not self.runtime.is_main:
             return
         try:
             for prompt, text in sample():
                 self.log.sample(self.state.step, prompt, text)
-        except Exception as error:  # a sample is decoration: it must not cost the run
+        except Exception as error:  # a failing sample must not end the run
             self.runtime.print(f"note: no samples at step {self.state.step}: {error}")
 
     def record(self, stats: StepStats, more: Mapping[str, float] | None = None) -> None:
-        """Count a finished step, log it, and check what is to be checked after it.
+        """Count and log a finished step; check replicas, the last save and the time limit.
 
-        `more` goes into the log beside what every stage measures.
+        `more` are further measurements for the log.
         """
         self.state.step += 1
         self.state.tokens += stats.tokens
@@ -373,7 +374,7 @@ class Stage:
         self.checkpoints.wait()
         self._count_time()
         if self.finished:
-            self.runtime.exit_code = 0  # whatever came in during the last step
+            self.runtime.exit_code = 0  # complete, even if a signal came in the last step
             self.log.end(self.state, dict(consumed))
         else:
             self.runtime.print(

@@ -1,11 +1,11 @@
 """The tokenizer: byte-pair encoding trained with rustbpe, applied with tiktoken.
 
-Ids are laid out as: the 256 single bytes, the learned merges in the order they were learned, the
+Ids are numbered in this order: the 256 single bytes, the merges in the order they were learned, the
 special tokens. Every byte is a token, so any text can be encoded and `decode(encode(text))` is
-`text`. The one thing that is not text are lone surrogates (half a UTF-16 pair, which UTF-8 cannot
-say): a pair of them is joined into its character, a lone one becomes U+FFFD.
+`text`. The only exception are surrogates (halves of a UTF-16 pair, which UTF-8 cannot encode): a
+pair of them is joined into its character, a lone one becomes U+FFFD.
 
-A conversation becomes tokens as
+A conversation becomes these tokens,
 
     <|bos|> <|system_start|>text<|system_end|> <|user_start|>text<|user_end|>
     <|assistant_start|>text <|python_start|>code<|python_end|>
@@ -30,10 +30,10 @@ from nanochat.conversation import is_trained, parts
 from nanochat.errors import UserError
 from nanochat.paths import atomic_folder, tokenizer_dir, tokenizers_dir
 
-# The pre-tokenizer in the style of GPT-4's: merges never cross the pieces that it cuts. Digit runs
-# are cut after two instead of three: a small vocabulary cannot spare 1,000 entries for numbers.
-# Quantifiers are possessive (`++`) where backtracking could not help, so a run of a million equal
-# characters costs no stack.
+# The pattern cuts text into pieces in the style of GPT-4's; merges never cross pieces. Runs of
+# digits are cut after two digits instead of three, since a small vocabulary cannot spare 1,000
+# entries for numbers. Quantifiers are possessive (`++`) where backtracking could not help, so that
+# a run of a million equal characters needs no stack.
 SPLIT_PATTERN = "|".join(
     (
         r"'(?i:[sdmt]|ll|ve|re)",  # English contractions
@@ -49,11 +49,11 @@ SPLIT_PATTERN = "|".join(
 
 SystemStyle = Literal["tokens", "merge"]
 
-# What a token is, for losses by role (`Tokenizer.render_roles`).
+# Roles of tokens, for losses by role (`Tokenizer.render_roles`).
 ROLE_NAMES = ("special", "system", "user", "assistant", "tool_call", "tool_output")
 SPECIAL, SYSTEM, USER, ASSISTANT, TOOL_CALL, TOOL_OUTPUT = range(len(ROLE_NAMES))
 IGNORED = len(ROLE_NAMES)
-"""The role of all tokens of a message that is never trained on (`conversation.is_trained`)."""
+"""Role of all tokens of a message that is never trained on (`conversation.is_trained`)."""
 
 _RANKS_FILE = "tokenizer.tiktoken"
 _META_FILE = "tokenizer_config.json"
@@ -61,13 +61,13 @@ _VERSION = 1
 
 
 def pack_mask(mask: Sequence[int], roles: Sequence[int]) -> np.ndarray:
-    """Loss mask and role in one byte a token, as a store keeps them: `mask | role << 1`."""
+    """Pack loss mask and role into one uint8 per token, `mask | role << 1`, for a token store."""
     packed = np.asarray(mask, dtype=np.uint8) | (np.asarray(roles, dtype=np.uint8) << 1)
     return packed.astype(np.uint8)
 
 
 def unpack_mask(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`(mask, roles)` of `pack_mask`'s bytes, both uint8. A plain 0/1 mask has only role 0."""
+    """Return the `(mask, roles)` that `pack_mask` packed, both uint8; a 0/1 mask has role 0."""
     return packed & 1, packed >> 1
 
 
@@ -102,9 +102,10 @@ class Tokenizer:
         pattern: str = SPLIT_PATTERN,
         training: Mapping[str, Any] | None = None,
     ):
-        """`ranks[i]` is the byte string of token i. Most callers want `train` or `load`.
+        """Build the tokenizer whose token i stands for the bytes `ranks[i]`.
 
-        `training` says how the vocabulary came about; it is saved along and does not enter `hash`.
+        Most callers want `train` or `load`. `training` describes how the vocabulary was made; it is
+        saved, but not part of `hash`.
         """
         self.ranks = ranks
         self.pattern = pattern
@@ -134,8 +135,9 @@ class Tokenizer:
         """Learn a vocabulary of `vocab_size` tokens, special tokens included.
 
         The texts are streamed: memory grows with the number of distinct pieces (words), not with
-        the text. The same texts give the same vocabulary. A text too small for so many merges
-        gives a smaller vocabulary: look at `vocab_size` of the result.
+        the length of the text. The same texts give the same vocabulary. Texts too short for so many
+        merges give a smaller vocabulary; `vocab_size` of the result tells its size. Raises
+        UserError if `vocab_size` is below 256 bytes and the special tokens.
         """
         smallest = 256 + len(cls.SPECIAL_TOKENS)
         if vocab_size < smallest:
@@ -155,13 +157,13 @@ class Tokenizer:
     def save(self, folder: Path | None = None) -> None:
         """Write the rank file and its description; the folder is replaced as a whole.
 
-        Without `folder` it becomes the default tokenizer. That one, and the default it replaces,
-        stay in `tokenizers/<hash>`, where `find` looks for the tokenizer of a checkpoint.
+        Without `folder` this tokenizer becomes the default one. A copy of it, and of the default it
+        replaces, stay in `tokenizers/<hash>`, where `find` looks for a checkpoint's tokenizer.
         """
         if folder is None:
             try:
                 former = [Tokenizer.load()]
-            except UserError:  # none, or a torn one
+            except UserError:  # there is none, or its files are incomplete
                 former = []
             for tokenizer in (*former, self):
                 kept = tokenizers_dir() / tokenizer.hash[:16]
@@ -182,16 +184,19 @@ class Tokenizer:
 
     @classmethod
     def named(cls, name: str = "default") -> "Tokenizer":
-        """The tokenizer that `scripts.tok_train --name` made, or the default one."""
+        """Load the tokenizer that `scripts.tok_train --name` made, or the default one."""
         return cls.load(tokenizer_dir(name))
 
     @classmethod
     def find(cls, digest: str) -> "Tokenizer":
-        """The tokenizer with this hash, the default one or any in `tokenizers/`."""
+        """Load the tokenizer with this hash: the default one, or one in `tokenizers/`.
+
+        Raises UserError if there is none.
+        """
         for folder in (tokenizer_dir(), *sorted(tokenizers_dir().glob("[!.]*"))):
             try:
                 tokenizer = cls.load(folder)
-            except (UserError, NotADirectoryError):  # another one may be torn
+            except (UserError, NotADirectoryError):  # damaged files of some other tokenizer
                 continue
             if tokenizer.hash == digest:
                 return tokenizer
@@ -202,7 +207,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path | None = None) -> "Tokenizer":
-        """Read what `save` wrote; `UserError` if it is missing, torn or was edited."""
+        """Read what `save` wrote; raises UserError if files are missing, cut off or edited."""
         folder = Path(folder or tokenizer_dir())
         try:
             meta = json.loads((folder / _META_FILE).read_text(encoding="utf-8"))
@@ -252,28 +257,28 @@ class Tokenizer:
     # Text
 
     def special(self, name: str) -> int:
-        """The id of a special token: `special("<|bos|>")`."""
+        """Id of a special token, e.g. `special("<|bos|>")`."""
         return self._special[name]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ordinary text, without `<|bos|>`; never a special token."""
+        """Encode text as ordinary tokens: no `<|bos|>`, and never a special token."""
         return self._encoding.encode_ordinary(text)
 
     def encode_batch(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]:
-        """`encode` of each text, on as many threads as there are CPUs if not told otherwise."""
+        """Encode each text, on `num_threads` threads (default: as many as there are CPUs)."""
         threads = num_threads or os.cpu_count() or 1
         return self._encoding.encode_ordinary_batch(texts, num_threads=threads)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that `ids` stand for; special tokens give their names."""
+        """Bytes that `ids` stand for; special tokens give their names."""
         return self._encoding.decode_bytes(self._checked(ids))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text that `ids` stand for; bytes that are no UTF-8 become U+FFFD."""
+        """Text that `ids` stand for; bytes that are not valid UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def _checked(self, ids: Iterable[int]) -> list[int]:
-        """`ids` as a list of ints (they may be a tensor or an array), all of them known."""
+        """Make a list of ints of `ids` (a tensor or an array too); UserError for an unknown id."""
         checked = [int(i) for i in ids]
         if checked and not 0 <= min(checked) <= max(checked) < self.vocab_size:
             wrong = next(i for i in checked if not 0 <= i < self.vocab_size)
@@ -284,9 +289,9 @@ class Tokenizer:
         return checked
 
     def token_bytes(self) -> np.ndarray:
-        """(vocab_size,) int32: each token's length in bytes, 0 for special tokens.
+        """Length of each token in bytes, (vocab_size,) int32; 0 for special tokens.
 
-        From the raw bytes: a token that is half a character has no length as a string.
+        The raw bytes are counted, because a token that is half a character is no string.
         """
         lengths = [len(token) for token in self.ranks] + [0] * len(self._special)
         return np.array(lengths, dtype=np.int32)
@@ -296,10 +301,10 @@ class Tokenizer:
     def _spans(
         self, conversation: Mapping[str, Any], system: SystemStyle, completion: bool = False
     ) -> Iterator[_Span]:
-        """The rendered conversation, piece by piece.
+        """Yield the spans of the rendered conversation.
 
-        With `completion` the last message is left out if it is the assistant's, and the spans end
-        with `<|assistant_start|>`.
+        With `completion` the spans end with `<|assistant_start|>`, and the last message is left out
+        if it is the assistant's.
         """
         special = self._special
         messages = list(conversation["messages"])
@@ -346,10 +351,11 @@ class Tokenizer:
         max_tokens: int | None = None,
         system: SystemStyle = "tokens",
     ) -> tuple[list[int], list[int], list[int]]:
-        """`(ids, mask, roles)`, all of one length; `roles` are indices into `ROLE_NAMES`, `IGNORED`
-        in a message that is never trained on.
+        """Render a conversation as `(ids, mask, roles)`, three lists of one length.
 
-        The conversation must be valid (`conversation.validate`). `max_tokens` keeps the beginning.
+        `roles` are indices into `ROLE_NAMES`, or `IGNORED` in a message that is never trained on.
+        The conversation must be valid (`conversation.validate`). Only the first `max_tokens` tokens
+        are kept.
         """
         ids: list[int] = []
         mask: list[int] = []
@@ -368,12 +374,12 @@ class Tokenizer:
         max_tokens: int | None = None,
         system: SystemStyle = "tokens",
     ) -> tuple[list[int], list[int]]:
-        """`(ids, mask)`; mask 1 on what the assistant must produce, 0 on everything else and on
-        messages that are never trained on.
+        """Render a conversation as `(ids, mask)`, two lists of one length.
 
-        The assistant produces its text, `<|assistant_end|>` and its tool calls with both their
-        tokens; it does not produce `<|assistant_start|>` and what tools answer.
-        `system="merge"` folds a system message into the user message that follows it.
+        The mask is 1 on what the assistant must produce: its text, its tool calls with their start
+        and end tokens, and `<|assistant_end|>`. It is 0 on everything else: `<|assistant_start|>`,
+        the tools' output, other roles, and messages that are never trained on.
+        `system="merge"` puts a system message at the start of the user message after it.
         """
         ids, mask, _ = self.render_roles(conversation, max_tokens, system)
         return ids, mask
@@ -381,21 +387,22 @@ class Tokenizer:
     def render_for_completion(
         self, conversation: Mapping[str, Any], system: SystemStyle = "tokens"
     ) -> list[int]:
-        """The prompt for the assistant's next message; it ends with `<|assistant_start|>`.
+        """Render the prompt for the assistant's next message; it ends with `<|assistant_start|>`.
 
-        If the last message is the assistant's, that is the one to be completed: it is left out.
+        If the last message is the assistant's, it is the one to complete, so it is left out.
+        Raises UserError if no other message is left.
         """
         return [i for span in self._spans(conversation, system, completion=True) for i in span.ids]
 
 
 def _rank_file(ranks: list[bytes]) -> bytes:
-    """tiktoken's format: one `base64(token) rank` a line."""
+    """Write the ranks in tiktoken's format: one line `base64(token) rank` per token."""
     lines = (base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(ranks))
     return b"".join(lines)
 
 
 def _valid_unicode(text: str) -> str:
-    """`text` with surrogate pairs joined and lone surrogates replaced, as tiktoken does it."""
+    """Join surrogate pairs and replace lone surrogates, as tiktoken does."""
     try:
         text.encode()
         return text
@@ -404,7 +411,7 @@ def _valid_unicode(text: str) -> str:
 
 
 def _merge_system(messages: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """System messages moved to the front of the user message that comes next."""
+    """Move each system message to the front of the user message after it."""
     merged: list[Mapping[str, Any]] = []
     pending: list[str] = []
     for message in messages:

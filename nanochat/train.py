@@ -1,4 +1,4 @@
-"""One optimizer step, the same in every stage, and the state a run resumes from.
+"""The optimizer step that every stage uses, and the state that a run resumes from.
 
 B batch, T time, N targets of the step over all ranks and micro-batches
 """
@@ -22,8 +22,8 @@ from nanochat.runtime import Runtime
 class Batch:
     """One micro-batch of one rank.
 
-    The input at t is followed by the target at t. Documents never continue into each other: the
-    last token of a piece has no target. Padding is at the end of a row, with inputs of 0.
+    The target at t is the token after the input at t. The last token of a document has no target
+    (-1), so no document predicts the next one. Padding is at the end of a row and has inputs of 0.
     """
 
     inputs: Tensor  # (B, T) int64
@@ -31,13 +31,15 @@ class Batch:
     weights: Tensor  # (B, T) float32; 0 where the target is -1
     doc_ids: Tensor  # (B, T) int32: 0, 1, 2.. within a row; padding is its last document
     roles: Tensor | None = None
-    """(B, T) int8: the target's role (`tokenizer.ROLE_NAMES`, `IGNORED`), whatever its weight; -1
-    where there is no target or its store has no roles. Only with `with_roles=True`."""
+    """Roles (B, T) int8 of the targets (`tokenizer.ROLE_NAMES`, `IGNORED`), also those with loss
+    weight 0; -1 where there is no target or the store has no roles. None unless the loader was
+    asked for roles (`with_roles=True`)."""
     boundaries: Tensor | None = None
-    """(N,) int32: `attention.document_boundaries` of doc_ids; nobody has to ask a GPU for them."""
+    """`attention.document_boundaries` of doc_ids, int32, found on the CPU, so that no caller has to
+    wait for a GPU."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on `device`; from pinned memory and without waiting on CUDA."""
+        """Copy the batch to `device`; to a GPU from pinned memory and without waiting."""
         if device.type == "cpu":
             return self
         if device.type == "cuda":
@@ -46,7 +48,7 @@ class Batch:
         return self._each(lambda tensor: tensor.to(device))
 
     def pinned(self) -> "Batch":
-        """The batch in memory that a GPU reads from without a wait."""
+        """Copy the batch to pinned memory, from which a GPU copies without waiting."""
         return self._each(lambda tensor: tensor if tensor.is_pinned() else tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
@@ -55,29 +57,29 @@ class Batch:
 
 
 class NonFiniteLoss(UserError):
-    """The loss, or a gradient, is infinite or not a number; nothing was updated."""
+    """Error for a loss or gradient that is infinite or not a number; nothing was updated."""
 
 
 class NonFiniteWeights(UserError):
-    """A weight or an optimizer state is infinite or not a number; nothing was saved."""
+    """Error for weights or optimizer state that are infinite or not a number; nothing was saved."""
 
 
 class ReplicaDivergence(UserError):
-    """Parameters differ between ranks."""
+    """Error for parameters that differ between ranks."""
 
 
 @dataclass
 class TrainState:
-    """What, beside parameters, optimizer and loader, a run resumes from."""
+    """Counters that a run resumes from, beside parameters, optimizer state and loader position."""
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    """In steps."""
+    """Seconds spent inside optimizer steps."""
     elapsed_seconds: float = 0.0
-    """In all: reading data, evaluating, sampling and waiting for saves included."""
+    """Seconds spent in the loop: steps, reading data, evaluating, sampling, waiting for saves."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """The latest evaluation."""
+    """Results of the latest evaluation."""
     loss_scale: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -86,17 +88,17 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one step did."""
+    """Measurements of one step."""
 
     loss: float
-    """sum(w nll) / N over all ranks and micro-batches."""
+    """Loss of the step: sum(w nll) / N over all ranks and micro-batches."""
     targets: int
-    """N."""
+    """N: targets that are not -1, over all ranks and micro-batches."""
     tokens: int
-    """Input positions of the step, padding included."""
+    """Input positions of the step over all ranks, padding included."""
     seconds: float
     skipped: bool = False
-    """A float16 step whose gradients overflowed: the loss scale was halved instead."""
+    """True if float16 gradients overflowed: the loss scale was halved and nothing updated."""
 
 
 class LossScale:
@@ -122,12 +124,12 @@ class LossScale:
 
 
 def due(step: int, every: int, last: bool) -> bool:
-    """Whether something done every so many steps (0: only at the end) is due now."""
+    """True if an action is due now that happens every `every` steps (0: only at the end)."""
     return last or (every > 0 and step % every == 0)
 
 
 def take(loader: Iterator[Batch], count: int) -> list[Batch]:
-    """The next `count` micro-batches."""
+    """Take the next `count` micro-batches."""
     return [next(loader) for _ in range(count)]
 
 
@@ -144,15 +146,17 @@ def train_step(
     step: int | None = None,
     tokens: int | None = None,
 ) -> StepStats:
-    """Minimise sum(w nll) / N over this rank's micro-batches; every rank calls it.
+    """Take one optimizer step on sum(w nll) / N; every rank must call this with its micro-batches.
 
-    N counts the valid targets of all ranks and micro-batches, so neither accumulation nor the
-    number of ranks changes the result, and a micro-batch without targets is harmless. `divisor`
-    takes the place of N where what is trained on stands for more than its own targets (samples
-    without an advantage, pairs), `temperature` is that of the distribution nll is under. Raises
-    NonFiniteLoss on every rank, before anything is updated; it names `step`, the number under which
-    this step would be logged (by default one more than the updates before it). `tokens` are the
-    step's input positions over all ranks, where micro-batches are filled up with empty rows.
+    N counts the targets that are not -1, over all ranks and micro-batches. Neither gradient
+    accumulation nor the number of ranks therefore changes the result, and a micro-batch without
+    targets is harmless.
+
+    divisor: takes the place of N in reinforcement learning and DPO, where targets left out of the
+    batches count too. temperature: that of the distribution of nll. step: the number of this step
+    in errors (default: one more than the updates before it). tokens: the step's input positions
+    over all ranks, if empty rows fill up micro-batches. Raises NonFiniteLoss on every rank before
+    anything is updated.
     """
     start = time.perf_counter()
     number = optimizer.steps + 1 if step is None else step
@@ -165,7 +169,8 @@ def train_step(
     scale = loss_scale.scale if loss_scale else 1.0
 
     total = torch.zeros((), device=runtime.device)
-    # The scale goes into the weights: half of the loss's gradient is computed along with it.
+    # The loss scale is multiplied into the weights, since the forward pass computes part of the
+    # gradient.
     divisor = max(targets if divisor is None else divisor, 1)
     for batch in batches:
         weights = batch.weights / (divisor / scale)
@@ -175,7 +180,7 @@ def train_step(
         loss.backward()
         total += loss.detach() / scale
 
-    # One pass over the gradients, and no transfer of its own: a sum is finite if all of them are.
+    # A sum is finite if all its terms are, so one pass over the gradients and no extra transfer do.
     checksum = torch.stack([unit.gradients.sum() for unit in optimizer.units]).sum()
     losses, checksums = runtime.all_gather(torch.stack([total, checksum])).T.tolist()
     for rank, value in enumerate(losses):
@@ -214,7 +219,7 @@ def _stopped(step: int, reason: str) -> str:
 
 
 def check_finite(optimizer: Optimizer, runtime: Runtime, step: int) -> None:
-    """Raise NonFiniteWeights on every rank where any has a weight or a state that is not finite."""
+    """Raise NonFiniteWeights on every rank if weights or state of any rank are not finite."""
     tensors = [t for unit in optimizer.units for t in (unit.parameters, *unit.state.values())]
     sums = torch.stack([tensor.sum().float() for tensor in tensors])
     wrong = runtime.all_reduce_sum((~sums.isfinite()).sum())
@@ -229,8 +234,8 @@ def check_finite(optimizer: Optimizer, runtime: Runtime, step: int) -> None:
 def check_replicas(model: GPT, runtime: Runtime) -> None:
     """Compare every parameter's bits across ranks; ReplicaDivergence names the first that differs.
 
-    The fingerprint is a position-weighted sum of the raw bits modulo 2^63, so a swap or a single
-    flipped bit shows.
+    The fingerprint of a parameter is the sum of its raw bits, each multiplied by its position,
+    modulo 2^63. It changes when two values are swapped or a single bit flips.
     """
     if runtime.world_size == 1:
         return

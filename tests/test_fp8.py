@@ -98,5 +98,5 @@ def test_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
         check_fp8(gpu, torch.float32)
     check_fp8(gpu, torch.bfloat16)
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
-    with pytest.raises(UserError, match=r"not installed: pip install -e '\.\[fp8\]'"):
+    with pytest.raises(UserError, match=r"not installed; install it: pip install -e '\.\[fp8\]'"):
         convert_to_fp8(GPT(CONFIG))

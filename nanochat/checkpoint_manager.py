@@ -13,6 +13,7 @@ Saving copies the state to host memory; a thread writes it while training goes o
 """
 
 import hashlib
+import io
 import json
 import os
 import platform
@@ -20,9 +21,11 @@ import re
 import shutil
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import wait
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,10 +36,11 @@ from nanochat.config import from_dict, to_dict
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import Optimizer
-from nanochat.paths import file_sha256
+from nanochat.paths import HashedFile, file_sha256, in_background
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import SystemStyle, Tokenizer
 
+T = TypeVar("T")
 FORMAT = 1
 _STEP = re.compile(r"step_(\d{6,})")
 
@@ -109,10 +113,22 @@ class CheckpointManager:
         try:
             # The ranks agree after every part, so that no rank waits for one that failed.
             self._agree(lambda: self._prepare(temporary))
-            self._agree(lambda: save_file(weights, temporary / "model.safetensors"))
-            self._attempt(lambda: save_optimizer_state(state, temporary / "optim", self._group))
+            written: dict[str, Any] = {}
+            saving = None
+            if self.runtime.is_main:  # beside its share of the optimizer's state
+                path = temporary / "model.safetensors"
+                saving = in_background(lambda: save_file(weights, path))
+            self._attempt(
+                lambda: written.update(
+                    save_optimizer_state(state, temporary / "optim", self._group)
+                )
+            )
+            if saving is not None:
+                wait([saving])
+                self._attempt(lambda: written.update({path.name: saving.result()}))
             self._agree(lambda: None)
-            self._agree(lambda: self._finish(temporary, final, meta))
+            files = {name: file for share in self._gather(written) for name, file in share.items()}
+            self._agree(lambda: self._finish(temporary, final, {**meta, "files": files}))
         except BaseException as error:  # wait() raises it on the training thread
             problem = error
         if problem is not None:
@@ -138,10 +154,7 @@ class CheckpointManager:
         """Run an action on rank 0, then raise an error on every rank if any rank failed."""
         if self.runtime.is_main:
             self._attempt(action)
-        failures: list[str | None] = [self._failed]
-        if self._group is not None:
-            failures = [None] * self.runtime.world_size
-            dist.all_gather_object(failures, self._failed, group=self._group)
+        failures = self._gather(self._failed)
         self._failed = None
         for failure in failures:
             if failure:
@@ -150,18 +163,22 @@ class CheckpointManager:
                     "the checkpoints before it are whole. Free some space and run with --resume"
                 )
 
+    def _gather(self, value: T) -> list[T]:
+        """Each rank's value, on every rank."""
+        gathered = [value] * self.runtime.world_size
+        if self._group is not None:
+            dist.all_gather_object(gathered, value, group=self._group)
+        return gathered
+
     def _prepare(self, temporary: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         (temporary / "optim").mkdir(parents=True)
 
     def _finish(self, temporary: Path, final: Path, meta: dict[str, Any]) -> None:
-        files = {}
-        for path in sorted(temporary.rglob("*")):
-            if path.is_file():
-                paths.sync_path(path)
-                name = path.relative_to(temporary).as_posix()
-                files[name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
-        meta = {**meta, "files": files}
+        for name, file in meta["files"].items():
+            size = (temporary / name).stat().st_size
+            if size != file["size"]:
+                raise OSError(f"{temporary / name} has {size:,} bytes instead of {file['size']:,}")
         meta["digest"] = meta_digest(meta)
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
         paths.sync_path(temporary / "meta.json")
@@ -182,8 +199,8 @@ class CheckpointManager:
                 shutil.rmtree(doomed, ignore_errors=True)
 
 
-def save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write float32 tensors as safetensors.
+def save_file(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
+    """Write float32 tensors as safetensors; the file's size and SHA-256.
 
     The library's own function first makes bytes of all tensors. That needs a second copy of the
     weights, and meanwhile holds the interpreter's lock, which stops the training thread.
@@ -195,12 +212,12 @@ def save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb", buffering=0) as file:
+    with HashedFile(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            view = tensor.numpy().reshape(-1).view("uint8").data
-            while view:  # Linux writes at most 2 GiB at once
-                view = view[file.write(view) :]
+            file.write(tensor.numpy().reshape(-1).view("uint8").data)
+        os.fsync(file.fileno())
+    return file.record
 
 
 def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -209,19 +226,30 @@ def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 def save_optimizer_state(
     state: dict[str, torch.Tensor], folder: Path, group: dist.ProcessGroup | None
-) -> None:
-    """Write this rank's share of an optimizer state as safetensors; every rank must call this."""
+) -> dict[str, Any]:
+    """Write this rank's share of an optimizer state as safetensors; every rank must call this.
+
+    Returns the size and SHA-256 of what this rank wrote, by its name in the checkpoint.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystem
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
+    written: dict[str, Any] = {}
+
+    class Hashed(FileSystem):
+        @contextmanager
+        def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+            with HashedFile(Path(path)) as file:
+                yield file
+            written[f"{folder.name}/{Path(path).name}"] = file.record
+
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer.fs = Hashed()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        save(
-            state,
-            storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
-            process_group=group,
-            no_dist=group is None,
-        )
+        save(state, storage_writer=writer, process_group=group, no_dist=group is None)
+    return written
 
 
 def load_optimizer_state(

@@ -7,6 +7,7 @@ final name only when it is complete.
 
 import errno
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -16,15 +17,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, Literal, TypeVar, get_args
 
 from nanochat.errors import UserError
 
 Stage = Literal["base", "mid", "sft", "rl"]
 """The folders of `checkpoints/`: pretraining, mid-training, instruction tuning, reinforcement."""
 STAGES: tuple[Stage, ...] = get_args(Stage)
+
+T = TypeVar("T")
 
 _TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.tmp")
 """Names that tempfile makes for `atomic_folder`: `.NAME.xxxxxxxx.tmp`."""
@@ -118,6 +122,51 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+class HashedFile(io.FileIO):
+    """A file that is hashed while it is written, large pieces on another thread.
+
+    `record` is its size and SHA-256 as checkpoints note them, so that nobody has to read it again.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(path, "wb")
+        self._digest, self._size = hashlib.sha256(), 0
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return {"size": self._size, "sha256": self._digest.hexdigest()}
+
+    def write(self, data: Any, /) -> int:
+        """Write all of it, however little the system takes at once (2 GiB on Linux)."""
+        whole = rest = memoryview(data).cast("B")
+        hashed = in_background(lambda: self._digest.update(whole))
+        try:
+            while rest:
+                rest = rest[super().write(rest) :]
+        finally:
+            hashed.result()
+        self._size += len(whole)
+        return len(whole)
+
+
+def in_background(action: Callable[[], T]) -> Future[T]:
+    """The future result of an action that a thread of its own begins at once.
+
+    An executor's threads take nothing on any more while the interpreter ends; a checkpoint that is
+    being written then still has to become whole.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="in the background").start()
+    return future
 
 
 def sync_path(path: Path) -> None:

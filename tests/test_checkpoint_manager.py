@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanochat import checkpoint_manager, runtime
+from nanochat import checkpoint_manager, paths, runtime
 from nanochat.checkpoint_manager import (
     CheckpointManager,
     find,
@@ -133,6 +133,31 @@ def test_saving_does_not_see_what_training_does_meanwhile(
     restored(folder / "step_000001", other, other_optimizer, RUNTIME)
     assert all(torch.equal(p, expected[name]) for name, p in other.named_parameters())
     assert all(torch.equal(v, state[k]) for k, v in other_optimizer.state_dict().items())
+
+
+def test_saving_reads_nothing_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are hashed while they are written."""
+    with monkeypatch.context() as patch:
+        patch.setattr(paths, "file_sha256", None)
+        patch.setattr(checkpoint_manager, "file_sha256", None)
+        save(folder, 5)
+    assert len(read_meta(folder / "step_000005")["files"]) == 2, "and they are the right digests"
+
+
+def test_a_file_shorter_than_what_was_written_is_no_checkpoint(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoint_manager.save_file
+
+    def torn(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
+        record = write(tensors, path)
+        os.truncate(path, 100)
+        return record
+
+    monkeypatch.setattr(checkpoint_manager, "save_file", torn)
+    with pytest.raises(OSError, match=r"model.safetensors has 100 bytes instead of [\d,]+"):
+        save(folder, 5)
+    assert latest(folder) is None
 
 
 def test_files_are_safetensors_and_json_only(folder: Path) -> None:

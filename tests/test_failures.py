@@ -6,6 +6,7 @@ their own. Every rank claims to be the first of its machine, so that each says w
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from typing import Any
 
 import processes
 import pytest
+import tiny_runs
 import torch
 
 from nanochat import checkpoint_manager, runtime
@@ -249,9 +251,9 @@ def test_a_rank_lost_in_the_rendezvous_is_told_in_words(
 def fail_while_saving(runtime: Runtime, folder: Path) -> None:
     write = checkpoint_manager.save_file
 
-    def slowly(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def slowly(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
         time.sleep(1.0)
-        write(tensors, path)
+        return write(tensors, path)
 
     checkpoint_manager.save_file = slowly
     model, optimizer = make(runtime)
@@ -344,3 +346,62 @@ def test_torchrun_restarts_the_job_and_quotes_the_reason(tmp_path: Path) -> None
         assert reason in result.stderr
     cause = result.stderr.split("Root Cause")[1]
     assert "rank 1: attempt 1 failed" in cause
+
+
+STOPPED_JOB = """
+import sys, time
+from pathlib import Path
+from nanochat import checkpoint_manager
+from nanochat.cli import launch
+from scripts import base_train
+from tiny_runs import base_config
+
+text, folder = sys.argv.pop(), Path(sys.argv.pop())
+write = checkpoint_manager.save_file
+
+def slowly(tensors, path):
+    (folder / "saving").touch()
+    time.sleep(3.0)
+    return write(tensors, path)
+
+checkpoint_manager.save_file = slowly
+config = base_config(text, duration=dict(num_steps=10**6), evaluating=dict(eval_every=0))
+launch(lambda _, runtime: base_train.main(config, runtime), type(config), None)
+"""
+
+
+@pytest.mark.parametrize(("patience", "saved"), [(60, True), (1, False)])
+def test_a_slow_save_is_finished_under_torchrun(
+    patience: int, saved: bool, encoded: Path, tmp_path: Path
+) -> None:
+    """SIGTERM while a save is under way; torchrun is told to be patient as README says."""
+    base = tmp_path / "base"
+    shutil.copytree(encoded, base)
+    script = tmp_path / "job.py"
+    script.write_text(STOPPED_JOB)
+    root = Path(__file__).parent.parent
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc-per-node", "2", "--shutdown-timeout", str(patience)]
+    paths = f"{root}{os.pathsep}{root / 'tests'}"
+    job = subprocess.Popen(
+        [*torchrun, str(script), str(base), tiny_runs.corpus(encoded)],
+        env={**os.environ, "PYTHONPATH": paths, "NANOCHAT_BASE_DIR": str(base)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        end = time.monotonic() + processes.TIMEOUT
+        while not (base / "saving").exists():
+            assert job.poll() is None, job.communicate()[0]
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        job.send_signal(signal.SIGTERM)
+        said = job.communicate(timeout=processes.TIMEOUT)[0]
+    finally:
+        job.kill()
+    assert job.returncode != 0
+    newest = latest(base / "checkpoints" / "base" / "default")
+    assert (newest is not None) == saved, said
+    if newest is not None:
+        assert f"stopped after step {read_meta(newest)['step']} of" in said

@@ -172,3 +172,20 @@ def test_flags_with_a_home_in_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         assert parse(export_hf.Config, arguments).out == tmp_path / "model"
     said = parse(chat_cli.Config, ["--prompt", "~/x is what?"])
     assert said.prompt == "~/x is what?"
+
+
+@pytest.mark.parametrize("size", [0, 1, 3 << 20])
+def test_a_hashed_file_knows_what_is_in_it(size: int, tmp_path: Path) -> None:
+    content = os.urandom(size)
+    with paths.HashedFile(tmp_path / "file") as file:
+        for start in range(0, size, 1 << 20):
+            file.write(memoryview(content)[start : start + (1 << 20)])
+    assert (tmp_path / "file").read_bytes() == content
+    digest = paths.file_sha256(tmp_path / "file")
+    assert file.record == {"size": size, "sha256": digest}
+
+
+def test_what_runs_in_the_background_tells_its_failure() -> None:
+    assert paths.in_background(lambda: 3).result() == 3
+    with pytest.raises(ZeroDivisionError):
+        paths.in_background(lambda: 1 // 0).result()

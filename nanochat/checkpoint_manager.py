@@ -54,9 +54,6 @@ class CheckpointManager:
         self._error: BaseException | None = None
         # The writer's collectives must not mix with the training's on another thread.
         self._group = dist.new_group(backend="gloo") if runtime.world_size > 1 else None
-        if runtime.is_main and folder.is_dir():
-            for leftover in folder.glob(".*.tmp"):  # left by a killed run
-                shutil.rmtree(leftover, ignore_errors=True)
 
     def save(self, step: int, model: GPT, optimizer: Optimizer, meta: dict[str, Any]) -> None:
         """Copy the state to host memory and start writing it; every rank must call this.
@@ -184,13 +181,8 @@ class CheckpointManager:
         paths.sync_path(temporary / "meta.json")
         paths.sync_path(temporary / "optim")
         paths.sync_path(temporary)
-        if final.exists():  # saved before this run was resumed from an earlier step
-            aside = final.with_name(f".{final.name}.old.tmp")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(final, aside)
-        os.replace(temporary, final)
-        paths.sync_path(self.folder)
-        shutil.rmtree(final.with_name(f".{final.name}.old.tmp"), ignore_errors=True)
+        # `final` exists where the run was resumed from an earlier step.
+        paths.replace_folder(temporary, final)
         if self.keep_last > 0:
             for step in list_steps(self.folder)[: -self.keep_last]:
                 # Renamed first, so that a kill while deleting leaves no incomplete step folder.

@@ -289,6 +289,16 @@ def _clean_up(artifact: Path) -> None:
             file.close()
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers left in a folder; what they had moved aside comes back.
+
+    The caller is the only one who writes anything there.
+    """
+    for leftover in list(folder.glob(".*.tmp")):
+        match = _TEMPORARY.fullmatch(leftover.name)
+        _remove(leftover, folder / match[1] if match else leftover)
+
+
 def _remove(leftover: Path, final: Path) -> None:
     if (leftover / "old").exists() and not final.exists():
         os.replace(leftover / "old", final)

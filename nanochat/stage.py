@@ -143,6 +143,7 @@ def open_run(name: str, cfg: StageConfig, runtime: Runtime) -> Iterator[OpenRun]
 def _look_into(
     name: str, cfg: StageConfig, folder: Path
 ) -> tuple[Path | None, dict[str, Any] | None, dict[str, Any]]:
+    paths.remove_leftovers(folder)
     newest = latest(folder)
     if newest is None:
         return None, None, {}

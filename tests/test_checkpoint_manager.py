@@ -211,7 +211,7 @@ def test_leftovers_of_a_killed_run_are_no_checkpoints_and_are_removed(folder: Pa
     (folder / "step_000003").write_text("a file, not a folder")
     (folder / "step_x").mkdir()
     assert list_steps(folder) == [1]
-    CheckpointManager(folder, RUNTIME)
+    paths.remove_leftovers(folder)
     assert not torn.exists()
     assert list_steps(folder) == [1]
 
@@ -223,6 +223,26 @@ def test_saving_a_step_again_replaces_it(folder: Path) -> None:
     restored(folder / "step_000005", other, optimizer, RUNTIME)
     assert torch.equal(other.embedding.weight, model.embedding.weight)
     assert list(folder.iterdir()) == [folder / "step_000005"]
+
+
+def test_a_replaced_step_comes_back_when_the_second_rename_fails(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = save(folder, 5, seed=0)
+    rename = os.replace
+
+    def fails(source: Path, target: Path) -> None:
+        if Path(source).name == ".step_000005.tmp":
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="rank 0: OSError: .*Input/output error"):
+        save(folder, 5, seed=1)
+    assert list(folder.iterdir()) == [folder / "step_000005"]
+    other, optimizer = make(seed=3)
+    restored(folder / "step_000005", other, optimizer, RUNTIME)
+    assert torch.equal(other.embedding.weight, model.embedding.weight)
 
 
 def test_find(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

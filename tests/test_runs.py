@@ -75,6 +75,20 @@ def test_metadata_is_read_once_when_a_stage_resumes(
     assert len(own) == 1, own
 
 
+def test_a_step_comes_back_after_a_kill_between_the_renames(
+    run: Callable[..., Any], folder: Path
+) -> None:
+    run()
+    aside = checkpoints(folder) / ".step_000004.abcd1234.tmp"
+    aside.mkdir()
+    (checkpoints(folder) / "step_000004").rename(aside / "old")
+    written = (aside / "old" / "meta.json").stat().st_ino
+    (checkpoints(folder) / ".step_000004.tmp").mkdir()  # the new one, killed before it was renamed
+    assert run(run=RESUME).finished
+    assert sorted(p.name for p in checkpoints(folder).iterdir()) == ["step_000002", "step_000004"]
+    assert (checkpoints(folder) / "step_000004" / "meta.json").stat().st_ino == written
+
+
 def test_a_finished_run_reads_no_data(run: Callable[..., Any], folder: Path) -> None:
     run()
     shutil.rmtree(folder / "stores")

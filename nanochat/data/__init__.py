@@ -1,1 +1,1 @@
-"""Text and conversations on their way into batches: stores, packing, order, loading."""
+"""Data wing: corpora and conversations become token stores, and stores become batches."""

@@ -1,4 +1,4 @@
-"""Token stores of conversations: rendered once, with their loss masks and roles."""
+"""Token stores of conversations, rendered once with their loss masks and roles."""
 
 import hashlib
 import json
@@ -20,12 +20,12 @@ from nanochat.progress import progress_bar
 from nanochat.tokenizer import SystemStyle, Tokenizer, pack_mask
 
 _PARALLEL_FROM = 20_000
-"""Rows below which the processes would take longer to start than they save."""
+"""Number of rows from which worker processes save more time than it takes to start them."""
 _SLICE_ROWS = 4_000
 
 
 class ConversationTask(Protocol):
-    """What `conversations_store` needs of a task (every `tasks.common.Task` has it)."""
+    """Interface that `conversations_store` needs of a task; `tasks.common.Task` has it."""
 
     name: str
     split: str
@@ -41,7 +41,7 @@ LongConversations = Literal["truncate", "split", "drop"]
 
 
 class _Settings(NamedTuple):
-    """How conversations are rendered, in a form that travels to worker processes."""
+    """Settings of rendering, in a form that can be sent to worker processes."""
 
     max_tokens: int | None
     system: SystemStyle
@@ -58,18 +58,18 @@ def conversations_store(
     num_workers: int | None = None,
     folder: Path | None = None,
 ) -> TokenStore:
-    """The rendered conversations of a task with their loss masks and roles.
+    """Open the store of a task's rendered conversations; build it if it is missing or outdated.
 
-    Each conversation is validated here, once. A bad one raises `UserError` naming task, split, row
-    and what is wrong; with `bad_rows="skip"` it is left out, counted in `meta["skipped"]` and
-    reported on the console. `max_tokens` keeps the beginning of longer conversations;
-    `fit_conversations` does so without another store.
+    Each conversation is validated here, once. A bad one raises `UserError`, which names task,
+    split, row and mistake. With `bad_rows="skip"` it is left out, counted in `meta["skipped"]` and
+    reported on the console. Of longer conversations only the first `max_tokens` tokens are stored;
+    `fit_conversations` cuts them without another store.
 
-    The folder is `stores_dir()/<task>-<split>-<digest>` unless given, the digest covering tokenizer
-    and content: runs with other settings don't overwrite each other's stores. It is reused when
-    current. Tasks of 20,000 rows and more are rendered by `num_workers` processes (default: one a
-    CPU); their number never changes the result. With several ranks, call it on one per machine
-    first, then behind a barrier on the others.
+    By default the folder is `stores_dir()/<task>-<split>-<digest>`. The digest covers tokenizer and
+    content, so that runs with other settings do not overwrite each other's stores. Tasks of 20,000
+    rows and more are rendered by `num_workers` processes (default: one per CPU); their number never
+    changes the result. With several ranks, call this on one rank of each machine first, then, after
+    a barrier, on the others.
     """
     where = f"{task.name}/{task.split}"
     if len(task) == 0:
@@ -134,9 +134,10 @@ def _build(
 
 
 class _Fitted(TokenStore):
-    """The conversations of a store with at most `limit` tokens each; nothing is copied.
+    """A view of a store's conversations with at most `limit` tokens each; nothing is copied.
 
-    Longer ones lose their end, or with `drop` are left out. Memory: 8 bytes a conversation.
+    Longer ones lose their end, or are left out if `drop` is set. It needs 8 bytes of memory per
+    conversation.
     """
 
     def __init__(self, store: TokenStore, limit: int, drop: bool):
@@ -163,11 +164,12 @@ class _Fitted(TokenStore):
 def fit_conversations(
     store: TokenStore, sequence_length: int, how: LongConversations
 ) -> tuple[TokenStore, str]:
-    """The store with what is to be done to conversations longer than a row, and a note on them.
+    """Handle conversations longer than a row; returns the store to use and a note for the user.
 
-    A row has sequence_length + 1 tokens. `truncate` keeps the beginning; `drop` leaves them out,
-    and raises UserError where none is left; with `split` the packer cuts them into pieces, all but
-    the first of which are trained on without what went before. The note is empty where all fit.
+    A row has sequence_length + 1 tokens. `truncate` keeps the beginning of a longer conversation.
+    `drop` leaves it out, and raises UserError if none is left. `split` lets the packer cut it into
+    pieces; the later pieces are trained on without the earlier ones. The note is empty if all
+    conversations fit.
     """
     limit = sequence_length + 1
     lengths = np.diff(store._offsets)
@@ -204,9 +206,9 @@ def _render_rows(
     settings: _Settings,
     label: str | None = None,
 ) -> list[str]:
-    """Validate, render and write `rows`, with a progress bar if it has a label.
+    """Validate, render and write `rows`; show a progress bar if there is a label.
 
-    Returns the reasons of those skipped.
+    Returns the errors of the skipped rows.
     """
     skipped = []
     for i in _with_bar(rows, label) if label else rows:
@@ -251,7 +253,7 @@ def _note_skipped(extra: dict[str, Any], skipped: list[str], where: str, kept: i
 def _can_pickle(task: object) -> bool:
     try:
         pickle.dumps(task)
-    except Exception:  # whatever a foreign object's pickling raises, one process will do
+    except Exception:  # pickling may raise anything; one process does the work then
         return False
     return True
 

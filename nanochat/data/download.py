@@ -1,8 +1,8 @@
-"""Files from the Hugging Face hub or a mirror of it (or any address), whole or not there at all.
+"""Downloads from the Hugging Face hub, a mirror of it, or any URL.
 
-`huggingface_hub` speaks to the server; what is added here is that a download goes on where an
-earlier process was stopped, that several run beside each other under one progress bar, and that
-nothing gets its final name before it was verified.
+`huggingface_hub` speaks to the server. This module adds three things: a download continues where an
+earlier process was stopped, several run at once under one progress bar, and a file gets its final
+name only after it was verified.
 """
 
 import hashlib
@@ -25,20 +25,20 @@ from nanochat.errors import UserError
 from nanochat.paths import safe_name
 from nanochat.progress import Bar, progress_bar
 
-_ATTEMPTS = 6  # in a row without a new byte, before giving up
-_FIRST_WAIT = 1.0  # seconds before the second attempt, doubled from one to the next
+_ATTEMPTS = 6  # failures in a row without a new byte before giving up
+_FIRST_WAIT = 1.0  # seconds before the second attempt; doubled for each further one
 _LONGEST_WAIT = 30.0
-_CHUNK = 1 << 20  # bytes, the most that a dropped connection costs
+_CHUNK = 1 << 20  # bytes per write, which are the most that a dropped connection loses
 _SHA256 = re.compile(r"[0-9a-f]{64}$")
 
 
 def _endpoint() -> str | None:
-    """A mirror to use instead of the hub; read at each call, the hub's client reads it once."""
+    """URL of a mirror to use instead of the hub; read at each call (the hub's client: once)."""
     return (os.environ.get("HF_ENDPOINT") or "").rstrip("/") or None
 
 
 def list_files(repository: str, wanted: Callable[[str], bool]) -> list[str]:
-    """The names of a data set's files that are wanted, sorted."""
+    """List the names of a data set's files for which `wanted` is true, sorted."""
     from huggingface_hub import HfApi
 
     try:
@@ -54,7 +54,7 @@ def list_files(repository: str, wanted: Callable[[str], bool]) -> list[str]:
 
 
 def fetch_url(url: str, target: Path) -> None:
-    """Download one file from anywhere, as `fetch_files` does; the hub's token stays here."""
+    """Download one file from any URL, as `fetch_files` does, without sending the hub's token."""
     fetch_files(url, [target.name], target.parent, 1, url=url)
 
 
@@ -63,9 +63,9 @@ def fetch_files(
 ) -> None:
     """Download `files` into `folder`, `workers` at a time; each appears when it is verified.
 
-    With `url` it is one file, from there. Dropped and stalled connections are resumed, with growing
-    pauses. After `_ATTEMPTS` failures in a row without a new byte it is a `UserError`; what was
-    fetched is kept under `folder/.partial` and continued by the next call.
+    With `url`, there is one file, from that URL. Dropped and stalled connections are resumed, with
+    growing pauses. After `_ATTEMPTS` failures in a row without a new byte, UserError is raised. The
+    bytes fetched so far are kept under `folder/.partial`, and the next call continues from them.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import (
@@ -79,8 +79,8 @@ def fetch_files(
     level, quiet = logger.level, are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)
     disable_progress_bars()
-    # The client hands on whole chunks only, 10 MB by default: a connection that breaks more often
-    # than that would never get anywhere.
+    # The client writes whole chunks only, 10 MB by default. With those, a connection that breaks
+    # after every few MB would never make progress.
     chunk = constants.DOWNLOAD_CHUNK_SIZE
     constants.DOWNLOAD_CHUNK_SIZE = _CHUNK
     try:
@@ -103,7 +103,7 @@ def fetch_files(
 
 
 class _Stopped(Exception):
-    """Another download failed, or the user interrupted: leave quietly."""
+    """Raised in a download when another one failed or the user interrupted."""
 
 
 class _PartFile:
@@ -121,7 +121,7 @@ class _PartFile:
         return self._file.write(data)
 
     def truncate(self, size: int | None = None) -> int:
-        # The server ignored the range that was asked for and starts again.
+        # The server ignored the requested range and sends the file from its beginning.
         position = self._file.tell()
         before = self._file.seek(0, os.SEEK_END)
         self._file.seek(position)
@@ -134,7 +134,7 @@ class _PartFile:
 
 
 class _Fetcher:
-    """Downloads files of one repository, or the one of a URL; `fetch` runs in several threads."""
+    """Downloads the files of a repository, or the file of a URL; `fetch` runs in many threads."""
 
     def __init__(self, repository: str, folder: Path, bar: Bar, num_files: int, url: str | None):
         self.repository = repository
@@ -146,7 +146,7 @@ class _Fetcher:
         self._sizes: dict[str, int] = {}
 
     def fetch(self, file: str) -> None:
-        """Get one file, with as many attempts as bring it forward."""
+        """Download one file; give up after `_ATTEMPTS` attempts in a row without a new byte."""
         target = self.folder / file
         partial = self.folder / ".partial"
         partial.mkdir(parents=True, exist_ok=True)
@@ -186,10 +186,10 @@ class _Fetcher:
         token = False if self.url else None  # None: the user's, if there is one
         metadata = get_hf_file_metadata(url, token=token)
         size, etag = metadata.size, metadata.etag or ""
-        # The content's tag is part of the name: what was fetched of another version is no start.
+        # The content's tag is part of the name, so bytes of another version are never continued.
         part = partial / f"{safe_name(file)}.{safe_name(etag)[:16]}.part"
         done = part.stat().st_size if part.exists() else 0
-        if size is None:  # where to go on could not be checked
+        if size is None:  # without a size, a partial file cannot be checked
             part.unlink(missing_ok=True)
             self.bar.advance(-done if file in self._sizes else 0)
             done = 0
@@ -210,8 +210,8 @@ class _Fetcher:
                         expected_size=size,
                     )
                 except OSError as error:
-                    # A response that ended well at the wrong length is not what was asked for (a
-                    # proxy's error page, say). Only a digest could tell what of it is of use.
+                    # A complete response of the wrong length is another file, such as a proxy's
+                    # error page. Only a digest could tell whether some of it is usable.
                     if type(error) is OSError and error.errno is None and not _SHA256.match(etag):
                         counted.seek(0)
                         counted.truncate()
@@ -221,7 +221,7 @@ class _Fetcher:
                     os.fsync(opened.fileno())
         problem = _verify(part, size, etag)
         if problem:
-            # A file that is only short can be continued, any other is of no use.
+            # A file that is too short can be continued; any other damage makes it useless.
             length = part.stat().st_size
             if size is None or length >= size:
                 self.bar.advance(-length)
@@ -234,7 +234,7 @@ class _Fetcher:
 
 
 def _verify(path: Path, size: int | None, etag: str) -> str:
-    """What is wrong with a downloaded file; empty if nothing is."""
+    """Describe what is wrong with a downloaded file; empty if nothing is."""
     length = path.stat().st_size
     if size is not None and length != size:
         return f"{length} bytes instead of {size}"
@@ -262,7 +262,7 @@ def _verify(path: Path, size: int | None, etag: str) -> str:
 
 
 def _raise_if_hopeless(error: Exception, repository: str, file: str) -> None:
-    """Turn what no further attempt can mend into an error at once."""
+    """Raise UserError at once for an error that another attempt cannot help."""
     from huggingface_hub import errors
 
     response = getattr(error, "response", None)
@@ -276,12 +276,12 @@ def _raise_if_hopeless(error: Exception, repository: str, file: str) -> None:
             f"{file} of {repository} cannot be downloaded, the server answers {status}: "
             f"{_line(error)}"
         ) from error
-    # No space, no permission, read-only: errors of this machine, not of the network.
+    # Errors of this machine, not of the network: no space, no permission, read-only.
     local = (OSError, PermissionError, FileNotFoundError)
     if type(error) in local and getattr(error, "errno", None) is not None:
         raise error
 
 
 def _line(error: BaseException) -> str:
-    """The first line of an error's message, or its name where it has none."""
+    """First line of an error's message, or the error's name if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

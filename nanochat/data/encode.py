@@ -1,4 +1,4 @@
-"""A corpus becomes a token store: read, encoded and written side by side."""
+"""Encoding of a corpus into a token store, with reading, encoding and writing in parallel."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from nanochat.progress import progress_bar
 from nanochat.tokenizer import Tokenizer
 
 _BATCH_CHARS = 1 << 17
-"""Characters of the texts that a thread encodes at a time."""
+"""Number of characters that a thread encodes at a time."""
 _PROCESS_BYTES = 32 << 20
-"""Bytes of shards for each process: starting one takes as long as encoding 10 MB."""
+"""Bytes of shards per process; starting a process takes as long as encoding 10 MB."""
 
 
 def encode_split(
@@ -37,15 +37,16 @@ def encode_split(
     workers: int,
     tell: Callable[[str], None] = print,
 ) -> TokenStore:
-    """The store of a split, with the shards in the corpus's order; what is current is not redone.
+    """Encode a split of a corpus into its store, shards in the corpus's order; returns the store.
 
-    While it is built, a shard is a store of its own under `<store>.shards/`. The finished store
-    lists its shards; if these are the first of those that the corpus has now, the rest is appended.
+    A store that is already up to date is returned as it is. If the corpus has grown by shards at
+    its end, only those are encoded and appended. During encoding, each finished shard is kept as a
+    store of its own under `<store>.shards/`.
     """
     from nanochat.checkpoint_manager import trained_with  # with torch, which no worker needs
 
     folder = corpus.store_folder(split, tokenizer.hash)
-    with suppress(UserError):  # there is none, or a torn one
+    with suppress(UserError):  # there is no store, or its files are incomplete
         other = TokenStore.open(folder).meta["tokenizer_hash"]
         if other != tokenizer.hash and (users := trained_with(other)):
             folder = folder.with_name(f"{folder.name}-{tokenizer.hash[:8]}")
@@ -67,7 +68,7 @@ def _encode_into(
     slices = folder.with_name(f"{folder.name}.shards")
     shards = corpus.shards(split)
     fingerprint = combined_fingerprint(shards)
-    # A store with rows left out is no answer to somebody who wants to hear of them.
+    # With --bad-rows error, a store from which bad rows were left out must not be reused.
     may_skip = corpus.bad_rows == "skip"
     done = TokenStore.open_if_current(folder, tokenizer.hash, fingerprint)
     grown = _grown_from(folder, tokenizer, shards)
@@ -82,7 +83,7 @@ def _encode_into(
     if grown is not None and (may_skip or not grown.meta.get("skipped")):
         count = len(grown.meta["shards"])
         parts, todo = [folder, *parts[count:]], shards[count:]
-        # scripts.decontaminate wrote these; how far they reach has to be said from now on.
+        # scripts.decontaminate has searched these shards and none behind them; note how many.
         notes = grown.meta.get("decontaminated", [])
         looked_through = [{"shards": count, **note} for note in notes]
     missing = []
@@ -118,7 +119,7 @@ def _encode_into(
 
 
 def _grown_from(folder: Path, tokenizer: Tokenizer, shards: list[Shard]) -> TokenStore | None:
-    """The store at `folder` if it holds the first of these shards."""
+    """Open the store at `folder` if it holds the first of these shards, else return None."""
     try:
         store = TokenStore.open(folder, tokenizer.hash)
     except UserError:
@@ -135,7 +136,7 @@ def _encode_shards(
     tokenizer: Tokenizer,
     workers: int,
 ) -> None:
-    """Encode each shard into `slices/<shard>`: shards in parallel, and threads within them."""
+    """Encode each shard into `slices/<shard>`, in several processes, each with threads."""
     if not shards:
         return
     label, total = f"encoding {corpus.name} {split}", sum(shard.size for shard in shards)
@@ -156,7 +157,7 @@ def _encode_shards(
                 )
                 before += shard.size
         return
-    # How many bytes of each shard are done, written by the workers.
+    # Bytes done of each shard; the workers write them.
     positions: Any = multiprocessing.get_context("spawn").Array(
         ctypes.c_longlong, len(shards), lock=False
     )
@@ -203,7 +204,7 @@ def _encode_shard(
         ) as writer,
         ThreadPoolExecutor(threads) as pool,
     ):
-        # This thread reads and writes while the others encode; what waits in between is bounded.
+        # This thread reads and writes while the others encode; the queue between them is bounded.
         pending: deque[tuple[Future[list[np.ndarray]], int]] = deque()
 
         def write_first() -> None:

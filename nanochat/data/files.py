@@ -1,4 +1,4 @@
-"""Corpora of one's own: text, JSON and parquet files, read a piece at a time."""
+"""Corpora of the user's own files: text, JSON and parquet, read a piece at a time."""
 
 import gzip
 import hashlib
@@ -25,32 +25,32 @@ KINDS: dict[str, Kind] = {
     ".json": "json",
     ".parquet": "parquet",
 }
-"""How a file is read, by the end of its name in small letters. All but parquet files may be
-compressed: `.gz` or `.zst` follows then."""
+"""Kind of a file by the end of its name, in lower case. All kinds but parquet may be compressed;
+`.gz` or `.zst` then follows."""
 _COMPRESSED = (".gz", ".zst")
 EXPECTED = f"{', '.join(KINDS)} (all but .parquet also with {' or '.join(_COMPRESSED)})"
 
-_SECTION = 8_192  # bytes of a section of a long text file, at least
+_SECTION = 8_192  # smallest size of a section of a long text file, in bytes
 _LONGEST = 4 * _SECTION  # bytes after which a section ends at any line end, or inside a line
-_WHOLE = 65_536  # bytes up to which a text file is one document
-_HEAD = 1 << 20  # bytes of a .json file that tell what is in it
+_WHOLE = 65_536  # largest text file that is one document, in bytes
+_HEAD = 1 << 20  # bytes of a .json file that are read to find its layout
 _VAL_ONE_IN = 20
 _TXT_SHARD = "txt"
 
 
 class Unusable(str):
-    """Why a row has no usable text."""
+    """Reason why a row has no usable text."""
 
 
 class FileRow(NamedTuple):
     number: int
     value: "str | Unusable"
     position: int
-    """Bytes of the file on the disk read so far (a fair guess for parquet)."""
+    """Bytes of the file on the disk that were read so far (an estimate for parquet)."""
 
 
 def kind_of(name: str) -> Kind | None:
-    """How the file of that name is read; None if it is not."""
+    """Kind of the file of this name; None if such files are not read."""
     name = name.lower()
     plain = next((name[: -len(end)] for end in _COMPRESSED if name.endswith(end)), name)
     kind = KINDS.get(os.path.splitext(plain)[1])
@@ -60,16 +60,16 @@ def kind_of(name: str) -> Kind | None:
 class FolderCorpus(Corpus):
     """The text, JSON and parquet files of a folder and its sub-folders, or one such file.
 
-    Documents: a text file (one of more than 64 KiB, or one that is all there is, is cut into
-    sections of about 8,000 bytes at blank lines, and lines without an end are cut at word ends), a
-    line of a .jsonl file, an object of the list in a .json file (which may also hold lines), a row
-    of a .parquet file; the text is in the field or column `column`. Rows with nothing but white
-    space are left out. Links are followed, hidden files and folders are not read, and `notes` says
-    what else was left out.
+    A document is a text file, a line of a .jsonl file, an object of the list in a .json file (which
+    may also hold lines), or a row of a .parquet file. In JSON and parquet, the text is in the field
+    or column `column`. A text file of more than 64 KiB, or one that is the only file, is cut into
+    several documents: sections of about 8,000 bytes that end at blank lines; very long lines are
+    cut at the end of a word. Rows of white space only are left out. Links are followed. Hidden
+    files and folders are not read. `notes` lists what else is left out.
 
-    Split: a hash of (file name, row) sends one document in twenty to val, so it stays the same when
-    files are added. In a corpus so small that one split would get nothing, the document with the
-    lowest hash is val (the one with the highest is train).
+    A hash of (file name, row) sends one document in twenty to the split val, so documents keep
+    their split when files are added. If one split would be empty, the document with the lowest hash
+    goes to val, or the one with the highest to train.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class FolderCorpus(Corpus):
         self.bad_rows = bad_rows
         resolved = str(root.resolve())
         if name is None:
-            # Folders of the same name must not share a store.
+            # Folders with the same name must not share a store.
             digest = hashlib.sha256(resolved.encode()).hexdigest()[:8]
             name = f"{safe_name(root.resolve().stem)}-{digest}"
         self.name = name if column == "text" else f"{name}-{safe_name(column)}"
@@ -98,7 +98,7 @@ class FolderCorpus(Corpus):
         self._forced: dict[tuple[str, int], Split] | None = None
 
     def _find(self) -> None:
-        """Fill `_files` and `_kinds` with what is read, `_ignored` with why the rest is not."""
+        """Fill `_files` and `_kinds` with the files to read, `_ignored` with reasons for others."""
         if self.root.is_file():
             kind = kind_of(self.root.name)
             if kind is None:
@@ -131,7 +131,7 @@ class FolderCorpus(Corpus):
             self._ignored[readme] = "it describes the data"
 
     def _walk(self) -> Iterator[Path]:
-        """All files but hidden ones; a folder that several links lead to is entered once."""
+        """Yield all files but hidden ones; a folder that several links lead to is entered once."""
         seen = {self.root.resolve()}
         for folder, folders, files in os.walk(self.root, followlinks=True, onerror=_raise):
             here = Path(folder)
@@ -147,7 +147,7 @@ class FolderCorpus(Corpus):
             yield from (here / name for name in files if not name.startswith("."))
 
     def notes(self) -> list[str]:
-        """How many files are read, what was ignored and why, and where long lines are cut."""
+        """Lines for the user: files read, files ignored and why, and texts with very long lines."""
         count = len(self._files)
         notes = [f"{self.root}: {count} file{'s' * (count != 1)} read"]
         if self._ignored:
@@ -170,11 +170,12 @@ class FolderCorpus(Corpus):
         return notes
 
     def shards(self, split: Split) -> list[Shard]:
-        """One for each JSON and parquet file, one for all text files together."""
+        """List the shards: one per JSON or parquet file, one for all text files together."""
         shards = []
         for shard, names in self._groups().items():
             stats = [(name, self._files[name].stat()) for name in names]
-            # The content decides: a copy is the same corpus, an edit of equal size and time is not.
+            # The digest is of the content: a copy has the same one, an edited file another, even if
+            # its size and time are equal.
             content = [
                 [n, _digest(self._files[n], s.st_size, s.st_mtime_ns, s.st_ctime_ns)]
                 for n, s in stats
@@ -191,7 +192,7 @@ class FolderCorpus(Corpus):
         return shards
 
     def _groups(self) -> dict[str, list[str]]:
-        """Shard name -> file names. Thousands of small text files are no thousands of shards."""
+        """File names by shard name; all text files are one shard, as there may be thousands."""
         texts = [name for name in self._files if self._kinds[name] == "text"]
         groups = {_TXT_SHARD: texts} if texts else {}
         for name in self._files:
@@ -233,16 +234,16 @@ class FolderCorpus(Corpus):
         return _sections(path, _SECTION if small else _LONGEST)
 
     def _row_name(self, name: str, index: int) -> str:
-        """How a person finds the row: lines are counted from 1, the rest from 0."""
+        """Name of a row in errors; lines are counted from 1, other rows from 0."""
         kind = self._kinds[name]
         if kind == "lines":
             return f"line {index + 1}"
         return f"section {index}" if kind == "text" else f"row {index}"
 
     def _row_numbers(self, name: str) -> Iterator[int]:
-        """The numbers of a file's rows, without reading more of it than asked for.
+        """Yield the numbers of a file's rows; the file is read only as far as they are consumed.
 
-        Blank lines of a .jsonl file are no rows: nothing could be read from one.
+        Blank lines of a .jsonl file are not rows.
         """
         path, kind = self._files[name], self._kinds[name]
         if kind == "parquet":
@@ -261,7 +262,7 @@ class FolderCorpus(Corpus):
         return self._forced.get((name, row), by_hash) == split
 
     def _force_splits(self) -> dict[tuple[str, int], Split]:
-        """Documents whose split is not that of their hash: only where a split would be empty."""
+        """Documents whose split differs from that of their hash, since a split would be empty."""
         keys = []
         seen = set()
         for name in self._files:
@@ -269,7 +270,7 @@ class FolderCorpus(Corpus):
                 key = _split_hash(name, row)
                 keys.append((key, name, row))
                 seen.add(key % _VAL_ONE_IN == 0)
-                if len(seen) == 2:  # the usual end, after some twenty documents
+                if len(seen) == 2:  # both splits have a document, usually after about twenty
                     return {}
         if len(keys) < 2:
             raise UserError(
@@ -286,7 +287,7 @@ def _raise(error: OSError) -> None:
 
 
 def _listed(reasons: dict[str, str], most: int = 5) -> str:
-    """`a.pdf, b.doc (another kind of file), c.txt (no file behind the link), 3 more`."""
+    """List reasons: `a.pdf, b.doc (another kind of file), c.txt (no file behind the link)`."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in list(reasons.items())[:most]:
         by_reason.setdefault(reason, []).append(name)
@@ -296,7 +297,7 @@ def _listed(reasons: dict[str, str], most: int = 5) -> str:
 
 @lru_cache(maxsize=100_000)
 def _digest(path: Path, *state: int) -> str:
-    """The file's SHA-256, read once while its size and times stay as they are."""
+    """SHA-256 of a file, computed once for as long as its size and times stay the same."""
     return file_sha256(path)
 
 
@@ -310,9 +311,10 @@ def _split_hash(name: str, row: int) -> int:
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
-    """The uncompressed bytes of a file, and a function: how much of it has been read.
+    """Open a file for reading its uncompressed bytes; yields it with a function for the position.
 
-    UserError where a compressed file is cut off or damaged.
+    The function returns the bytes of the file on the disk read so far. Raises UserError if a
+    compressed file is cut off or damaged.
     """
     import pyarrow as pa
 
@@ -339,12 +341,12 @@ def _head(path: Path, size: int) -> bytes:
 
 
 def returns_only(head: bytes) -> bool:
-    """Whether a file that begins like this ends its lines with carriage returns alone."""
+    """True if a file that begins with `head` ends its lines with carriage returns alone."""
     return b"\r" in head[:-1] and b"\n" not in head
 
 
 def _line_reader(path: Path, stream: BinaryIO) -> Callable[[int], bytes]:
-    """`readline(limit)` of the stream; a file with only carriage returns gets line feeds."""
+    """Return the stream's `readline`; in a file with only carriage returns, they end lines."""
     if not returns_only(_head(path, _WHOLE)):
         return stream.readline
     text = io.TextIOWrapper(stream, "latin-1", newline=None)  # any byte is a character of latin-1
@@ -352,7 +354,7 @@ def _line_reader(path: Path, stream: BinaryIO) -> Callable[[int], bytes]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, int]]:
-    """(index, line, position) of each line of a file."""
+    """Yield (index, line, position) of each line of a file."""
     with opened(path) as (stream, position):
         readline = _line_reader(path, stream)
         for index, line in enumerate(iter(lambda: readline(-1), b"")):
@@ -360,20 +362,20 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, int]]:
 
 
 class _Section(NamedTuple):
-    """A document of a text file; joined they are the file."""
+    """A document of a text file. All sections of a file, joined, are the file."""
 
     number: int
     raw: bytes
     position: int
     inside_a_line: bool
-    """Whether it ends where its line goes on."""
+    """True if the section ends in the middle of a line."""
 
 
 def _sections(path: Path, longest: int | None) -> Iterator[_Section]:
-    """The documents of a text file, all of it with `longest` None.
+    """Yield the sections of a text file; with `longest` None, the whole file is one.
 
-    A section ends at the first blank line after `_SECTION` bytes, at any line end after `longest`,
-    and at the last word end within `longest` of a line that is longer than that.
+    A section ends at the first blank line after `_SECTION` bytes, or at the first line end after
+    `longest` bytes. In a line longer than `longest` bytes it ends at the last end of a word.
     """
     ends = _SECTION if longest else _WHOLE + 1
     longest = longest or _WHOLE + 1
@@ -398,7 +400,7 @@ def _sections(path: Path, longest: int | None) -> Iterator[_Section]:
 
 
 def _may_have_long_lines(path: Path) -> bool:
-    """Whether a line may have `_SECTION` bytes; thirty times as fast as reading the lines."""
+    """True if a line may have `_SECTION` bytes; thirty times as fast as reading all lines."""
     with opened(path) as (stream, _):
         while block := stream.read(_SECTION // 2):
             if b"\n" not in block:
@@ -410,11 +412,11 @@ _ENDS = [b" ", b"\t", b"\r", *(end.encode() for end in "\u3000\u3002\uff01\uff1f
 
 
 def _word_end(line: bytes) -> int:
-    """Where to cut: behind the last space (or East Asian mark), else between two characters."""
+    """Find where to cut a line: after the last space or East Asian mark, or between characters."""
     end = max(line.rfind(mark) + len(mark) if mark in line else 0 for mark in _ENDS)
     if end == 0:
         end = len(line)
-        # Up to three bytes that continue a UTF-8 character, and the one that begins it.
+        # A UTF-8 character is a first byte and up to three continuing bytes.
         for back in range(1, min(4, end - 1) + 1):
             first = line[-back]
             if first & 0xC0 != 0x80:
@@ -424,7 +426,7 @@ def _word_end(line: bytes) -> int:
 
 
 def _decoded(raw: bytes, first: bool) -> "str | Unusable":
-    """UTF-8 text, without the byte order mark a file may begin with."""
+    """Decode UTF-8; `first` removes the byte order mark that a file may begin with."""
     try:
         return raw.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
@@ -435,9 +437,9 @@ def _decoded(raw: bytes, first: bool) -> "str | Unusable":
 
 
 def parse_json(line: bytes, first: bool = False) -> Any:
-    """The value in UTF-8 JSON; UserError says whether the encoding or the JSON is wrong.
+    """Parse UTF-8 JSON; UserError tells whether the encoding or the JSON is wrong.
 
-    `first` is whether a byte order mark may stand in front.
+    `first` allows a byte order mark at the beginning.
     """
     text = _decoded(line, first)
     if isinstance(text, Unusable):
@@ -462,7 +464,7 @@ def _read_lines(path: Path, column: str, wanted: Callable[[int], bool]) -> Itera
 
 
 def _read_json(path: Path, column: str) -> Iterator[FileRow]:
-    """The objects of the list that the file holds; all of it is in memory."""
+    """Yield the objects of the list in a .json file; the whole list is in memory."""
     with opened(path) as (stream, _):
         data = stream.read()
     size = path.stat().st_size
@@ -476,7 +478,7 @@ def _read_json(path: Path, column: str) -> Iterator[FileRow]:
 
 
 def _json_layout(path: Path, column: str) -> str:
-    """ "list" or "lines" of objects with the field `column`, else why the file has no rows."""
+    """Return "list" or "lines" (of objects with the field `column`), or why there are no rows."""
     text = _head(path, _HEAD).decode("utf-8-sig", errors="replace").lstrip()
     layout = "list" if text.startswith("[") else "lines"
     first = text[1:].lstrip() if layout == "list" else text
@@ -484,7 +486,7 @@ def _json_layout(path: Path, column: str) -> str:
         row, end = json.JSONDecoder().raw_decode(first)
     except RecursionError:
         return "no list of objects"
-    except ValueError:  # reading it will say what is wrong, if it is not just longer than the head
+    except ValueError:  # the list is longer than the head, or reading it will report the mistake
         return layout if first.startswith("{") else "no list of objects"
     if layout == "lines" and "\n" in first[:end].strip():
         return "one object over several lines"
@@ -528,7 +530,7 @@ def _open_parquet(path: Path) -> Any:
 
 
 def read_parquet(path: Path, column: str) -> Iterator[FileRow]:
-    """The values of a text column, a batch of rows in memory at a time."""
+    """Yield the values of a text column; only a batch of rows is in memory at a time."""
     import pyarrow as pa
 
     file = _open_parquet(path)

@@ -1,17 +1,17 @@
-"""Pretraining corpora: named ones on the Hugging Face hub, folders of one's own, an embedded one.
+"""Opening and downloading of pretraining corpora.
 
     open_corpus("bbe")               the embedded corpus (a package, no download)
-    open_corpus("climbmix")          a named corpus, as far as it has been downloaded
+    open_corpus("climbmix")          the downloaded part of a named corpus on the Hugging Face hub
     open_corpus("./books")           a folder (or one file) of .txt, .md, .jsonl, .json,
                                      .parquet; .gz and .zst too
-    open_corpus("./books:content")   the same, the text being in another column
-    open_corpus("org/name:content")  a data set on the hub, downloaded before
+    open_corpus("./books:content")   the same, with the text in another column
+    open_corpus("org/name:content")  a data set of the hub that was downloaded before
 
     python -m nanochat.data.hub climbmix -n 8     download 8 training shards, 1 for validation
     python -m nanochat.data.hub eval_bundle       download the task files of the CORE metric
 
-The split into train and val never depends on how much was downloaded or on files added later:
-`NamedCorpus`, `FolderCorpus` and `EmbeddedCorpus` say how each is split.
+A document's split, train or val, never depends on how much was downloaded or on files added later;
+see `NamedCorpus`, `FolderCorpus` and `EmbeddedCorpus`.
 """
 
 import argparse
@@ -35,16 +35,16 @@ from nanochat.errors import BadRows, UserError
 class NamedSource:
     """A pretraining corpus on the hub: parquet shards with the text in `column`.
 
-    Its documents were shuffled before they were cut into shards, so any first n shards are a fair
-    sample. Training shards are numbered 0 to `train_shards` - 1; the last shard of the repository,
-    number `train_shards`, is the validation split however many of the others are there.
+    Its documents were shuffled before they were cut into shards, so the first n shards are a fair
+    sample. Training shards have the numbers 0 to `train_shards` - 1. The last shard of the
+    repository, number `train_shards`, is the validation split.
     """
 
     name: str
     repository: str
     train_shards: int
     total_tokens: float
-    """Of all shards together, in a GPT-2-like tokenization; plans divide it by the shards."""
+    """Tokens of all shards together with GPT-2's tokenizer or a similar one, for plans."""
     licence: str
     pattern: str = "shard_{:05d}.parquet"
     column: str = "text"
@@ -53,8 +53,8 @@ class NamedSource:
         return self.pattern.format(index)
 
 
-# Repository names, shard counts and licences were written down from memory, without a look at the
-# hub. A wrong count shows as a missing file when downloading; mend it here.
+# Repository names, shard counts and licences have not been checked against the hub. If a count is
+# wrong, a file is missing when downloading; correct it here.
 NAMED = {
     source.name: source
     for source in (
@@ -65,10 +65,9 @@ NAMED = {
 
 
 class NamedCorpus(Corpus):
-    """The downloaded part of a `NamedSource`: its first n training shards, without a gap.
+    """The downloaded part of a `NamedSource`: its training shards before the first missing one.
 
-    Taking only the shards before the first gap makes n the whole description of the training data,
-    while downloads are going on too.
+    Their number alone therefore describes the training data, even during a download.
     """
 
     def __init__(self, source: NamedSource, bad_rows: BadRows = "error"):
@@ -109,13 +108,13 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def _hub_folder(repository: str) -> Path | None:
-    """The local copy of a hub repository under `NANOCHAT_HUB_DIR`, if there is one."""
+    """Folder of a repository's local copy under `NANOCHAT_HUB_DIR`, or None."""
     source = Path(paths.hub_source(repository))
     return source if source != Path(repository) and source.is_dir() else None
 
 
 def _is_data(name: str) -> bool:
-    """Whether a data set's file holds documents: not its README, nor the .json of its settings."""
+    """True if a data set's file holds documents; its README and settings in .json do not."""
     return kind_of(name) is not None and not name.lower().endswith((".md", ".json"))
 
 
@@ -124,10 +123,10 @@ def _hub_name(repository: str) -> str:
 
 
 def open_corpus(spec: str, bad_rows: BadRows = "error") -> Corpus:
-    """The corpus that `spec` names (see the top of this module).
+    """Open the corpus that `spec` names (see the top of this module).
 
-    `bad_rows` says what to do with rows without usable text: raise `UserError` naming file and row,
-    or leave them out and count them in `Corpus.skipped`.
+    Rows without usable text raise a `UserError` that names file and row. With `bad_rows="skip"`
+    they are left out and counted in `Corpus.skipped`.
     """
     if spec == EmbeddedCorpus.name:
         return EmbeddedCorpus()
@@ -151,7 +150,7 @@ def open_corpus(spec: str, bad_rows: BadRows = "error") -> Corpus:
 
 
 def _split_column(spec: str) -> tuple[str, str]:
-    """`path:column` -> (path, column); a path that exists as it is has no column in it."""
+    """Split `path:column` into (path, column); a path that exists with its colon is a path."""
     place, colon, column = spec.rpartition(":")
     if not colon or not place or Path(spec).exists() or re.search(r"[/\\]", column):
         return spec, "text"
@@ -164,12 +163,12 @@ def _split_column(spec: str) -> tuple[str, str]:
 
 
 def download(spec: str, num_shards: int, workers: int = 4) -> list[Path]:
-    """Fetch the first `num_shards` training shards of a named corpus and its validation shard, or
-    the first files of a data set on the hub. Returns where they are, downloaded now or before.
+    """Download the first `num_shards` training shards of a named corpus, and its validation shard.
 
-    Files appear under their final name when they are complete and verified: the size, the SHA-256
-    where the server tells it, and the footer of parquet files. What an interrupted run has fetched
-    is kept and continued. `HF_ENDPOINT` names a mirror.
+    For another data set on the hub, download its first `num_shards` files. Returns the paths, also
+    of files downloaded before. A file gets its final name when it is complete and verified: its
+    size, its SHA-256 if the server sends one, and the footer of parquet files. An interrupted
+    download is continued. `HF_ENDPOINT` names a mirror.
     """
     if num_shards < 1:
         raise UserError(f"-n {num_shards}: at least 1 shard is needed")
@@ -202,21 +201,21 @@ def download(spec: str, num_shards: int, workers: int = 4) -> list[Path]:
     return [folder / file for file in files]
 
 
-# Written down from memory too.
+# This address has not been checked either.
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 _BUNDLE = "eval_bundle"
 
 
 def fetch_bundle(url: str = BUNDLE_URL) -> Path:
-    """Where the CORE metric's task files are, downloaded and unpacked unless they were before.
+    """Return the folder of the CORE metric's task files; download and unpack them if missing.
 
-    The archive holds core.yaml, eval_meta_data.csv and eval_data/, on top or in a folder.
+    The archive holds core.yaml, eval_meta_data.csv and eval_data/, at its top or in a folder.
     """
     folder = paths.eval_bundle_dir()
     if folder.is_dir():
         return folder
     with paths.lock(folder, "downloading it"):
-        if not folder.is_dir():  # the one who had the lock before may have brought it
+        if not folder.is_dir():  # another process may have fetched it while this one waited
             _fetch_bundle(url, folder)
     return folder
 
@@ -260,9 +259,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         help=f"{', '.join(NAMED)}, ORG/NAME on the hub, or {_BUNDLE}",
     )
     parser.add_argument(
-        "-n", "--num-shards", type=int, default=8, help="training shards, from the first (8)"
+        "-n", "--num-shards", type=int, default=8, help="training shards, from the first on (8)"
     )
-    parser.add_argument("--workers", type=int, default=4, help="files fetched at a time (4)")
+    parser.add_argument("--workers", type=int, default=4, help="files downloaded at a time (4)")
     parser.add_argument("--url", default=BUNDLE_URL, help=f"of the {_BUNDLE}")
     arguments = parser.parse_args(argv)
     try:

@@ -1,12 +1,13 @@
-"""A resumable stream of batches that does not depend on the number of ranks.
+"""Resumable stream of batches that does not depend on the number of ranks.
 
-The row sequence is a pure function of (seed, epoch, window, row): the documents of an epoch come in
-the order of `packing.MixtureOrder`, a window of them at a time is packed into rows, and the rows of
-all windows and epochs follow one another without a gap. Of every `batch_size * world_size` rows,
-rank r takes those at r, r + world_size, ... So a position is three integers, and a run may go on
-with another batch size or number of ranks.
+B batch, T time (the sequence length; a row holds T + 1 tokens), W ranks
 
-B batch, T time (the sequence length; a row holds T + 1 tokens), W ranks.
+The documents of an epoch come in the order of `order.MixtureOrder`. They are cut into packing
+windows, which this file calls windows: the documents of a window are packed into rows together
+(`packing.pack_window`). The rows of all windows and epochs follow one another without a gap, and
+each is a pure function of (seed, epoch, window, row). Of every `batch_size * world_size` rows, rank
+r takes those at r, r + world_size, ... A position is therefore three integers, and a run may be
+resumed with another batch size or number of ranks.
 """
 
 import math
@@ -29,29 +30,29 @@ from nanochat.runtime import Runtime
 from nanochat.tokenizer import IGNORED, unpack_mask
 from nanochat.train import Batch
 
-# The last rows of a window stay partly empty, about one row in all: with 256 rows or more in a
-# window that is under half a percent of padding. 2^16 documents bound the time to pack a window.
+# The last rows of a window stay partly empty; together that is about one row. With 256 rows or more
+# per window, this is under half a percent of padding. 2^16 documents bound the time for packing.
 _MIN_WINDOW, _MAX_WINDOW = 2**10, 2**16
 _ROWS_PER_WINDOW = 256
 
 
 @dataclass(frozen=True)
 class _Position:
-    """What has been read: a place in the order of rows."""
+    """A place in the order of rows, with counts of what was read before it."""
 
     epoch: int = 0
     window: int = 0
     row: int = 0
     cuts: tuple[tuple[int, int], ...] = ()
-    """(sequence length, rows read) of each length the present window had before this one."""
+    """Pairs (sequence length, rows read) of the lengths that this window was packed with before."""
     consumed: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
-    """(sources, 2): documents begun, targets."""
+    """Documents begun and targets read of each source, (sources, 2)."""
 
 
 class _Ahead(threading.Thread):
-    """A micro-batch in the making.
+    """Thread that makes the next micro-batch.
 
-    A daemon, so that a run that ends, or fails, does not wait for it.
+    It is a daemon, so that a run that ends or fails does not wait for it.
     """
 
     def __init__(self, make: Callable[[_Position], tuple[Batch, _Position]], at: _Position):
@@ -63,11 +64,11 @@ class _Ahead(threading.Thread):
     def run(self) -> None:
         try:
             self._made = self._work(self._from)
-        except BaseException as error:  # raised where the batch is asked for
+        except BaseException as error:  # result() raises it
             self._made = error
 
     def result(self) -> tuple[Batch, _Position]:
-        """The micro-batch and the position after it, or what making them failed with."""
+        """Wait for the micro-batch and the position after it; raises the thread's error."""
         self.join()
         if self._made is None or isinstance(self._made, BaseException):
             raise self._made or RuntimeError("the thread was ended")
@@ -77,8 +78,8 @@ class _Ahead(threading.Thread):
 class _Window:
     """The packed rows of one window, and what they take from each source.
 
-    sources, documents: what the window's documents are, by their number in it. parts: (number,
-    start, stop) of each part of a document that is to be packed, at first all of each.
+    sources, documents: source of each document of the window, and its number there. parts: (place
+    in the window, start, stop) of each part of a document to pack; at first the whole documents.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class _Window:
         num_sources: int,
     ):
         packed = pack_window(parts[:, 2] - parts[:, 1], capacity, key)
-        # The packer knows parts by their place in the list, and counts from their beginnings.
+        # The packer numbers the parts by their place in the list, and counts from their beginnings.
         self.numbers, begin = parts[packed.documents, 0], parts[packed.documents, 1]
         self.pieces = np.stack(
             [
@@ -113,14 +114,14 @@ class _Window:
         return len(self.offsets) - 1
 
     def row(self, row: int) -> list[list[int]]:
-        """[source, document, start, stop] of each piece."""
+        """List [source, document, start, stop] of each piece of a row."""
         pieces: list[list[int]] = self.pieces[self.offsets[row] : self.offsets[row + 1]].tolist()
         return pieces
 
     def rest(self, row: int) -> np.ndarray:
-        """The parts that the rows from `row` on hold.
+        """Return the parts in the rows from `row` on.
 
-        Pieces that touch are joined: where one ends the next begins with its last token.
+        Adjacent pieces of a document are joined; they overlap by one token.
         """
         numbers, pieces = self.numbers[self.offsets[row] :], self.pieces[self.offsets[row] :]
         order = np.lexsort((pieces[:, 2], numbers))
@@ -134,18 +135,18 @@ class _Window:
 class DataLoader:
     """The stream of micro-batches of one rank.
 
-    `next(loader)` gives the next micro-batch. Without `epochs` it never ends. With `epochs=E` the
-    rows end after E epochs exactly; the last micro-batch is filled up with empty rows (targets -1),
-    and every further `next` gives empty rows only, so that a step of several micro-batches can be
-    completed on all ranks alike. `for batch in loader` stops at the end of the data, at the same
-    micro-batch on every rank. `num_rows(E)` tells in advance how many rows there are.
+    `next(loader)` gives the next micro-batch. Without `epochs` the stream never ends. With
+    `epochs=E` the rows end after exactly E epochs. The last micro-batch is filled up with empty
+    rows (targets -1), and every further `next` gives empty rows only, so that all ranks can
+    complete a step of several micro-batches. `for batch in loader` stops at the end of the data, at
+    the same micro-batch on every rank. `num_rows(E)` is the number of rows in E epochs.
 
-    `window` is the number of documents packed together, up to twice that many so that an epoch
-    divides evenly; by default 1,024, or more where documents are so short that these would fill
-    few rows.
+    `window` is the number of documents per packing window; up to twice as many are taken, so that
+    the windows of an epoch are equal. The default is 1,024, or more if the documents are so short
+    that these would fill few rows.
 
-    With `prefetch`, the default on CUDA, a thread makes the next micro-batch while the present one
-    is trained on. Everything that tells a position means the micro-batches handed out.
+    With `prefetch`, the default on CUDA, a thread makes the next micro-batch during training on the
+    present one. Positions still refer to the micro-batches that were handed out.
     """
 
     def __init__(
@@ -183,7 +184,7 @@ class DataLoader:
         self._rows_of_epoch: dict[int, int] = {}
         self._packed: tuple[int, int, int, _Window] | None = None
         self._documents = 0
-        """Documents that the boundaries of a micro-batch have room for; it never shrinks."""
+        """Length of a micro-batch's padded boundaries, in documents; it never shrinks."""
         self._prefetch = device.type == "cuda" if prefetch is None else prefetch
         self._ahead: _Ahead | None = None
         for source in self.sources:
@@ -192,7 +193,7 @@ class DataLoader:
         self._at = self._settled(start)
 
     def _default_window(self) -> int:
-        """Documents that fill 256 rows on average, a power of two from 1,024 to 65,536."""
+        """Number of documents that fill 256 rows on average: a power of two, 1,024 to 65,536."""
         shares = [float(weight) for weight in self.order.weights]
         tokens = sum(
             share * s.store.num_tokens for share, s in zip(shares, self.sources, strict=True)
@@ -204,7 +205,7 @@ class DataLoader:
     # The order of rows
 
     def _num_windows(self, epoch: int) -> int:
-        """An epoch is cut into equal windows: a short one at its end would pack badly."""
+        """Number of equal windows of an epoch; a short one at its end would leave much padding."""
         length = self.order.epoch_length(epoch)
         return max(1, length // self.window) if length else 0
 
@@ -238,7 +239,7 @@ class DataLoader:
         return self._packed[3]
 
     def _settled(self, at: _Position) -> _Position:
-        """Go on to the next window while there is no row left in this one."""
+        """Move on to the next window while this one has no row left."""
         while not self._ends_at(at):
             if at.window >= self._num_windows(at.epoch):
                 at = replace(at, epoch=at.epoch + 1, window=0)
@@ -253,16 +254,16 @@ class DataLoader:
 
     @property
     def epoch(self) -> int:
-        """The epoch of the next row, from 0."""
+        """Epoch of the next row, counted from 0."""
         return self._at.epoch
 
     @property
     def finished(self) -> bool:
-        """Whether `epochs` epochs have been read: only empty rows follow."""
+        """True if `epochs` epochs have been read, so that only empty rows follow."""
         return self._ends_at(self._at)
 
     def num_rows(self, epochs: int) -> int:
-        """Rows of the first `epochs` epochs, exact. Packs lengths only; cached for each epoch."""
+        """Exact number of rows in the first `epochs` epochs, counted by packing lengths only."""
         return sum(self._count_epoch(epoch) for epoch in range(epochs))
 
     def _count_epoch(self, epoch: int) -> int:
@@ -274,12 +275,11 @@ class DataLoader:
         return self._rows_of_epoch[epoch]
 
     def set_rows(self, sequence_length: int, batch_size: int) -> None:
-        """Rows of another length from here on, and another number of them in a micro-batch.
+        """Change the length of the rows from here on, and their number in a micro-batch.
 
-        What is left of the present window is packed anew: pieces of a document that touch are
-        joined and cut at the new length. So an epoch is still every document once, and each of its
-        targets exactly once, whatever the lengths of the rows. Every rank calls it at the same
-        place; nothing happens where both are as they were.
+        The rest of the present window is packed anew: adjacent pieces of a document are joined and
+        cut at the new length. An epoch therefore still has every target exactly once. Every rank
+        must call this at the same position. Equal values change nothing.
         """
         _check(self.sources, batch_size, sequence_length, self.rank, self.world_size, None, None)
         self._drop_ahead()
@@ -294,7 +294,7 @@ class DataLoader:
         self._at = self._settled(at)
 
     def resume(self, phase: Phase, state: dict[str, Any] | None) -> None:
-        """Take rows as in `phase`, from the position `state` on, or from the beginning."""
+        """Go to the position `state`, or to the beginning if None, with the rows of `phase`."""
         self.set_rows(phase.sequence_length, phase.device_batch_size)
         if state is not None:
             self.load_state_dict(state)
@@ -302,12 +302,12 @@ class DataLoader:
     # Batches
 
     def __iter__(self) -> Iterator[Batch]:
-        """Micro-batches until the data ends (after `epochs`; else never)."""
+        """Yield micro-batches until `epochs` epochs are read, or without end."""
         while not self.finished:
             yield next(self)
 
     def __next__(self) -> Batch:
-        """The next micro-batch of this rank."""
+        """Return the next micro-batch of this rank; tensors (B, T) on the loader's device."""
         ahead, self._ahead = self._ahead, None
         batch, self._at = self._make(self._at) if ahead is None else ahead.result()
         if self._prefetch:
@@ -315,22 +315,22 @@ class DataLoader:
         return batch.to(self.device)
 
     def _make(self, at: _Position, rows: int | None = None) -> tuple[Batch, _Position]:
-        """The micro-batch at a position, in host memory, and the position after it."""
+        """Make the micro-batch at a position, in host memory; returns the position after it too."""
         mine, after = self._advance(at, rows)
         batch = self._gather(mine)
         return batch.pinned() if self.device.type == "cuda" else batch, after
 
     def _drop_ahead(self) -> None:
-        """Forget what the thread made: another position, or another shape, comes next."""
+        """Discard the micro-batch that the thread made, since position or shape has changed."""
         if self._ahead is not None:
-            self._ahead.join()  # its failure, if any, was not asked for
+            self._ahead.join()  # an error of the thread is discarded too
             self._ahead = None
 
     def step_batches(self, rows: int, count: int) -> list[Batch]:
-        """This rank's `count` micro-batches of a step that has `rows` rows over all ranks.
+        """Return this rank's `count` micro-batches of a step with `rows` rows over all ranks.
 
-        Where the rows do not fill the micro-batches of all ranks, the last ones get empty rows
-        (targets -1). So any number of ranks takes the same steps.
+        If the rows do not fill all micro-batches, the last ones get empty rows (targets -1). The
+        steps are therefore the same for any number of ranks.
         """
         batches = []
         for _ in range(count):
@@ -345,9 +345,9 @@ class DataLoader:
         return batches
 
     def peek(self) -> list[list[list[int]]]:
-        """What the next micro-batch is made of; the position stays.
+        """List the pieces of each row of the next micro-batch, without moving the position.
 
-        For each row its pieces: [number of the source, document, start, stop].
+        A piece is [number of the source, document, start, stop].
         """
         self._drop_ahead()
         return self._advance(self._at)[0]
@@ -355,9 +355,10 @@ class DataLoader:
     def _advance(
         self, at: _Position, rows: int | None = None
     ) -> tuple[list[list[list[int]]], _Position]:
-        """This rank's rows, as pieces, of the micro-batch of all ranks at a position.
+        """Return this rank's rows of the micro-batch at a position, and the position after it.
 
-        And the position after it. rows: of all ranks, where a micro-batch has fewer than usual.
+        Rows are lists of pieces. `rows` is the number of rows over all ranks, if it is less than a
+        full micro-batch.
         """
         mine: list[list[list[int]]] = []
         needed = self.batch_size * self.world_size if rows is None else rows
@@ -373,11 +374,11 @@ class DataLoader:
         return mine, at
 
     def _gather(self, rows: list[list[list[int]]]) -> Batch:
-        """Read the tokens of `rows` and fill up with empty rows."""
+        """Read the tokens of `rows` and fill the batch up with empty rows."""
         shape = (self.batch_size, self.sequence_length + 1)
         tokens = np.zeros(shape, dtype=np.int64)
         documents = np.zeros(shape, dtype=np.int32)
-        # By token: its weight as a target. The first token of a piece is no target, nor is padding.
+        # Loss weight of each token as a target; 0 for the first token of a piece and for padding.
         weights = np.zeros(shape, dtype=np.float32)
         roles = np.full(shape, -1, dtype=np.int8)
         for b, pieces in enumerate(rows):
@@ -411,7 +412,7 @@ class DataLoader:
         )
 
     def _check_ids(self, tokens: np.ndarray, rows: list[list[list[int]]]) -> None:
-        """UserError where an id is outside its store's vocabulary, or verifying found damage."""
+        """Raise UserError if an id is outside its store's vocabulary or the store is damaged."""
         for source in self.sources:
             source.store.check()
         if tokens.max(initial=0) < min(source.store.vocab_size for source in self.sources):
@@ -429,10 +430,10 @@ class DataLoader:
 
     @property
     def consumed(self) -> dict[str, dict[str, int]]:
-        """What all ranks together have read of each source so far.
+        """Count what all ranks together have read of each source so far.
 
-        `documents` counts documents begun (a second pass counts again), `tokens` their (input,
-        target) pairs, trained on or not.
+        `documents` counts documents begun, again in a second pass. `tokens` counts (input, target)
+        pairs, also those with loss weight 0.
         """
         return {
             name: {"documents": int(documents), "tokens": int(tokens)}
@@ -440,7 +441,7 @@ class DataLoader:
         }
 
     def _identity(self) -> dict[str, Any]:
-        """What the meaning of a position depends on."""
+        """Settings that the meaning of a position depends on."""
         return {
             "seed": self.seed,
             "sequence_length": self.sequence_length,
@@ -454,7 +455,7 @@ class DataLoader:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, JSON-able and the same on all ranks; independent of batch and ranks."""
+        """Return the position for JSON; it is the same on all ranks, for any batch size."""
         return {
             "epoch": self._at.epoch,
             "window": self._at.window,
@@ -465,8 +466,8 @@ class DataLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a position; `UserError` if it was saved over other data or another order."""
-        # Older checkpoints do not say it all, and know a store by what it was made from.
+        """Go to a position; UserError if it was saved with other data or in another order."""
+        # Older checkpoints lack some of these, and identify a store by what it was made from.
         former = [source.store.meta["fingerprint"] for source in self.sources]
         for key, here in self._identity().items():
             known = [here, former] if key == "fingerprints" else [here]
@@ -492,7 +493,7 @@ def training_loader(
     sequence_length: int,
     runtime: Runtime,
 ) -> DataLoader:
-    """The stream that a stage trains on, its batch size still to be set from the plan."""
+    """Build the loader that a stage trains on; its batch size is set later, from the plan."""
     return DataLoader(
         sources,
         batch_size=1,
@@ -542,7 +543,7 @@ def _check(
                 "conversations, leave it out, choose a longer context, or train on every token "
                 "with --prompt-weight 1"
             )
-    # Documents of one token have no target: an endless loader would look for a row forever.
+    # Documents of one token have no target, and an endless loader would look for a row forever.
     if all(source.store.num_targets == 0 for source in sources):
         raise UserError(
             "no document has more than one token, so there is nothing to predict; "
@@ -551,7 +552,7 @@ def _check(
 
 
 def _has_targets(source: Source) -> bool:
-    """Whether any token of conversations counts in the loss; text without a mask is not read."""
+    """True if any token of the conversations is trained on; always True for text."""
     for document in range(len(source.store)):
         packed = source.store.mask_bytes(document, 1)
         if packed is None:
@@ -563,7 +564,7 @@ def _has_targets(source: Source) -> bool:
 
 
 def _unique_names(sources: Sequence[Source]) -> list[str]:
-    """Each source's name, with a number where it occurs again."""
+    """List the sources' names, with a number added to a name that occurs again."""
     names: list[str] = []
     for source in sources:
         name = base = source.name or source.store.name

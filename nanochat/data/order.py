@@ -1,4 +1,4 @@
-"""The order in which rows and sources are read: keyed permutations and exact mixtures."""
+"""Order in which documents are read: keyed permutations and exact mixtures of sources."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -19,9 +19,9 @@ Ints = TypeVar("Ints", int, np.ndarray)
 
 
 def _scramble(x: Ints) -> Ints:
-    """splitmix64's output function: a bijection of 64-bit integers that mixes every bit.
+    """Mix the bits of a 64-bit integer; the output function of splitmix64, a bijection.
 
-    For Python ints and uint64 arrays alike; the masks keep the former to 64 bits.
+    x is a Python int or a uint64 array; the masks keep Python ints to 64 bits.
     """
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -30,7 +30,7 @@ def _scramble(x: Ints) -> Ints:
 
 
 def make_key(*parts: int) -> int:
-    """One 64-bit key from several integers, negative ones included (-1 and 1 differ)."""
+    """Make one 64-bit key of several integers; -1 and 1 give different keys."""
     key = 0
     for part in parts:
         key = _scramble(((key ^ (part & _MASK)) + _GOLDEN) & _MASK)
@@ -38,12 +38,12 @@ def make_key(*parts: int) -> int:
 
 
 class Permutation:
-    """A pseudo-random permutation of 0..n-1 that keeps no table.
+    """A pseudo-random permutation of 0..n-1 that needs no table.
 
-    Four Feistel rounds over pairs of digits in base ceil(sqrt(n)), added modulo the base instead of
-    XORed (Black and Rogaway, "Ciphers with arbitrary finite domains"), so that the pairs exceed n
-    by at most 2·sqrt(n); a value outside is sent through again until it lands inside (cycle
-    walking).
+    A number is written as two digits in base ceil(sqrt(n)) and goes through four Feistel rounds,
+    which add modulo the base instead of XORing (Black and Rogaway, "Ciphers with arbitrary finite
+    domains"). There are at most 2·sqrt(n) more pairs of digits than numbers below n. A result of n
+    or more goes through the rounds again until it is below n (cycle walking).
 
     >>> perm = Permutation(5, key=1)
     >>> sorted(perm[i] for i in range(5))
@@ -75,7 +75,7 @@ class Permutation:
         return index
 
     def many(self, indices: np.ndarray) -> np.ndarray:
-        """The images of `indices` (integers in 0..n-1), int64, same shape."""
+        """Permute `indices` (integers in 0..n-1); int64, same shape."""
         x = np.asarray(indices)
         if x.size and not 0 <= x.min() <= x.max() < self.n:
             raise IndexError(f"{x.min()}..{x.max()} is outside a permutation of {self.n}")
@@ -88,15 +88,15 @@ class Permutation:
 
 
 class MixtureOrder:
-    """The order in which the documents of weighted sources are visited, epoch after epoch.
+    """Order of the documents of several sources, epoch after epoch.
 
-    Source i is an infinite stream: pass after pass over its `sizes[i]` documents, each pass in its
-    own keyed order. Epoch e takes the stream's elements floor(e·w·n) to floor((e+1)·w·n), so a
-    weight of 2 means two passes an epoch, and a fraction comes out exactly in the long run. The
-    sources of an epoch are mixed by another keyed permutation. Nothing is kept per document.
+    A source's mixture weight w is its number of passes per epoch. Source i with n = `sizes[i]`
+    documents is an infinite stream: one pass over them after the other, each in a keyed order of
+    its own. Epoch e takes the stream's elements floor(e·w·n) to floor((e+1)·w·n), so fractions of
+    a pass are exact in the long run. Another keyed permutation mixes the sources of an epoch. No
+    list with an entry per document is kept.
 
-    Weights may be ints, floats (taken as the decimal number they print as), strings ("1/3") or
-    Fractions.
+    Weights may be ints, floats (0.1 means 1/10), strings ("1/3") or Fractions.
     """
 
     def __init__(
@@ -115,11 +115,11 @@ class MixtureOrder:
                 raise UserError(f"source {i} of the mixture has no documents; leave it out")
 
     def stream_start(self, source: int, epoch: int) -> int:
-        """Elements of the source's stream taken before `epoch`."""
-        return int(epoch * self.weights[source] * self.sizes[source])  # floor: never negative
+        """Number of elements of the source's stream that come before `epoch`."""
+        return int(epoch * self.weights[source] * self.sizes[source])  # int is floor: no negatives
 
     def counts(self, epoch: int) -> list[int]:
-        """Documents that `epoch` takes from each source."""
+        """Number of documents that `epoch` takes from each source."""
         return [
             self.stream_start(i, epoch + 1) - self.stream_start(i, epoch)
             for i in range(len(self.sizes))
@@ -129,7 +129,7 @@ class MixtureOrder:
         return sum(self.counts(epoch))
 
     def locate(self, epoch: int, index: int) -> tuple[int, int]:
-        """(source, document) of the `index`-th document of `epoch`."""
+        """Find (source, document) of the `index`-th document of `epoch`."""
         place = Permutation(self.epoch_length(epoch), make_key(self.seed, -1, epoch))[index]
         source = 0
         for count in self.counts(epoch):
@@ -141,7 +141,7 @@ class MixtureOrder:
         return source, self._pass(source, stream // self.sizes[source])[stream % self.sizes[source]]
 
     def locate_many(self, epoch: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sources and documents of the epoch's indices start..stop-1, both int64."""
+        """Find sources and documents of the epoch's indices start..stop-1; two int64 arrays."""
         counts = self.counts(epoch)
         order = Permutation(sum(counts), make_key(self.seed, -1, epoch))
         places = order.many(np.arange(start, stop))
@@ -163,7 +163,7 @@ class MixtureOrder:
 
 
 def _exact_weight(weight: float | str | Fraction) -> Fraction:
-    """0.1 -> 1/10, as written, not the binary fraction next to it."""
+    """Read a weight as it is written: 0.1 is 1/10, not the binary fraction nearest to it."""
     try:
         exact = Fraction(str(weight))
     except (ValueError, ZeroDivisionError) as error:

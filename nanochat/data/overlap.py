@@ -1,4 +1,4 @@
-"""Documents that share runs of words with evaluation items."""
+"""Search for documents that share runs of words with the problems of evaluation tasks."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ _JOB_TOKENS = 2**20
 _WORD = re.compile(r"[^\W_]+")
 
 
-# Soft hyphens, joiners, direction marks, variation selectors: characters that nobody sees.
+# Invisible characters: soft hyphens, joiners, direction marks, variation selectors.
 _UNSEEN = re.compile(
     "[\u00ad\u034f\u061c\u180b-\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]"
 )
 
 
-_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word of an n-gram is lost modulo 2^64
+_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that every word changes a hash modulo 2^64
 
 
-_MAX_TASKS = 63  # bits of a set of tasks
+_MAX_TASKS = 63  # a set of tasks is the bits of an int64
 
 
 SHORTEST = 8
-"""Words of the shortest problem that is looked for: fewer are found in innocent texts too."""
+"""Number of words of the shortest problem to search for; fewer occur in unrelated texts too."""
 
 
 class Item(NamedTuple):
-    """A problem of a task: what it is called, and its texts.
+    """A problem of a task, with the texts to search for.
 
-    forms: the problem in each form in which it may stand in a document, first the one that the
-        model is asked in. It is looked for by its first n words, and as a whole if it has fewer.
-    parts: texts of which any n words are looked for; none if it has fewer.
+    forms: the problem as it may be written in a document; the first form is the one that the model
+        is asked in. Its first n words are searched for, or all of it if it has fewer.
+    parts: texts of which any n consecutive words are searched for; shorter texts are not.
     """
 
     task: str
@@ -54,7 +54,7 @@ class Item(NamedTuple):
 
 
 def split_words(text: str) -> list[str]:
-    """Lower case, punctuation, the forms of letters and unseen characters forgotten.
+    """Split text into words; case, punctuation, letter forms and invisible characters are ignored.
 
     >>> split_words("Don't pa\\u00adnic: ﬁve_Apples!")
     ['don', 't', 'panic', 'five', 'apples']
@@ -65,11 +65,11 @@ def split_words(text: str) -> list[str]:
 
 
 class NgramIndex:
-    """The n-grams of the evaluation tasks' words, and whole problems that have fewer words.
+    """Index of the n-grams (runs of n words) of the evaluation tasks, and of their short problems.
 
-    Words are numbered from 1; 0 is any word that no task has, and what lies between texts. About 20
-    bytes for each word of the tasks. `covered` says for each item whether a document that holds its
-    first form is found.
+    A gram is an n-gram or a whole problem of fewer than n words. Words are numbered from 1; 0
+    stands for a word that no task has, and separates texts. The index needs about 20 bytes per word
+    of the tasks. `covered` tells for each item whether a document with its first form is found.
     """
 
     def __init__(self, items: Sequence[Item], n: int):
@@ -81,7 +81,7 @@ class NgramIndex:
             raise UserError(f"{len(self.tasks)} tasks at once; look for at most {_MAX_TASKS}")
         words = array("i")
         ends = []
-        short: dict[int, list[int]] = {}  # by length: where the short forms begin
+        short: dict[int, list[int]] = {}  # starts of the short forms, by their length
         self.covered = np.zeros(len(items), dtype=bool)
         for i, item in enumerate(items):
             for form, text in enumerate([*item.forms, *item.parts]):
@@ -96,8 +96,8 @@ class NgramIndex:
             ends.append(len(words))
         self.vocabulary = list(self.number)
         self.words = np.array(words, dtype=np.int32)
-        self.ends = np.array(ends, dtype=np.int64)  # of each item's words
-        # Of each length: the hashes of its grams, falling into place g, g + 1, ... of all grams.
+        self.ends = np.array(ends, dtype=np.int64)  # end of each item's words
+        # For each length of grams: the number of its first gram, and the sorted hashes of all.
         self.tables: list[tuple[int, int, np.ndarray]] = []
         places: list[np.ndarray] = []
         bounds, lengths = [0], list[int]()
@@ -111,11 +111,11 @@ class NgramIndex:
             places.append(starts)
             bounds.extend((bounds[-1] + np.append(first[1:], len(starts))[: len(first)]).tolist())
             lengths.extend([length] * len(first))
-        # Equal grams lie together: gram g has the places starts[bounds[g] : bounds[g + 1]].
+        # Equal grams are next to each other: gram g is at starts[bounds[g] : bounds[g + 1]].
         self.starts = np.concatenate(places)
         self.bounds = np.array(bounds, dtype=np.int64)
         self.lengths = np.array(lengths, dtype=np.int64)
-        # Words that a short form begins with.
+        # First words of the short forms.
         self.begins = np.zeros(len(self.vocabulary) + 1, dtype=bool)
         self.begins[self.words[[start for starts in short.values() for start in starts]]] = True
 
@@ -133,7 +133,7 @@ class NgramIndex:
         return [number(word, 0) for word in split_words(text)]
 
     def find(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(places, grams): where in `words` (int32) grams of the tasks begin, and which."""
+        """Find grams of the tasks in `words` (int32); returns their places and their numbers."""
         found = [
             self._find(words, _starts(words, length, begins), length, first, hashes)
             for (length, first, hashes), begins in zip(
@@ -161,14 +161,14 @@ class NgramIndex:
         return places[same], grams[same]
 
     def text(self, gram: int) -> str:
-        """The words of a gram."""
+        """Text of a gram, its words joined by spaces."""
         start = self.starts[self.bounds[gram]]
         numbers = self.words[start : start + self.lengths[gram]].tolist()
         return " ".join(self.vocabulary[number - 1] for number in numbers)
 
 
 def _starts(words: np.ndarray, length: int, begins: np.ndarray | None = None) -> np.ndarray:
-    """Where `length` words without a 0 begin, int64; with a word of `begins`, if given."""
+    """Starts of all runs of `length` words without a 0, int64; `begins` limits the first word."""
     if len(words) < length:
         return np.empty(0, dtype=np.int64)
     zeros = np.concatenate([[0], np.cumsum(words == 0)])
@@ -179,7 +179,7 @@ def _starts(words: np.ndarray, length: int, begins: np.ndarray | None = None) ->
 
 
 def _hashes(words: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
-    """Hashes of the `length` words from each start on, uint64."""
+    """Hashes of the `length` words from each start on, one uint64 per start."""
     hashes = np.zeros(len(starts), dtype=np.uint64)
     for offset in range(length):
         hashes = hashes * _BASE + words[starts + offset].astype(np.uint64)
@@ -187,21 +187,21 @@ def _hashes(words: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
 
 
 class Found(NamedTuple):
-    """What a range of documents has in common with the tasks."""
+    """Documents of a range that share grams with the tasks."""
 
     documents: list[int]
     grams: list[int]
-    """A gram of each document."""
+    """Number of one shared gram of each document."""
     task_bits: list[int]
-    """The tasks that share any gram with it."""
+    """Set of tasks, as bits, that share any gram with each document."""
     all_grams: np.ndarray
-    """Every gram that occurs."""
+    """Numbers of all grams that occur."""
 
 
 def look_through(
     store: TokenStore, tokenizer: Tokenizer, index: NgramIndex, workers: int
 ) -> dict[str, Any]:
-    """The report on a store."""
+    """Search all documents of a store, in `workers` processes; returns a report for JSON."""
     per_job = max(1, _JOB_TOKENS * len(store) // max(1, store.num_tokens))
     jobs = [range(i, min(i + per_job, len(store))) for i in range(0, len(store), per_job)]
     found: list[Found] = []
@@ -260,7 +260,7 @@ def _scan_job(state: tuple[Path, Tokenizer, NgramIndex], job: range) -> Found:
 
 
 def scan(store: TokenStore, tokenizer: Tokenizer, index: NgramIndex, documents: range) -> Found:
-    """Look for the index's grams in some documents."""
+    """Search some documents for the index's grams."""
     words = array("i")
     ends = []
     for document in documents:
@@ -283,7 +283,7 @@ def scan(store: TokenStore, tokenizer: Tokenizer, index: NgramIndex, documents: 
 
 
 def texts_of(ids: np.ndarray, tokenizer: Tokenizer) -> Iterable[str]:
-    """What stands between the special tokens of a document."""
+    """Yield the texts between the special tokens of a document."""
     special = np.flatnonzero(ids >= len(tokenizer.ranks))
     for piece in np.split(ids, special):
         piece = piece[piece < len(tokenizer.ranks)]
@@ -292,14 +292,15 @@ def texts_of(ids: np.ndarray, tokenizer: Tokenizer) -> Iterable[str]:
 
 
 def drop_documents(store: TokenStore, tokenizer: Tokenizer, report: dict[str, Any]) -> TokenStore:
-    """Write the store anew without the documents of a report.
+    """Write the store anew without the documents that the report lists; returns the new store.
 
-    It keeps its fingerprint: for scripts.tok_encode it is still the encoded corpus.
+    The fingerprint is kept, so that scripts.tok_encode does not encode the corpus again. Raises
+    UserError if no document would be left.
     """
     unwanted = {match["document"] for match in report["matches"]}
     if len(unwanted) == len(store):
         raise UserError(f"every document of {store.folder} would be dropped; nothing was changed")
-    store.verify()  # the new digests must not vouch for damage
+    store.verify()  # new digests over damaged tokens would hide the damage
     before = store.meta.get("decontaminated", [])
     note = {"ngram": report["ngram"], "tasks": list(report["tasks"]), "dropped": len(unwanted)}
     with (

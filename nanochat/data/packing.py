@@ -1,7 +1,6 @@
-"""From documents to rows: keyed order, exact mixtures, best-fit packing. Pure functions, no I/O.
+"""Best-fit packing of documents into rows: pure functions of the documents' lengths.
 
-Everything here is a function of a few integers, so any process can work out any part of the order
-on its own, and a position in it is a few integers too.
+Any process can therefore compute the rows of any packing window on its own.
 """
 
 from collections.abc import Sequence
@@ -15,8 +14,8 @@ from nanochat.errors import UserError
 class PackedRows(Sequence[list[tuple[int, int, int]]]):
     """Rows of pieces; `rows[r]` is a list of (document, start, stop).
 
-    Kept as arrays, since a window of books has hundreds of thousands of pieces: `documents`,
-    `starts`, `stops` per piece in row order, and row r has the pieces `offsets[r]:offsets[r + 1]`.
+    A window of books has hundreds of thousands of pieces, so they are kept as arrays. `documents`,
+    `starts` and `stops` have an entry per piece; row r has the pieces `offsets[r]:offsets[r + 1]`.
     """
 
     def __init__(
@@ -50,11 +49,12 @@ def pack_window(
 ) -> PackedRows:
     """Pack documents of these `lengths` into rows of `capacity` tokens (T + 1).
 
-    Best-fit decreasing (arXiv 2404.10830): the longest first, each into the row with the least
-    space that still takes it. A document that is longer than a row is cut into full rows that
-    overlap by one token, and its remainder is packed with the rest, so a document of n tokens has
-    exactly n - 1 (input, target) pairs whatever the cuts. Documents of one token have none and
-    take no space. With a `key` the rows are shuffled by it, else the fullest come first.
+    The method is best-fit decreasing (arXiv 2404.10830): the longest document comes first, and each
+    goes into the row with the least free space that is enough. A document longer than a row is cut
+    into full rows that overlap by one token, and a remainder, which is packed like a document. A
+    document of n tokens therefore has exactly n - 1 (input, target) pairs, however it is cut.
+    Documents of one token have none and are left out. With a `key` the rows are shuffled by it,
+    else the fullest come first. Raises UserError for a capacity below 2.
 
     >>> list(pack_window([7, 3, 2], capacity=4))
     [[(0, 0, 4)], [(0, 3, 7)], [(1, 0, 3)], [(2, 0, 2)]]
@@ -64,7 +64,7 @@ def pack_window(
     sizes = sizes[documents]
     full = _full_rows(sizes, capacity)
 
-    # Full rows of long documents: number 0, 1, 2.. within the document, a row each.
+    # Full rows of long documents, numbered 0, 1, 2.. within each document.
     number = np.arange(full.sum()) - np.repeat(np.cumsum(full) - full, full)
     full_starts = number * (capacity - 1)
     rest_starts = full * (capacity - 1)
@@ -84,7 +84,7 @@ def pack_window(
 
 
 def count_rows(lengths: Sequence[int] | np.ndarray, capacity: int) -> int:
-    """`len(pack_window(lengths, capacity))`, for less."""
+    """Count the rows of `pack_window(lengths, capacity)` without building them."""
     sizes = _checked_lengths(lengths, capacity)
     sizes = sizes[sizes > 1]
     full = _full_rows(sizes, capacity)
@@ -99,16 +99,17 @@ def _checked_lengths(lengths: Sequence[int] | np.ndarray, capacity: int) -> np.n
 
 
 def _full_rows(sizes: np.ndarray, capacity: int) -> np.ndarray:
-    """How many full rows each document fills before a remainder of 2..capacity tokens is left."""
+    """Number of full rows that each document fills before its remainder of 2..capacity tokens."""
     rows: np.ndarray = np.maximum(0, -((capacity - sizes) // (capacity - 1)))
     return rows
 
 
 def _best_fit(sizes: list[int], capacity: int) -> tuple[list[int], int]:
-    """The row of each piece, and the number of rows; `sizes` decrease and are 2..capacity.
+    """Choose the row of each piece; returns them and the number of rows.
 
-    Rows that still have space are kept on a stack per amount of free space, and which amounts are
-    in use is one int with a bit for each: the tightest fit is its lowest bit from `size` up.
+    `sizes` must decrease and be 2..capacity. Rows with the same free space are on one stack. An int
+    has a bit for each amount of free space that occurs; the lowest bit from `size` up is the best
+    fit.
     """
     rows: list[int] = []
     num_rows = 0
@@ -127,7 +128,7 @@ def _best_fit(sizes: list[int], capacity: int) -> tuple[list[int], int]:
             num_rows += 1
         rows.append(row)
         free -= size
-        if free > 1:  # a space of one token holds no (input, target) pair
+        if free > 1:  # one free token cannot hold an (input, target) pair
             stack = free_rows.setdefault(free, [])
             if not stack:
                 in_use |= 1 << free

@@ -1,4 +1,4 @@
-"""What a run reads: encoded corpora and tasks, each with its weight."""
+"""Sources of a run: encoded corpora and tasks, each with its mixture weight."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +14,11 @@ from nanochat.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Source:
-    """A store and its share: `weight` passes over it an epoch.
+    """A token store and its mixture weight: `weight` passes over it per epoch.
 
-    A target counts with 1 where the store's mask is 1 or there is none, and with `prompt_weight`
-    elsewhere (user text, tool output, format tokens). Targets of weight 0 are no targets: they are
-    not in the N that the loss is divided by.
+    The loss weight of a target is 1 if the store's mask is 1 there or the store has no mask, else
+    `prompt_weight` (user text, tool output, format tokens). Targets with loss weight 0 are ignored
+    and not counted in N, by which the loss is divided.
     """
 
     store: TokenStore
@@ -26,11 +26,11 @@ class Source:
     prompt_weight: float = 1.0
     name: str = ""
     note: str = ""
-    """What a person should know about it before the run; empty for most."""
+    """Note for the user before the run; usually empty."""
 
 
 def open_store(corpus: str, split: str, tokenizer: Tokenizer) -> TokenStore:
-    """The encoded split of a corpus."""
+    """Open the token store of a corpus's split; UserError if it is not encoded."""
     folder = open_corpus(corpus).store_folder(split, tokenizer.hash)  # type: ignore[arg-type]
     if not folder.is_dir():
         raise UserError(
@@ -41,7 +41,7 @@ def open_store(corpus: str, split: str, tokenizer: Tokenizer) -> TokenStore:
 
 
 def parse_shares(parts: Sequence[str], flag: str) -> dict[str, Fraction]:
-    """`["climbmix:0.9", "org/name:column:0.1"]` -> each corpus and its share, exactly."""
+    """Parse corpora and shares like `["climbmix:0.9", "org/name:column:0.1"]`; 0.9 is 9/10."""
     shares: dict[str, Fraction] = {}
     for part in parts:
         name, _, number = part.rpartition(":")
@@ -62,10 +62,10 @@ def parse_shares(parts: Sequence[str], flag: str) -> dict[str, Fraction]:
 def text_sources(
     shares: Mapping[str, Fraction], tokenizer: Tokenizer, split: str = "train"
 ) -> list[Source]:
-    """Corpora whose targets come in the proportion of their shares, exactly in the long run.
+    """Make sources of corpora whose targets are in the proportion of their shares.
 
-    An epoch ends when the first corpus has been read once: nothing is repeated in it. The others
-    go on in the next epoch where they were.
+    The proportion is exact in the long run. An epoch ends when any corpus has been read once, so
+    that nothing is repeated in an epoch. The other corpora continue in the next epoch.
     """
     stores = {name: open_store(name, split, tokenizer) for name in shares}
     if len(stores) == 1:
@@ -86,7 +86,7 @@ def text_sources(
 
 
 def long_documents(texts: Sequence[Source], minimum: int) -> list[Source]:
-    """The texts' documents of at least `minimum` tokens; UserError where there are none at all."""
+    """Make sources of the texts' documents of at least `minimum` tokens; UserError if none."""
     views = [(text, LongDocuments(text.store, minimum)) for text in texts]
     found = [
         replace(text, store=view, name=f"{text.name} from {minimum} tokens")
@@ -104,7 +104,7 @@ def long_documents(texts: Sequence[Source], minimum: int) -> list[Source]:
 
 
 def _targets(sources: Sequence[Source]) -> Fraction:
-    """Of an epoch."""
+    """Number of targets in an epoch."""
     return sum(
         (Fraction(str(s.weight)) * s.store.num_targets for s in sources),
         start=Fraction(0),
@@ -113,24 +113,24 @@ def _targets(sources: Sequence[Source]) -> Fraction:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a stage is measured on, and never trained on."""
+    """Data that a stage is evaluated on and never trained on."""
 
     texts: Sequence[Source]
-    """Corpora: bits per byte of each, and of their mixture."""
+    """Corpora, for bits per byte of each and of their mixture."""
     conversations: Sequence[Source] = ()
-    """Mean loss of what the assistant must produce, and by role."""
+    """Conversations, for the mean loss on the assistant's tokens and on each role's."""
 
 
 def pretraining_sources(
     cfg: BaseConfig, tokenizer: Tokenizer, split: str = "train"
 ) -> list[Source]:
-    """The corpus of pretraining, or its mixture of corpora."""
+    """Make the sources of pretraining: its corpus, or its mixture of corpora."""
     shares = parse_shares(cfg.mix, "--mix") if cfg.mix else {cfg.corpus: Fraction(1)}
     return text_sources(shares, tokenizer, split)
 
 
 def describe_mixture(sources: Sequence[Source], tokens: int) -> str:
-    """Each source's share of the targets, and how often a run of so many tokens reads it."""
+    """Describe each source's share of the targets and its passes in a run of `tokens` tokens."""
     targets = [source.store.num_targets for source in sources]
     parts = [float(Fraction(str(s.weight)) * n) for s, n in zip(sources, targets, strict=True)]
     lines = [

@@ -1,4 +1,4 @@
-"""Memory-mapped token ids of many documents, encoded once; training never tokenizes.
+"""Token stores: memory-mapped token ids of many documents, encoded once before training.
 
 A store is a folder:
 
@@ -9,10 +9,10 @@ A store is a folder:
     meta.json     what it was made from (tokenizer hash, source fingerprint), its name and sizes,
                   the SHA-256 of every other file and its own
 
-It is written under a temporary name and renamed, so a folder with the final name is complete. Its
-name, sizes and offsets are checked whenever it is opened. `verify_once` checks the contents when it
-is first read after its files changed, and notes that in `.verified`. Large sources are encoded in
-slices by several processes: a slice is itself a store, and `merge_stores` puts slices end to end.
+A store is written under a temporary name and then renamed, so a folder with the final name is
+complete. Opening it checks its name, sizes and offsets. `verify_once` checks the contents before
+the first use after a change of the files, and notes that in `.verified`. Several processes encode a
+large source in slices; a slice is itself a store, and `merge_stores` joins slices.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ VERSION = 1
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _OFFSETS_BLOCK = 2**20
 _BLOCK = 1 << 22  # bytes read at a time
-_AT_ONCE = 64 << 20  # bytes up to which a store is verified before its first token is read
+_AT_ONCE = 64 << 20  # largest store, in bytes, that is verified before its first use
 _VERIFIED = ".verified"
 
 
@@ -48,7 +48,7 @@ class TokenStore:
         self.num_tokens: int = meta["num_tokens"]
         self.has_mask: bool = meta["has_mask"]
         dtype = _DTYPES[meta["dtype"]]
-        # The plain ndarray view of a memmap: slicing the subclass costs several times as much.
+        # A plain ndarray view of the memmap, since slicing the subclass costs several times more.
         self._tokens = _map(folder / "tokens.bin", dtype, self.num_tokens)
         self._mask = _map(folder / "mask.bin", np.dtype("u1"), self.num_tokens, self.has_mask)
         try:
@@ -75,9 +75,9 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: Path, tokenizer_hash: str | None = None) -> "TokenStore":
-        """Open a store; `UserError` if it is missing, torn or of another tokenizer.
+        """Open a store; UserError if it is missing or damaged, or if its tokenizer is another one.
 
-        The tokenizer is only checked if its hash is given.
+        The tokenizer is checked only if its hash is given.
         """
         folder = Path(folder)
         try:
@@ -127,7 +127,7 @@ class TokenStore:
     def open_if_current(
         cls, folder: Path, tokenizer_hash: str, fingerprint: str
     ) -> "TokenStore | None":
-        """The store if it is complete and made from exactly this, else None: (re)build it."""
+        """Open the store if it is complete and made from exactly this, else return None."""
         try:
             store = cls.open(folder, tokenizer_hash)
         except UserError:
@@ -140,9 +140,9 @@ class TokenStore:
 
     @property
     def identity(self) -> str:
-        """The digest of the contents: equal for equal tokens, masks and documents.
+        """Digest of the contents: equal for equal tokens, masks and documents.
 
-        Stores of earlier versions have no digests; what they were made from stands in.
+        Stores of earlier versions have no digests; theirs is of what they were made from.
         """
         if "files" not in self.meta:
             fingerprint: str = self.meta["fingerprint"]
@@ -152,17 +152,17 @@ class TokenStore:
 
     @property
     def vocab_size(self) -> int:
-        """Every id is below it; of older stores only the limit of their dtype is known."""
+        """Upper bound of the ids, exclusive; for older stores that of their dtype."""
         limit = 2 ** (8 * _DTYPES[self.meta["dtype"]].itemsize)
         return int(self.meta.get("vocab_size", limit))
 
     @property
     def num_targets(self) -> int:
-        """Tokens that can be predicted: all but each document's first."""
+        """Number of tokens that can be predicted: all but each document's first."""
         return self.num_tokens - len(self)
 
     def __len__(self) -> int:
-        """Documents in the store."""
+        """Number of documents in the store."""
         return len(self._offsets) - 1
 
     # Contents
@@ -178,10 +178,10 @@ class TokenStore:
                 raise _damaged(self.folder / name)
 
     def verify_once(self, in_background: bool = True) -> None:
-        """`verify`, unless that was done since the files last changed.
+        """Verify the store unless that was done since the files last changed.
 
         Small stores are verified before this returns. Larger ones are verified on a thread if
-        `in_background`, else not at all; `check` raises what the thread found.
+        `in_background`, else not at all; `check` raises the thread's error.
         """
         state = self._state()
         if _verifications.get(self.folder, (None, None))[0] == state or self._noted() == state:
@@ -203,12 +203,12 @@ class TokenStore:
             threading.Thread(target=work, name=f"verify {self.name}", daemon=True).start()
 
     def check(self) -> None:
-        """Raise what the verification in the background found so far."""
+        """Raise the error of the verification in the background, if it found one so far."""
         for problem in _verifications.get(self.folder, (None, []))[1]:
             raise problem
 
     def _state(self) -> dict[str, list[int]]:
-        """File name -> size and times: what changes with a file. A copy of the folder differs."""
+        """Size and times of each file by name; they change with a file and in a copy."""
         stats = {name: (self.folder / name).stat() for name in self.meta.get("files", {})}
         return {n: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for n, s in stats.items()}
 
@@ -220,11 +220,11 @@ class TokenStore:
 
     def _note(self, state: dict[str, list[int]]) -> None:
         _verifications[self.folder] = state, []
-        with suppress(OSError):  # somebody else's store, on a read-only disk
+        with suppress(OSError):  # the folder may be read-only
             (self.folder / _VERIFIED).write_text(json.dumps(state) + "\n", encoding="utf-8")
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
-        """Tokens in each of the documents `indices`; int64, same shape."""
+        """Number of tokens in each of the documents `indices`; int64, same shape."""
         lengths: np.ndarray = self._offsets[indices + 1] - self._offsets[indices]
         return lengths
 
@@ -238,25 +238,25 @@ class TokenStore:
         return slice(min(first + start, end), end if stop is None else min(first + stop, end))
 
     def ids(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Tokens `start:stop` of document `index`: a read-only view, nothing is copied."""
+        """Tokens `start:stop` of document `index` as a read-only view (tokens,); no copy."""
         tokens: np.ndarray = self._tokens[self._span(index, start, stop)]
         return tokens
 
     def mask_bytes(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray | None:
-        """The bytes of mask.bin for the same tokens as `ids`; None for plain documents."""
+        """Bytes of mask.bin for the same tokens as `ids`, uint8; None for plain documents."""
         return None if self._mask is None else self._mask[self._span(index, start, stop)]
 
     def mask(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray | None:
-        """The loss mask (0 or 1, uint8) of the same tokens as `ids`; None for plain documents."""
+        """Loss mask (0 or 1, uint8) of the same tokens as `ids`; None for plain documents."""
         packed = self.mask_bytes(index, start, stop)
         return None if packed is None else unpack_mask(packed)[0]
 
 
 class LongDocuments(TokenStore):
-    """The documents of a store that have at least `minimum` tokens, in the store's order.
+    """A view of a store's documents of at least `minimum` tokens, in the store's order.
 
-    Nothing is copied. Memory: 8 bytes for each of them; the offsets are read once, in blocks.
-    There may be none: `longest` says how many tokens the store's longest document has.
+    No token is copied. The view needs 8 bytes of memory per document; the offsets are read once, in
+    blocks. It may be empty: `longest` is the number of tokens of the store's longest document.
     """
 
     def __init__(self, store: TokenStore, minimum: int):
@@ -288,7 +288,7 @@ class LongDocuments(TokenStore):
 
 
 _verifications: dict[Path, tuple[dict[str, list[int]], list[UserError]]] = {}
-"""Store folder -> its files' state when this process began to verify it, and what was wrong."""
+"""State of the files when this process began to verify a store, and the error, by folder."""
 
 
 def _digest(meta: Mapping[str, Any]) -> str:
@@ -309,7 +309,7 @@ def _torn(path: Path, what: str) -> UserError:
 
 
 def _map(path: Path, dtype: np.dtype, count: int, wanted: bool = True) -> Any:
-    """A read-only view of a file of `count` items; UserError if it has another size."""
+    """Map a file of `count` items read-only; UserError if it has another size."""
     if not wanted:
         return None
     try:
@@ -324,7 +324,7 @@ def _map(path: Path, dtype: np.dtype, count: int, wanted: bool = True) -> Any:
 
 
 class StoreWriter:
-    """Writes a store; the folder appears when the `with` block ends without an error.
+    """Writes a store; the folder appears if the `with` block ends without an error.
 
         with StoreWriter(folder, vocab_size=tokenizer.vocab_size,
                          tokenizer_hash=tokenizer.hash, fingerprint=corpus.fingerprint("train")
@@ -332,8 +332,9 @@ class StoreWriter:
             for text in texts:
                 writer.add([tokenizer.bos, *tokenizer.encode(text)])
 
-    An existing store of that name is replaced then. Memory: 8 bytes a document. `meta` may carry
-    further JSON values; set it (`writer.extra[...] = ...`) at any time before the block ends.
+    An existing store of that name is then replaced. The writer needs 8 bytes of memory per
+    document. Further JSON values for meta.json can be set (`writer.extra[...] = ...`) at any time
+    before the block ends.
     """
 
     def __init__(
@@ -374,8 +375,8 @@ class StoreWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # Everything goes through the stack, so that an error here (a full disk) removes the
-        # temporary folder as well and never leaves a store behind.
+        # Everything goes through the stack, so that an error here, such as a full disk, also
+        # removes the temporary folder.
         if error is not None:
             self._stack.__exit__(kind, error, traceback)
             return
@@ -387,8 +388,8 @@ class StoreWriter:
     ) -> None:
         """Append one document of at least one token.
 
-        `mask`, with a store `with_mask` only, has one byte a token: a plain 0/1 mask or the bytes
-        of `nanochat.tokenizer.pack_mask`.
+        `mask` has one byte per token, a 0/1 mask or the bytes of `nanochat.tokenizer.pack_mask`. It
+        is required if the store is `with_mask`, else it must be None.
         """
         tokens = np.asarray(ids, dtype=np.int64)
         if tokens.ndim != 1 or len(tokens) == 0:
@@ -416,7 +417,7 @@ class StoreWriter:
         self._digests[name].update(data)
 
     def add_store(self, store: TokenStore) -> None:
-        """Append all documents of another store of the same tokenizer, verifying what is read."""
+        """Append all documents of another store of the same tokenizer, and verify them."""
         if (store.has_mask, store.meta["dtype"]) != (self.with_mask, self._dtype_name):
             raise UserError(
                 f"{store.folder} ({store.meta['dtype']}, mask: {store.has_mask}) does not fit "
@@ -436,7 +437,7 @@ class StoreWriter:
         self.num_tokens += store.num_tokens
 
     def _finish(self) -> None:
-        # The files are closed first: their buffers must be on disk before the folder is renamed.
+        # The files are closed first, since their buffers must be on disk before the rename.
         for file in self._files.values():
             file.close()
         offsets = np.zeros(self.num_documents + 1, dtype=np.int64)
@@ -477,10 +478,10 @@ def merge_stores(
     fingerprint: str,
     extra: Mapping[str, Any] | None = None,
 ) -> TokenStore:
-    """One store from several, end to end in the given order. The slices are left as they are.
+    """Join several stores, in the given order, into a new one; the slices are kept.
 
-    All must have been written with this tokenizer, and all with or all without a mask; some may be
-    empty. While merging the disk holds both.
+    All must have been written with this tokenizer, and either all or none have a mask. Slices may
+    be empty. The disk needs room for both the slices and the new store.
     """
     stores = [TokenStore.open(piece, tokenizer_hash) for piece in slices]
     if not stores:

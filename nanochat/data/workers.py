@@ -1,4 +1,4 @@
-"""Worker processes: the same function on many jobs, each process set up once."""
+"""Worker processes that run one function on many jobs."""
 
 import multiprocessing
 import signal
@@ -15,7 +15,7 @@ State = TypeVar("State")
 
 
 class Stopped(Exception):
-    """Raised in a worker: another one failed, or the program is ending."""
+    """Raised in a worker when another one failed or the program is ending."""
 
 
 def in_processes(
@@ -26,13 +26,13 @@ def in_processes(
     remedy: str,
     tick: Callable[[], None] = lambda: None,
 ) -> Iterator[Result]:
-    """`work(state, job)` for every job in `workers` processes; the results in the jobs' order.
+    """Run `work(state, job)` for every job in `workers` processes; yields results in job order.
 
-    `work` is a module's function. `state` is pickled once for each process. `tick` is called at
-    least twice a second. A failing job ends the others at their next `check_stopped`, and its
-    error is raised here. Raises UserError with the `remedy` if a process dies.
+    `work` must be a function of a module. `state` is pickled once per process. `tick` is called at
+    least twice a second. If a job fails, the others end at their next `check_stopped`, and its
+    error is raised here. If a process dies, UserError is raised with the `remedy`.
     """
-    # spawn: forking a process in which torch has started its threads can deadlock.
+    # Processes are spawned: forking one in which torch has started threads can deadlock.
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     failed: list[Future[Result]] = []
@@ -41,7 +41,7 @@ def in_processes(
         if not future.cancelled() and future.exception():
             failed.append(future)
 
-    # Unlike multiprocessing.Pool, the executor notices a worker that dies.
+    # The executor notices a worker that dies; multiprocessing.Pool does not.
     with ProcessPoolExecutor(
         min(workers, len(jobs)), context, _start_worker, (work, state, stop)
     ) as pool:
@@ -64,7 +64,7 @@ def in_processes(
 
 
 _worker: tuple[Callable[[Any, Any], Any], Any, Any]
-"""What this process works with: the function, its state and the stop event."""
+"""Function, state and stop event of this worker process."""
 
 
 def _start_worker(*everything: Any) -> None:
@@ -79,6 +79,6 @@ def _work(job: Any) -> Any:
 
 
 def check_stopped() -> None:
-    """Raise Stopped in a worker that is to end; does nothing in any other process."""
+    """Raise Stopped in a worker that should end; do nothing in any other process."""
     if "_worker" in globals() and _worker[2].is_set():
         raise Stopped

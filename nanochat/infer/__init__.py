@@ -1,1 +1,1 @@
-"""Decoding: one engine for chat, serving, evaluation and reinforcement learning."""
+"""Inference wing: one decoding engine for chat, serving, evaluation and reinforcement learning."""

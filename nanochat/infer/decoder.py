@@ -1,20 +1,21 @@
-"""GPT's function arranged for decoding: the same weights, fewer and faster steps per token.
+"""Decoder: computes the same function as GPT, with fewer and faster operations per token.
 
 B batch, T time, N = B * T tokens, C channels, H query heads, K key/value heads, G = H / K, D head
 dim, S cache slots, V vocabulary
 
-Against `GPT.next_logits`, which is its slow twin in the tests:
-- Weights are in the compute dtype, to which the model casts its float32 masters at every use.
-- Query, key, value and gate are one product; queries and keys are rotated and normed together.
-- Cosines and sines are looked up; a single token per row attends in three operations, and goes into
-  the cache by plain assignment where all rows are equally long.
-- On CPUs RMSNorm is one kernel instead of eight operations.
-- On CPUs weights are laid out in advance the way oneDNN's kernels read them: 1.3-2 times faster for
-  1-16 rows in bfloat16, up to 1.7 times in float32.
-- int8 (optional, CPUs): weights in 8 bits with a scale per output, for answers one at a time, where
-  reading the weights is what takes the time.
-- A step can be compiled (optional, for GPUs): for every shape of the cache one graph that works on
-  the same memory each time, as CUDA graphs need it.
+The tests compare it with `GPT.next_logits`. The differences are:
+- Weights are kept in the compute dtype. The model casts its float32 weights at every use.
+- Query, key, value and gate are one product. Queries and keys are rotated and normed together.
+- Cosines and sines are looked up in a table.
+- Attention of a single token per row is three operations. If all rows are equally long, its key and
+  value are written to the cache by plain assignment.
+- On CPUs, RMSNorm is one kernel instead of eight operations.
+- On CPUs, weights are stored in the layout that oneDNN's kernels read. This is 1.3-2 times faster
+  for 1-16 rows in bfloat16, and up to 1.7 times in float32.
+- With int8 (optional, on CPUs), weights have 8 bits and a scale per output. This helps for one
+  answer at a time, when reading the weights takes most of the time.
+- Compiled steps (optional, on GPUs) have one graph per shape of the cache. It uses the same memory
+  each time, as CUDA graphs require.
 """
 
 from typing import Any, Literal, cast
@@ -31,20 +32,21 @@ from nanochat.rope import rope_table
 
 Quantize = Literal["none", "int8"]
 INT8_ROWS = 4
-"""More rows than this are multiplied with dequantised weights: the int8 kernel takes them one by
-one."""
+"""Largest number of rows for the int8 kernel, which multiplies rows one by one. More rows are
+multiplied with dequantised weights."""
 
 
 FLOAT_ELEMENTS = 2**18
-"""Up to so many key elements are converted to float32, whose small batched products are faster."""
+"""Largest number of key elements that are converted to float32, in which small batched products are
+faster."""
 
 
 LEAST_RMS = 0.1
-"""Where weights may make vectors smaller than this, RMSNorm is computed with its epsilon."""
+"""Smallest root mean square for which RMSNorm may be computed without its epsilon."""
 
 
 class Product:
-    """x (..., C) -> (..., M) with the weight (M, C) laid out for decoding."""
+    """Product of x (..., C) with a weight (M, C), stored for fast decoding; gives (..., M)."""
 
     def __init__(self, weight: torch.Tensor, quantize: Quantize = "none", pack: bool = True):
         self.width = weight.shape[0]
@@ -78,7 +80,7 @@ class Product:
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor | None:
-    """The weight in oneDNN's layout, None where this build or processor has none for its dtype."""
+    """Convert a weight to oneDNN's layout; None if this build or CPU has none for its dtype."""
     if not torch.backends.mkldnn.is_available():
         return None
     try:
@@ -91,7 +93,7 @@ def _pack(weight: torch.Tensor) -> torch.Tensor | None:
 
 
 class _Layer:
-    """One block's weights."""
+    """Weights of one block."""
 
     def __init__(self, model: GPT, layer: int, quantize: Quantize, pack: bool):
         dtype, block = model.compute_dtype, cast(Block, model.blocks[layer])
@@ -117,10 +119,11 @@ class _Layer:
 
 
 class Decoder:
-    """Made of a model's present weights; after training it further, make a new one.
+    """A model's present weights, arranged for decoding; further training needs a new Decoder.
 
     compiled: steps of one token per row run as compiled graphs (`compile_step`), and the engine
-    keeps the shape of its cache as constant as it can.
+    changes the shape of its cache as rarely as it can. Raises UserError if the device or dtype does
+    not support `quantize` or `compiled`.
     """
 
     @torch.no_grad()
@@ -139,7 +142,7 @@ class Decoder:
         self.compute_dtype = model.compute_dtype
         self.device = model.device
         self.embedding = model.embedding.weight.to(self.compute_dtype)
-        # The compiler packs weights itself if that pays.
+        # torch.compile packs weights itself if that is faster.
         self.layers = [_Layer(model, i, quantize, not compiled) for i in range(config.n_layer)]
         head = model.head.weight[: config.vocab_size].to(self.compute_dtype)
         self.head = Product(head, quantize, not compiled)
@@ -152,16 +155,16 @@ class Decoder:
             self.compile_step()
 
     def compile_step(self, **options: Any) -> None:
-        """Compile steps of one token per row; options are torch.compile's.
+        """Compile steps of one token per row; `options` are those of torch.compile.
 
-        By default for CUDA graphs: mode reduce-overhead. Each shape of a pinned cache has its own
-        graph; other caches are read without.
+        The default mode is reduce-overhead, which uses CUDA graphs. Each shape of a pinned cache
+        has a graph of its own. Steps on other caches are not compiled.
         """
         options = options or {"mode": "reduce-overhead"}
         self.compiled_step = torch.compile(self._step, fullgraph=True, dynamic=False, **options)
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """An empty cache in the compute dtype."""
+        """Create an empty cache in the compute dtype; UserError beyond the context length."""
         config = self.config
         if capacity > config.context_length:
             raise UserError(
@@ -178,19 +181,19 @@ class Decoder:
             device=self.device,
         )
 
-    @torch.no_grad()  # oneDNN's kernels for training are not made for one row: 50 times slower
+    @torch.no_grad()  # with gradients, oneDNN uses its training kernels: 50 times slower for a row
     def next_logits(
         self, ids: torch.Tensor, cache: KVCache, counts: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(B, V) float32: logits after each row's last valid token, appending ids to the cache.
+        """Append ids to the cache; return float32 logits (B, V) after each row's last valid id.
 
-        Row b's first counts[b] of ids (B, T) are valid, all of them by default.
+        The first counts[b] of row b of ids (B, T) are valid; by default all are.
         """
         if self.compiled_step is not None and cache.pinned and ids.shape[1] == 1:
             if counts is None:
                 counts = torch.ones_like(cache.lengths)
             if self.device.type == "cuda":
-                torch.compiler.cudagraph_mark_step_begin()  # the last step's logits were read
+                torch.compiler.cudagraph_mark_step_begin()  # the last step's logits have been read
             logits: torch.Tensor = self.compiled_step(
                 ids, counts, cache.lengths, cache.keys, cache.values, cache.capacity
             )
@@ -205,9 +208,9 @@ class Decoder:
         return self.logits(hidden)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., C) -> softcapped float32 logits (..., V)."""
+        """Compute softcapped float32 logits (..., V) of hidden (..., C)."""
         softcap = self.config.softcap
-        # softcap * tanh(x / softcap): sigmoid takes a quarter of the time of tanh on CPUs.
+        # softcap * tanh(x / softcap), by a sigmoid: it takes a quarter of tanh's time on CPUs.
         s = self.head(self.norm(hidden)).float().mul_(2 / softcap).sigmoid_()
         return torch.add(self.floor, s, alpha=2 * softcap)
 
@@ -220,7 +223,7 @@ class Decoder:
         values: list[torch.Tensor],
         capacity: int,
     ) -> torch.Tensor:
-        """`next_logits` of one token per row as a function of tensors, which it updates."""
+        """Compute `next_logits` of one token per row, from tensors that are updated in place."""
         _, K, S, _ = keys[0].shape
         reading = plan_reading(lengths, 1, (K, S), capacity, self.windows, self.compute_dtype)
         logits = self.logits(self._layers(ids, reading, keys, values)[:, -1])
@@ -230,8 +233,10 @@ class Decoder:
     def hidden(
         self, ids: torch.Tensor, cache: KVCache, counts: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(B, T, C): the residual stream after the last layer, for `logits`; appends ids as
-        `next_logits` does."""
+        """Append ids to the cache; return the residual stream (B, T, C) after the last layer.
+
+        `logits` turns it into logits.
+        """
         T = ids.shape[1]
         reading = cache.read(T, counts, self.windows, self.compute_dtype)
         x = self._layers(ids, reading, cache.keys, cache.values)
@@ -245,14 +250,14 @@ class Decoder:
         keys: list[torch.Tensor],
         values: list[torch.Tensor],
     ) -> torch.Tensor:
-        """(B, T, C): the residual stream after the last layer; the cache's tensors are updated."""
+        """Run all layers; returns the residual stream (B, T, C) and updates the cache's tensors."""
         B, T = ids.shape
         H, K, D = self.config.n_head, self.config.n_kv_head, self.config.head_dim
         tokens, positions = ids.flatten(), reading.positions.flatten()
         rotary = {w: _turns(F.embedding(positions, table)) for w, table in self.rotary.items()}
         single = T == 1 and ids.device.type == "cpu"
         biases = reading.biases
-        if single:  # a bias for each row and key/value head, in the dtype to attend in
+        if single:  # a bias for each row and key/value head, in the dtype of attention
             dtype = torch.float32 if keys[0].numel() <= FLOAT_ELEMENTS else keys[0].dtype
             biases = {
                 w: b.to(dtype).expand(B, K, 1, -1).reshape(B * K, 1, -1) for w, b in biases.items()
@@ -285,9 +290,9 @@ class Decoder:
         return x.view(B, T, -1)
 
     def _rotary_table(self, windowed: bool) -> torch.Tensor:
-        """(context + 1, 2D): cosines twice, then sines with the sign of their half."""
+        """Table (context + 1, 2D): cosines twice, then sines with the sign of their half."""
         config = self.config
-        # One more for padding that does not fit.
+        # One more position is for padding that does not fit.
         positions = torch.arange(config.context_length + 1, device=self.device)
         base = config.windowed_rope_base if windowed else config.rope_base
         cos, sin = rope_table(positions, config.head_dim, base)
@@ -295,17 +300,17 @@ class Decoder:
 
 
 def _norms_are_large(model: GPT) -> bool:
-    """Whether the vectors that are normed have a root mean square far above the epsilon's, 0.001.
+    """True if RMSNorm's inputs have a root mean square far above 0.001, that of its epsilon.
 
-    By the weights: embedding rows, and each head's queries and keys of a normed input. Scalars must
-    not take the residual stream away.
+    This is judged from the weights: the rows of the embedding, and those that compute each head's
+    queries and keys of a normed input. The residual scalars must not be close to 0 either.
     """
     D, C = model.config.head_dim, model.config.n_embd
     smallest = [model.embedding.weight[: model.config.vocab_size].square().mean(dim=1).min()]
     for i, block in enumerate(model.blocks):
         attention = cast(Block, block).attention
         for linear in (attention.query, attention.key):
-            # Rows of independent inputs of variance 1: their products have the variance |row|^2.
+            # With independent inputs of variance 1, a row's product has the variance |row|^2.
             heads = linear.weight.view(-1, D * C)
             smallest.append(heads.square().sum(dim=1).min() / D)
         if model.config.residual_scalars:
@@ -314,16 +319,16 @@ def _norms_are_large(model: GPT) -> bool:
 
 
 def _fast_norm(x: torch.Tensor) -> torch.Tensor:
-    """RMSNorm in one kernel of CPUs, the one that normalises weights; without its epsilon.
+    """Compute RMSNorm without its epsilon, by the CPU kernel for weight normalisation.
 
-    The epsilon changes a vector of root mean square r by 5e-7 / r^2 of its length: less than the
-    rounding to float32 for the vectors of a trained model (r = 0.7 to 48 at depth 4). Zeros would
-    become NaN, hence `_norms_are_large`.
+    The epsilon changes a vector of root mean square r by 5e-7 / r^2 of its length. For the vectors
+    of a trained model (r = 0.7 to 48 at depth 4) that is less than the rounding to float32. A zero
+    vector would become NaN; `_norms_are_large` makes sure that there is none.
     """
     C = x.shape[-1]
     root = C**0.5
     rows = x.reshape(-1, C)
-    if root % 1:  # the kernel takes the length in the dtype of x, where it would be rounded
+    if root % 1:  # the kernel would round this length to the dtype of x
         rows = rows.float()
     lengths = rows.new_full((len(rows), 1), root)
     y = torch._weight_norm_interface(rows, lengths, 0)[0]
@@ -331,22 +336,22 @@ def _fast_norm(x: torch.Tensor) -> torch.Tensor:
 
 
 def _turns(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, 2D) of the table -> cosines and sines (N, 1, D)."""
+    """Split rows (N, 2D) of the table into cosines and sines (N, 1, D)."""
     cos, sin = rows[:, None].chunk(2, dim=-1)
     return cos, sin
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`apply_rope` in three operations: each half plus the other one, turned by a quarter."""
+    """Rotate as `apply_rope` does, in three operations; the two halves are swapped by a roll."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def _attend_single(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
-    """`attend_cached` for one token per row. q (B, H, D), bias (B * K, 1, S) -> (B * K, G, D).
+    """Attend as `attend_cached` does, for one token per row; returns (B * K, G, D).
 
-    The products are in the dtype of bias.
+    q is (B, H, D), bias (B * K, 1, S). The products are in the dtype of bias.
     """
     D = q.shape[-1]
     S = keys.shape[2]

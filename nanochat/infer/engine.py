@@ -1,15 +1,15 @@
-"""Batched decoding: one loop for the command line, the server, evaluations and RL.
+"""Engine: batched decoding for the command line, the server, evaluations and RL.
 
 B rows, T time, V vocabulary
 
-Requests wait in a queue. A prompt is read once, in chunks, into a small cache of its own and then
-copied into a row per sample. Rows are kept dense, so a step reads each weight once for all of them
-and computes nothing for absent ones; a finished row makes room for the next request at once
-(continuous batching, as in Orca, OSDI 2022).
+Requests wait in a queue. A prompt is read once, in chunks, into a small cache of its own, which is
+then copied into one row per sample. Rows have no gaps between them, so a step reads each weight
+once for all rows and computes nothing for missing ones. When a row has finished, the next request
+gets its place at once (continuous batching, as in Orca, OSDI 2022).
 
-Every sample draws from a random stream of its own, a pure function of (seed, prompt index, sample
-index, step). So it depends neither on its neighbours nor on the number of rows, up to the rounding
-of matrix products whose shapes differ.
+Every sample has a random stream of its own, a pure function of (seed, prompt index, sample index,
+step). A sample therefore depends neither on the other rows nor on their number, except for the
+rounding of matrix products of different shapes.
 """
 
 from collections import deque
@@ -41,19 +41,19 @@ __all__ = [
 ]
 
 TOOL_OUTPUT_CHARACTERS = 2000
-"""What a tool says beyond this is cut: the output is forced into the model's context."""
+"""Largest number of tokens of a tool's output; the rest is cut off, as it takes up the context."""
 
 
 class Engine:
-    """Decodes for one model. Not thread-safe: all calls come from one thread.
+    """Decodes for one model. It is not thread-safe: all calls must come from one thread.
 
-    model: a GPT, whose present weights are laid out for decoding whenever an idle engine gets work,
-    so that it may be trained between two calls; or what decodes by itself: a `Decoder`, or a
-    subclass of GPT, which may compute something else.
-    max_slots: rows decoded at once. tools: True for the calculator, False for none, or a `Tool`;
-    a tool other than the calculator runs in a thread, and other rows go on meanwhile.
-    prefill_tokens: prompt tokens read between two decoding steps; smaller keeps streams smoother,
-    larger reads prompts faster.
+    model: a GPT or a Decoder. A Decoder is made of a GPT whenever an idle engine gets work, so the
+    GPT may be trained between two calls. A subclass of GPT decodes by its own `next_logits`.
+    max_slots: number of rows decoded at once.
+    tools: True for the calculator, False for none, or a `Tool`. Any tool but the calculator runs in
+    a thread while other rows go on.
+    prefill_tokens: prompt tokens read between two decoding steps. A smaller number makes streams
+    smoother, a larger one reads prompts faster.
     """
 
     def __init__(
@@ -88,17 +88,17 @@ class Engine:
         self._prefill: Prefill | None = None
         fixed = getattr(model, "compiled_step", None) is not None
         self._slots = Slots(max_slots, self.context_length, self._new_cache, fixed)
-        self._rows = self._slots.rows  # the same list throughout
+        self._rows = self._slots.rows  # the same list object, never replaced
         self._sampler: Sampler | None = None
         self._special = {tokenizer.special(n): n for n in tokenizer.SPECIAL_TOKENS}
         self._terminal = {tokenizer.special(n) for n in ("<|assistant_end|>", "<|bos|>")}
         self._output = tuple(tokenizer.special(f"<|output_{edge}|>") for edge in ("start", "end"))
         self.prompt_tokens = 0
-        """Prompt tokens read so far, over all requests."""
+        """Number of prompt tokens read so far, over all requests."""
         self.completion_tokens = 0
-        """Tokens decoded so far, over all requests."""
+        """Number of tokens decoded so far, over all requests."""
 
-    # What callers use
+    # Interface
 
     def generate(
         self,
@@ -107,19 +107,19 @@ class Engine:
         num_samples: int = 1,
         indices: Sequence[int] | None = None,
     ) -> list[list[Completion]]:
-        """`num_samples` completions of each prompt, in the prompts' order.
+        """Decode `num_samples` completions of each prompt; returns them in the prompts' order.
 
-        params: one for all prompts, or one per prompt. indices: names of the prompts' random
-        streams, by default their places in the list; a process that decodes a part of a larger
-        list passes the places there, so that the samples don't depend on the split.
+        params: one for all prompts, or one per prompt. indices: numbers of the prompts' random
+        streams, by default their places in the list. A process that decodes a part of a larger list
+        passes the places in that list, so that samples do not depend on how it was divided.
         """
         requests: list[Request | None] = [None] * len(prompts)
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts) or (indices is not None and len(indices) != len(prompts)):
             raise ValueError("params and indices must have one entry per prompt")
-        # The longest first: prompts read side by side are then of similar length, and no long one
-        # is left to run alone at the end.
+        # The longest prompts come first: prompts read together then have similar lengths, and no
+        # long one is left to run alone at the end.
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         try:
             for i in order:
@@ -141,7 +141,7 @@ class Engine:
         num_samples: int = 1,
         index: int = 0,
     ) -> Iterator[Event]:
-        """Events of one prompt's samples as they come; closing the iterator cancels the rest."""
+        """Yield events of one prompt's samples; closing the iterator cancels the rest."""
         request = self.submit(prompt, params, num_samples, index, streaming=True)
         try:
             while not request.finished:
@@ -217,7 +217,7 @@ class Engine:
         return events
 
     def cancel(self, request: Request) -> None:
-        """Forget a request; nothing happens if it is finished or unknown."""
+        """Remove a request; nothing happens if it is finished or unknown."""
         if request in self._waiting:
             self._waiting.remove(request)
         if self._prefill is not None:
@@ -231,7 +231,7 @@ class Engine:
             self._free()
 
     def reset(self) -> None:
-        """Forget all requests, whatever state a failed `step()` left."""
+        """Remove all requests, also after a `step()` that failed."""
         self._waiting.clear()
         self._prefill = self._sampler = None
         self._rows.clear()
@@ -243,25 +243,25 @@ class Engine:
 
     @property
     def num_rows(self) -> int:
-        """Samples being decoded."""
+        """Number of samples being decoded."""
         return len(self._rows)
 
     @property
     def num_waiting(self) -> int:
-        """Requests whose prompt has not been read yet."""
+        """Number of requests whose prompt has not been read yet."""
         return len(self._waiting)
 
     @property
     def cache_bytes(self) -> int:
-        """Memory held by key/value caches."""
-        prefill = self._prefill  # once: the server asks from another thread
+        """Bytes of memory held by key/value caches."""
+        prefill = self._prefill  # read once, since the server calls this from another thread
         caches = (self._slots.cache, prefill.cache if prefill else None)
         return sum(cache.nbytes for cache in caches if cache is not None)
 
     # The loop
 
     def _decoder_now(self) -> GPT | Decoder:
-        """What decodes: made of the model's present weights when an idle engine gets work."""
+        """Return the decoder; an idle engine that gets work makes it of the present weights."""
         if self._decoder is None:
             assert self._model is not None
             self._decoder = Decoder(self._model)
@@ -328,13 +328,13 @@ class Engine:
         paused = [row.tool is not None for row in rows]
         if all(paused):
             if self._prefill is None and not self._waiting:
-                # Not for long: the caller may want to submit or cancel.
+                # The wait is short, since the caller may want to submit or cancel.
                 tools = [row.tool for row in rows if row.tool]
                 wait(tools, timeout=0.05, return_when=FIRST_COMPLETED)
             return
         self._slots.reserve(0)
         cache = self._slots.view()
-        # A fixed cache has rows that nobody uses.
+        # A fixed cache may have rows that are not in use.
         unused = cache.batch_size - len(rows)
         ids = torch.tensor([[row.next_id] for row in rows] + [[0]] * unused).to(self.device)
         counts = None
@@ -347,7 +347,7 @@ class Engine:
         self._drop_finished()
 
     def _draw(self, logits: torch.Tensor, rows: list[Row], events: list[Event]) -> None:
-        """Choose the next token of every row from its logits (len(rows), V)."""
+        """Choose the next token of every row from its logits (len(rows), V) and append it."""
         whole = rows is self._rows
         sampler = self._sampler if whole else None
         if sampler is None:
@@ -410,7 +410,7 @@ class Engine:
             transcript.end()
 
     def _call(self, row: Row, source: str) -> None:
-        """Start the tool; its output is forced once it is there."""
+        """Start the tool; its output's tokens follow when it has finished."""
         if self._tool is None or len(row.completion.ids) >= row.request.max_tokens:
             return
         row.tool = Future()
@@ -429,7 +429,7 @@ class Engine:
         row.tool = None
 
     def _report(self, row: Row, events: list[Event]) -> None:
-        """Tell about new text, and about the end."""
+        """Add events for new text and for the end of a sample."""
         finished = row.completion.finish_reason is not None
         pieces = row.transcript.take()
         tokens = len(row.completion.ids)

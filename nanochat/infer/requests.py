@@ -1,4 +1,4 @@
-"""What the engine takes and gives: requests, completions, events."""
+"""Requests, completions and events: input and output of the engine."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,26 +11,26 @@ class Completion:
     """One sample; it grows while `finish_reason` is None."""
 
     ids: list[int] = field(default_factory=list)
-    """All tokens after the prompt, the terminal one included."""
+    """All tokens after the prompt, including the one that ends the sample."""
     mask: list[int] = field(default_factory=list)
-    """1 where the model's sample decided, 0 where a tool's output was forced."""
+    """Mask of `ids`: 1 for tokens that were sampled, 0 for those of a tool's output."""
     logprobs: list[float] = field(default_factory=list)
     """Log-probability of each sampled token under the distribution it was drawn from (at
-    temperature 0: under the plain softmax); 0.0 for forced tokens."""
+    temperature 0: under the plain softmax); 0.0 for tokens of a tool's output."""
     finish_reason: Literal["stop", "length"] | None = None
     parts: list[dict[str, str]] = field(default_factory=list)
-    """The content of an assistant message: text, python and python_output parts."""
+    """Content of an assistant message: text, python and python_output parts."""
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
-    """Per token, the most likely (id, log-probability) pairs, if they were asked for."""
+    """Most likely (id, log-probability) pairs of each token, if the request asked for them."""
 
     @property
     def text(self) -> str:
-        """What the assistant says, without tool calls, their output and special tokens."""
+        """Text of the assistant, without tool calls, their output and special tokens."""
         return "".join(part["text"] for part in self.parts if part["type"] == "text")
 
     @property
     def written(self) -> str:
-        """What the assistant says, with its tool calls and their output in brackets."""
+        """Text of the assistant, with its tool calls and their output in brackets."""
         return "".join(
             part["text"] if part["type"] == "text" else f"[{part['type']}: {part['text']}]"
             for part in self.parts
@@ -39,16 +39,16 @@ class Completion:
 
 @dataclass(eq=False)
 class Request:
-    """A prompt in the engine; `Engine.submit` returns it as the handle."""
+    """A prompt in the engine; `Engine.submit` returns it, and `Engine.cancel` takes it."""
 
     prompt: list[int]
     params: SamplingParams
     index: int
-    """Names the random stream, with the sample's index and the seed."""
+    """Number of the prompt; with the sample's number and the seed it gives the random stream."""
     completions: list[Completion]
     streaming: bool = False
     max_tokens: int = 0
-    """The smaller of what was asked for and what the context leaves."""
+    """Longest completion: that of `params`, or less if the context leaves less room."""
 
     @property
     def finished(self) -> bool:
@@ -57,16 +57,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Event:
-    """News of one sample: some text (for streaming requests), or that it is finished."""
+    """New text of one sample (for streaming requests), or its end."""
 
     request: Request
     sample: int
     type: str
-    """text, python or python_output: what `text` is a piece of."""
+    """Type of the message part that `text` belongs to: text, python or python_output."""
     text: str
-    """Never half a character nor the beginning of a stop string."""
+    """New text, without half a character or the beginning of a stop string at its end."""
     tokens: int
-    """`completion.ids[:tokens]` have been seen when this text was complete."""
+    """Number of the completion's tokens that had been decoded when this text was complete."""
     finished: bool
 
     @property

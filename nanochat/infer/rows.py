@@ -1,7 +1,7 @@
-"""The rows being decoded and the cache they share.
+"""Rows that are being decoded, the cache they share, and the reading of prompts.
 
-Rows are kept dense: row i of the cache belongs to rows[i], and a row that ends is replaced by the
-last one. So a step computes nothing for absent rows, and its products run over contiguous memory.
+Row i of the cache belongs to rows[i]. When a row ends, the last row takes its place. A step
+therefore computes nothing for missing rows, and its products run over contiguous memory.
 """
 
 from collections import deque
@@ -25,11 +25,11 @@ class Row:
     sample: int
     transcript: Transcript
     key: int
-    """Names the random stream."""
+    """Key of the sample's random stream (`sampling.stream_key`)."""
     position: int
-    """Tokens in the cache."""
+    """Number of the row's tokens in the cache."""
     next_id: int = 0
-    """The token to be read next; it is the last of the completion's ids."""
+    """Token to read next: the last one of the completion's ids."""
     forced: deque[int] = field(default_factory=deque)
     tool: Future[str] | None = None
 
@@ -39,16 +39,16 @@ class Row:
 
     @property
     def history(self) -> list[int]:
-        """All tokens read and drawn."""
+        """All tokens of prompt and completion."""
         return self.request.prompt + self.completion.ids
 
 
 class Slots:
-    """new_cache (rows, capacity) makes a cache.
+    """The rows and their cache, which grows and shrinks with them.
 
-    fixed: the cache always has max_slots rows, its capacity is doubled up to the context length
-    when it is too small, and it stays when there are no rows: compiled graphs are made for a shape
-    and an address. Otherwise it follows the rows.
+    new_cache(rows, capacity) makes a cache. fixed: the cache always has max_slots rows; its
+    capacity is doubled when it is too small, up to the context length; and it stays when there are
+    no rows. Compiled graphs need this, since each is made for one shape and one address.
     """
 
     def __init__(
@@ -68,11 +68,14 @@ class Slots:
 
     @property
     def available(self) -> int:
-        """Rows that could be added."""
+        """Number of rows that can be added."""
         return self.max_slots - len(self.rows)
 
     def add(self, rows: list[Row], prompts: KVCache, sources: list[int], waiting: int) -> None:
-        """Append rows whose tokens are in rows `sources` of `prompts`; `waiting` may follow."""
+        """Append rows whose tokens are in rows `sources` of `prompts`.
+
+        `waiting` is the number of samples that may need a row soon.
+        """
         first = len(self.rows)
         self.rows += rows
         self.reserve(waiting)
@@ -100,11 +103,11 @@ class Slots:
             self.cache = self._view = None
 
     def reserve(self, waiting: int) -> None:
-        """Make the cache large enough for the rows, as they are and as they will be soon.
+        """Make the cache large enough for the rows and their next tokens.
 
-        Its slots follow the longest row in steps of a quarter instead of being allocated for the
-        longest possible answer: all slots are computed on, and products over a part of them were
-        measured 2-3 times slower on CPUs than over contiguous ones.
+        The capacity follows the longest row in steps of a quarter. A cache for the longest possible
+        answer would be slower: a step computes over all slots, and products over a part of them
+        were measured 2-3 times slower on CPUs than over contiguous memory.
         """
         needed = max(row.position for row in self.rows) + 1
         cache = self.cache
@@ -133,7 +136,7 @@ class Slots:
             self._view = None
 
     def view(self) -> KVCache:
-        """The rows' part of the cache (all of it, if fixed), with the bounds of their lengths."""
+        """Return the rows' part of the cache (all of it, if fixed), with the bounds of lengths."""
         assert self.cache is not None
         if self._view is None:
             self._view = self.cache if self.fixed else self.cache.head(len(self.rows))
@@ -143,38 +146,38 @@ class Slots:
 
 
 PADDING = 1.25
-"""Prompts are read together if padding makes them at most so many times as long."""
+"""Largest factor by which padding may lengthen prompts that are read together."""
 
 
 @dataclass
 class Prefill:
-    """Prompts that are being read side by side, then handed out to rows."""
+    """Prompts that are read together and then copied to rows."""
 
     requests: list[Request]
     cache: KVCache
     ids: torch.Tensor
-    """(B, T), padded on the right."""
+    """Ids (B, T) of the prompts, padded on the right."""
     lengths: torch.Tensor
     samples: deque[tuple[int, int]]
-    """(which prompt, which sample) that still wait for a row."""
+    """Pairs (number of the prompt, number of the sample) that still wait for a row."""
     start: int = 0
-    """Tokens read so far."""
+    """Number of tokens of each prompt read so far."""
     logits: torch.Tensor | None = None
-    """(B, V) after the tokens read so far."""
+    """Logits (B, V) after the tokens read so far."""
 
     @property
     def done(self) -> bool:
         return self.start >= self.ids.shape[1]
 
     def read(self, next_logits: Callable[..., torch.Tensor], tokens: int) -> None:
-        """One more chunk of at most so many tokens; a prompt of several chunks is read alone."""
+        """Read one more chunk of at most `tokens` tokens; a prompt of several chunks is alone."""
         end = min(self.start + tokens // len(self.requests), self.ids.shape[1])
         counts = (self.lengths - self.start).clamp(max=end - self.start)
         self.logits = next_logits(self.ids[:, self.start : end], self.cache, counts)
         self.start = end
 
     def drop(self, request: Request) -> None:
-        """Its samples need no rows any more."""
+        """Remove a request's samples, which need no rows any more."""
         if request in self.requests:
             which = self.requests.index(request)
             self.samples = deque(sample for sample in self.samples if sample[0] != which)
@@ -187,9 +190,10 @@ def start_prefill(
     new_cache: Callable[[int, int], KVCache],
     device: torch.device,
 ) -> Prefill:
-    """Take prompts from `waiting` while there are rows for them and little of `tokens` is padding.
+    """Take prompts from `waiting` that are to be read together.
 
-    At least one, however long.
+    At least one prompt is taken. More are taken as long as there are rows for them, they fit into
+    `tokens` tokens, and little of that is padding.
     """
     requests: list[Request] = []
     total = longest = 0

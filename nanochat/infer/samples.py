@@ -1,4 +1,4 @@
-"""What a model writes while it is trained: a few texts, a few answers."""
+"""Samples during training: continuations of a few texts, and answers to a few questions."""
 
 from nanochat.gpt import GPT
 from nanochat.infer.engine import Engine, SamplingParams
@@ -7,13 +7,13 @@ from nanochat.tokenizer import SystemStyle, Tokenizer
 BEGINNINGS = ("In the beginning", "The king said to his men,", "And it came about that", "")
 QUESTIONS = ("Who are you?", "What is 17 + 25?", "Spell the word stone.")
 LENGTH = 48
-"""Tokens of a sample, at most."""
+"""Largest number of tokens of a sample."""
 
 
 def sample_texts(
     model: GPT, tokenizer: Tokenizer, temperature: float = 0.8, seed: int = 0
 ) -> list[tuple[str, str]]:
-    """(beginning, continuation) of a few texts, of those that fit into the context."""
+    """Continue a few texts; returns (beginning, continuation) of those that fit the context."""
     prompts = {text: [tokenizer.bos, *tokenizer.encode(text)] for text in BEGINNINGS}
     return _continued(model, tokenizer, prompts, temperature, seed)
 
@@ -21,7 +21,7 @@ def sample_texts(
 def sample_answers(
     model: GPT, tokenizer: Tokenizer, system: SystemStyle = "tokens", seed: int = 0
 ) -> list[tuple[str, str]]:
-    """(question, answer) of a few conversations, of those that fit into the context."""
+    """Answer a few questions; returns (question, answer) of those that fit the context."""
     prompts = {}
     for question in QUESTIONS:
         conversation = {"messages": [{"role": "user", "content": question}]}

@@ -1,4 +1,4 @@
-"""Choosing the next token of every row: limits, temperature, one random stream per sample.
+"""Sampling: chooses the next token of every row, with a random stream per sample.
 
 B rows, V vocabulary, K candidates
 """
@@ -13,32 +13,33 @@ import torch
 from nanochat.errors import UserError
 
 CANDIDATES, SPARE_CANDIDATES = 250, 14
-"""Tokens looked at first on a CPU to find the limit of top_p; and beyond any limit, for those that
-are as likely as the last one."""
+"""Number of tokens, on a CPU, in which the limit of top_p is searched first; and of tokens beyond
+top_k, which may be as likely as the last one."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn; applied in the order of the fields."""
+    """Settings of sampling, applied in the order of the fields; UserError if out of range."""
 
     repetition_penalty: float = 1.0
-    """Logits of tokens seen in prompt or completion are divided (negative ones multiplied) by this
-    (CTRL, arXiv 1909.05858)."""
+    """Divisor of the logits of tokens that prompt or completion contain; negative logits are
+    multiplied by it (CTRL, arXiv 1909.05858). 1 changes nothing."""
     temperature: float = 1.0
-    """0 takes the most likely token and ignores the three limits below."""
+    """Divisor of the logits; 0 takes the most likely token and ignores the three limits below."""
     top_k: int = 0
-    """Keep tokens at least as likely as the k-th; 0 = all."""
+    """Keep the k most likely tokens, and those as likely as the k-th; 0 keeps all."""
     top_p: float = 1.0
     """Keep the most likely tokens that together reach this probability (arXiv 1904.09751)."""
     min_p: float = 0.0
-    """Keep tokens at least this fraction as likely as the most likely one (arXiv 2407.01082)."""
+    """Keep tokens whose probability is at least this fraction of the highest one (arXiv
+    2407.01082)."""
     max_tokens: int = 256
-    """Longest completion; the context length may end it earlier."""
+    """Tokens of the longest completion; the end of the context may stop it earlier."""
     seed: int = 0
     stop: tuple[str, ...] = ()
-    """The text ends before the first of these strings."""
+    """Strings that end the text; it stops before the first one that occurs."""
     top_logprobs: int = 0
-    """Also report so many of the most likely tokens at each position."""
+    """Number of most likely tokens to report at each position."""
 
     def __post_init__(self) -> None:
         limits = (
@@ -61,7 +62,7 @@ _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser (Steele, Lea & Flood, OOPSLA 2014) on uint64."""
+    """Mix the bits of uint64 values by splitmix64's finaliser (Steele et al., OOPSLA 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: np.ndarray = x ^ (x >> np.uint64(31))
@@ -69,7 +70,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def stream_key(seed: int, index: int, sample: int) -> int:
-    """A 64-bit name of one sample's random stream."""
+    """Compute the 64-bit key of a sample's random stream."""
     key = np.zeros(1, dtype=np.uint64)
     for value in (seed, index, sample):
         key = _mix((key ^ np.array([value % 2**64], dtype=np.uint64)) + _GAMMA)
@@ -77,9 +78,9 @@ def stream_key(seed: int, index: int, sample: int) -> int:
 
 
 def uniforms(keys: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """One float32 in [0, 1) per stream (uint64 keys) and step, without any state.
+    """Draw one float32 in [0, 1) per stream (uint64 keys) and step, without any state.
 
-    24 random bits, so that in float32 u * total < total for every total.
+    A number has 24 random bits, so that u * total < total in float32 for every total.
     """
     bits = _mix(keys + (steps.astype(np.uint64) + np.uint64(1)) * _GAMMA) >> np.uint64(40)
     uniform: np.ndarray = bits.astype(np.float32) * np.float32(2**-24)
@@ -89,9 +90,9 @@ def uniforms(keys: np.ndarray, steps: np.ndarray) -> np.ndarray:
 class Sampler:
     """Draws a token for each of a fixed list of rows, all at once.
 
-    Limits are turned into one threshold per row, and the token is found by inverting the
-    cumulative distribution in the order of the vocabulary. So equal logits are all kept or all
-    dropped, and what a row draws does not depend on which limits other rows need.
+    A row's limits become one threshold on its logits, so equal logits are all kept or all dropped.
+    The token is found by inverting the cumulative distribution in the order of the vocabulary. A
+    row's token therefore does not depend on the limits of other rows.
     """
 
     def __init__(
@@ -102,7 +103,10 @@ class Sampler:
         device: torch.device,
         history: Callable[[int], Sequence[int]] = lambda row: (),
     ):
-        """params and keys (`stream_key`) of each row; history: the ids a row has read and drawn."""
+        """Prepare the limits of each row.
+
+        keys: `stream_key` of each row. history(row): ids of the row's prompt and completion so far.
+        """
         self.device, self.vocab_size = device, vocab_size
         self.keys = np.array(keys, dtype=np.uint64)
         greedy = [p.temperature == 0 for p in params]
@@ -110,7 +114,7 @@ class Sampler:
         self.greedy = self._column(greedy) if any(greedy) else None
 
         def column(values: list[float], neutral: float) -> torch.Tensor | None:
-            """(B, 1), or None where no row needs it."""
+            """Make a column (B, 1) of the rows' values, or None if all are neutral."""
             values = [neutral if g else v for v, g in zip(values, greedy, strict=True)]
             return None if all(v == neutral for v in values) else self._column(values)
 
@@ -127,11 +131,10 @@ class Sampler:
         sampled = [(p, k) for p, k in zip(params, top_k, strict=True) if p.temperature > 0]
         limits = [k for k in top_k if k < vocab_size]
         without_k = any(p.top_p < 1 and k == vocab_size for p, k in sampled)
-        # How many of the largest logits it takes to find the thresholds: all, if top_p has to find
-        # its own among all of them.
+        # Number of the largest logits needed to find the thresholds; all, if top_p needs all.
         self.num_sorted = vocab_size if without_k else max(limits, default=0)
-        # On a CPU passes over the vocabulary cost more than the products of a small model. If every
-        # row has a limit, what lies beyond a few candidates need not be looked at.
+        # On a CPU, passes over the vocabulary take longer than the products of a small model. If
+        # every row has a limit, only a few candidates are looked at.
         self.num_candidates = 0
         if device.type == "cpu" and not any(greedy):
             limited = all(k < vocab_size or p.top_p < 1 for p, k in sampled)
@@ -151,15 +154,18 @@ class Sampler:
         return torch.tensor(values, device=self.device)[:, None]
 
     def see(self, tokens: list[int]) -> None:
-        """Remember what the rows' next token is, for the repetition penalty."""
+        """Record the rows' next tokens for the repetition penalty."""
         if self.seen is not None:
             self.seen.scatter_(1, self._column(tokens), True)
 
     def draw(
         self, logits: torch.Tensor, steps: list[int]
     ) -> tuple[list[int], list[float], list[list[tuple[int, float]]]]:
-        """logits (B, V) float32, steps: B positions in the streams -> tokens, log-probabilities,
-        and the most likely tokens with theirs (empty lists if no row wants them)."""
+        """Draw a token per row; returns tokens, log-probabilities, and the most likely tokens.
+
+        logits is (B, V) float32, steps the B positions in the random streams. The most likely
+        tokens are (id, log-probability) pairs; the lists are empty if no row asks for them.
+        """
         x = logits
         if self.seen is not None and self.penalty is not None:
             x = torch.where(self.seen, torch.where(x > 0, x / self.penalty, x * self.penalty), x)
@@ -180,7 +186,7 @@ class Sampler:
             if self.greedy is not None:
                 chosen = torch.where(self.greedy, _argmax(x), chosen)
         tokens = chosen if ids is None else ids.gather(1, chosen)
-        # One transfer to the host, and so one wait for the device, per step.
+        # One transfer to the host per step, and so one wait for the device.
         columns = [tokens, p.gather(1, chosen).log()]
         if self.top_logprobs:
             best = p.topk(min(self.top_logprobs, p.shape[1]), dim=-1)
@@ -199,10 +205,10 @@ class Sampler:
         return host[:, 0].tolist(), floats[:, 1].tolist(), top
 
     def _limited(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scaled logits (B, V) with -inf for tokens beyond a row's limits.
+        """Apply the limits to scaled logits x (B, V); tokens beyond a row's limits get -inf.
 
-        Or, in the order of the vocabulary, (B, N) of them with their ids, if those are all that any
-        row keeps.
+        Returns all logits (B, V) and None; or, if N candidates are all that any row keeps, those
+        (B, N) and their ids, in the order of the vocabulary.
         """
         if self.num_candidates:
             largest, ids = x.topk(self.num_candidates, dim=-1)
@@ -219,10 +225,10 @@ class Sampler:
         return x, None
 
     def _threshold(self, x: torch.Tensor, largest: torch.Tensor) -> torch.Tensor | None:
-        """(B, 1): the smallest scaled logit that stays; None if all do.
+        """Find the smallest scaled logit that each row keeps, (B, 1); None if all rows keep all.
 
-        largest (B, K): the beginning of each row in falling order. Where it is too short to find
-        the threshold in, the answer is its last value or less.
+        largest (B, K) are the largest logits of each row in falling order. If K is too small to
+        find a threshold, the result is the last of them or less.
         """
         K = largest.shape[1]
         threshold = None
@@ -238,11 +244,12 @@ class Sampler:
                     has_k = False if self.top_k is None else self.top_k < self.vocab_size
                     total = torch.where(torch.as_tensor(has_k, device=x.device), total, whole)
                 p = (kept - total).exp()
-                # Kept while what came before is below top_p; the first always is.
+                # A token is kept if the tokens before it have less than top_p together; the first
+                # one always is.
                 count = (p.cumsum(dim=-1) - p < self.top_p).sum(dim=-1, keepdim=True)
                 last = torch.minimum(last, (count - 1).clamp_(min=0))
             threshold = largest.gather(1, last)
-            # Rows without a limit keep everything, also what was not sorted.
+            # Rows without a limit keep all tokens, also those outside of `largest`.
             free = torch.ones_like(threshold, dtype=torch.bool)
             if self.top_k is not None:
                 free &= self.top_k == self.vocab_size
@@ -256,7 +263,7 @@ class Sampler:
 
 
 def _argmax(x: torch.Tensor) -> torch.Tensor:
-    """(B, V) -> (B, 1); numpy's is ten times as fast on a CPU."""
+    """Index of the largest value of each row, (B, V) -> (B, 1); numpy is 10 times faster on CPU."""
     if x.device.type == "cpu":
         return torch.from_numpy(x.numpy().argmax(axis=-1))[:, None]
     return x.argmax(dim=-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Between tokens and text: what a sample says so far, and chats that outgrow the context."""
+"""Transcript of a sample (tokens turned into text), and truncation of chats to the context."""
 
 import bisect
 import codecs
@@ -11,7 +11,7 @@ from nanochat.tokenizer import SystemStyle, Tokenizer
 
 
 class Transcript:
-    """Turns tokens into message parts and bytes into characters; watches for stop strings."""
+    """Turns tokens into message parts and bytes into characters, and finds stop strings."""
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]):
         self.tokenizer = tokenizer
@@ -19,26 +19,26 @@ class Transcript:
         self.type = "text"
         self.parts: list[dict[str, str]] = []
         self.fresh: list[tuple[str, str]] = []
-        """(type, text) pieces since they were last taken."""
+        """Pieces (type, text) that `take` has not returned yet."""
         self.stopped = False
         self._pending = ""  # text that may be the beginning of a stop string
-        self._open = False  # whether the last part may still grow
+        self._open = False  # True while the last part may still grow
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, token: int) -> None:
         self._text(self._decoder.decode(self.tokenizer.ranks[token]))
 
     def switch(self, kind: str) -> None:
-        """End the current part; what comes next is of this type."""
+        """End the current part; the next one is of type `kind`."""
         self.end()
         self.type = kind
         if kind != "text":
-            # A call or an output is a part even if it is empty.
+            # An empty call or output is a part too.
             self.parts.append({"type": kind, "text": ""})
             self._open = True
 
     def end(self) -> None:
-        """Nothing more comes in this part: give out what was held back."""
+        """End the current part and release text that was held back for it."""
         self._text(self._decoder.decode(b"", final=True))
         self._emit(self._pending)
         self._pending = ""
@@ -76,7 +76,7 @@ class Transcript:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
+    """Length of the longest end of `text` that `stop` begins with; less than all of `stop`."""
     for length in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:length]):
             return length
@@ -91,13 +91,14 @@ def truncate_chat(
 ) -> tuple[dict[str, Any], str]:
     """Leave out the oldest turns until the prompt has at most `max_tokens` tokens.
 
-    Returns the conversation and a notice for the user, empty if everything fits. System messages at
-    the beginning stay, and what remains begins with a user's message. If not even the last of those
-    fits, its beginning is cut off; if the system message leaves no room for it, that goes too.
+    Returns the conversation and a notice for the user, which is empty if everything fits. System
+    messages at the beginning stay, and the rest begins with a user's message. If not even the last
+    user's message fits, its beginning is cut off. If the system messages leave no room for it, they
+    are left out too. Raises UserError if nothing fits.
     """
     messages = list(conversation["messages"])
     if messages and messages[-1]["role"] == "assistant":
-        messages.pop()  # the one to be completed
+        messages.pop()  # the message to be completed
 
     def length(kept: list[Any]) -> int:
         return len(tokenizer.render_for_completion({"messages": kept}, system))
@@ -107,7 +108,7 @@ def truncate_chat(
     turns = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages) - 1)
     head, turns_left = messages[:turns], messages[turns:]
     starts = [i for i, m in enumerate(turns_left) if m["role"] == "user" and i > 0]
-    # Fewer turns are fewer tokens, so the first start that fits can be bisected.
+    # Fewer messages are fewer tokens, so the first start that fits can be found by bisection.
     first = bisect.bisect_left(
         starts, True, key=lambda start: length(head + turns_left[start:]) <= max_tokens
     )

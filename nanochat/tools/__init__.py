@@ -1,1 +1,1 @@
-"""Tools that a model may call while it answers: a calculator, and Python in a sandbox."""
+"""Tools wing: a calculator and Python in a sandbox, which a model may call while it answers."""

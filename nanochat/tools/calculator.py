@@ -1,13 +1,12 @@
-"""The calculator tool: one arithmetic expression in, its value as text out.
+"""Calculator: evaluates one arithmetic expression and returns its value as text.
 
-Model-written text is never handed to `eval`. A scanner admits numbers, operators, brackets, string
-literals and a few names; `ast` gives their structure; a small evaluator walks the nodes it knows.
+Text written by a model is never given to `eval`. A scanner accepts numbers, operators, brackets,
+string literals and a few names. `ast` parses them, and a small evaluator computes the known nodes.
 
-Values are `Fraction`s, so `0.1+0.2` is `0.3` and `10/4` is `2.5`. What has no exact value of
-bounded size (a root, a long power) lies on a grid of 10**-100. There is no timer to fire, which
-would need signals and hence the main thread of a Unix process: the number of tokens and the size of
-every intermediate value are bounded *before* it is computed, so the work is too (milliseconds at
-the very worst).
+Values are `Fraction`s, so `0.1+0.2` is `0.3` and `10/4` is `2.5`. A value without an exact form of
+bounded size (a root, a long power) is rounded to a multiple of 10**-100. The number of tokens and
+the size of every value are bounded before it is computed, so the longest computation takes
+milliseconds. No timer is needed, which would need signals and the main thread of a Unix process.
 """
 
 import ast
@@ -23,37 +22,39 @@ MAX_CHARACTERS = 1000
 MAX_TOKENS = 400
 MAX_NESTING = 40
 MAX_BITS = 4096
-"""Bits of a numerator or a denominator: integers are exact up to about 1,230 digits."""
+"""Largest number of bits of a numerator or denominator: integers of about 1,230 digits."""
 GRID = 10**100
-"""Where no exact value fits, values are multiples of 1/GRID and smaller than MAX_ROUNDED."""
+"""Rounded values are multiples of 1/GRID and smaller than MAX_ROUNDED."""
 MAX_ROUNDED = 10**40
 EXACT_DIGITS = 20
-"""A finite decimal of so many digits is written in full (sums of money), others are rounded."""
+"""Longest finite decimal, in digits, that is written in full (sums of money); longer ones are
+rounded."""
 SIGNIFICANT_DIGITS = 15
 
 Value: TypeAlias = "Fraction | bool | str | list[Value]"
 
 
 class CalculatorError(ValueError):
-    """The expression has no result; the message is short enough to show to the model."""
+    """Error for an expression without a result; the message is short, for the model."""
 
 
 def calculate(expression: str) -> str:
     """Evaluate `expression` and return its value as people write it.
 
-    Understood: decimal numbers (`12`, `.5`, `1e3`, and outside a call `1,234` and `$5`),
-    `+ - * / // % **` and their look-alikes `× · ÷ −`, brackets, chained comparisons, the functions
-    `abs ceil floor len max min round sqrt sum`, string literals with `.count(...)`.
+    An expression may contain decimal numbers (`12`, `.5`, `1e3`, and outside a call `1,234` and
+    `$5`), the operators `+ - * / // % **` and the signs `× · ÷ −`, brackets, chained comparisons,
+    the functions `abs ceil floor len max min round sqrt sum`, and string literals with
+    `.count(...)`.
 
-    Integers, and decimals of at most 20 digits, are written exactly. Anything else has 15
-    significant digits, more when its integer part is longer. No trailing zeros, and an exponent
-    only below 1e-9. `round` breaks ties to the
-    even neighbour, as Python's does. Works in any thread and on any system.
+    Integers, and decimals of at most 20 digits, are written exactly. Other values have 15
+    significant digits, or more if their integer part is longer. There are no trailing zeros, and an
+    exponent only below 1e-9. `round` rounds ties to the even neighbour, as Python's does. The
+    function works in any thread and on any system.
 
     >>> calculate("0.1 + 0.2"), calculate("$1,200 ÷ 7"), calculate('"strawberry".count("r")')
     ('0.3', '171.428571428571', '3')
 
-    Raises CalculatorError for everything else: unknown names, division by zero, too large.
+    Raises CalculatorError for everything else: unknown names, division by zero, too large numbers.
     """
     source = _scan(expression)
     try:
@@ -86,11 +87,11 @@ _LOOKALIKES = {"×": "*", "·": "*", "÷": "/", "−": "-"}
 
 
 def _scan(expression: str) -> str:
-    """Check every token and rebuild the text from them, so that `ast.parse` sees no other."""
+    """Check every token and rebuild the text of them, so that `ast.parse` sees no other tokens."""
     if len(expression) > MAX_CHARACTERS:
         raise CalculatorError(f"longer than {MAX_CHARACTERS} characters")
     tokens: list[str] = []
-    calls: list[bool] = []  # per open bracket: is a comma in it a separator of arguments?
+    calls: list[bool] = []  # for each open bracket: does a comma in it separate arguments?
     position = 0
     while position < len(expression):
         if expression[position].isspace():
@@ -125,7 +126,7 @@ def _scan(expression: str) -> str:
 
 
 def _plain_number(text: str) -> str:
-    """`$1,234.50` -> `1234.50`, `007` -> `7` (Python refuses a leading zero)."""
+    """Write a number as Python accepts it: `$1,234.50` -> `1234.50`, `007` -> `7`."""
     text = text.lstrip("$").replace(",", "").lstrip("0")
     return text if text[:1].isdigit() else "0" + text
 
@@ -134,7 +135,7 @@ def _evaluate(node: ast.expr, source: str) -> Value:
     if isinstance(node, ast.Constant):
         if isinstance(node.value, str):
             return node.value
-        # The literal's own digits: a float would have rounded them. Offsets count UTF-8 bytes.
+        # The digits come from the source: a float would have rounded them. Offsets are in bytes.
         literal = source.encode()[node.col_offset : node.end_col_offset].decode()
         return _literal(literal)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
@@ -174,7 +175,7 @@ def _number(value: Value) -> Fraction:
 
 
 def _bounded(value: Fraction) -> Fraction:
-    """`value`, rounded to the grid where its exact form is too long; an error if it is too big."""
+    """Round `value` to the grid if its exact form is too long; CalculatorError if too large."""
     if max(value.numerator.bit_length(), value.denominator.bit_length()) <= MAX_BITS:
         return value
     if value.denominator == 1 or abs(value) >= MAX_ROUNDED:
@@ -186,7 +187,7 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
     if exponent.denominator == 1:
         bits = max(base.numerator.bit_length(), base.denominator.bit_length())
         if abs(base) in (0, 1) or bits * abs(exponent) <= MAX_BITS:
-            # For 0 and ±1 only the exponent's sign and parity matter, and it may be huge.
+            # For 0 and ±1 only the exponent's sign and parity matter; the exponent may be huge.
             small = exponent if abs(exponent) <= MAX_BITS else 2 + exponent % 2
             if base == 0 and exponent < 0:
                 raise CalculatorError("division by zero")
@@ -233,7 +234,7 @@ def _round(value: Value, digits: Value = Fraction(0)) -> Fraction:
 
 
 def _items(arguments: tuple[Value, ...]) -> list[Fraction]:
-    """The numbers of `max(1, 2)` and of `max([1, 2])`."""
+    """List the numbers of `max(1, 2)` or of `max([1, 2])`."""
     single = arguments[0] if len(arguments) == 1 else None
     items = [_number(v) for v in (single if isinstance(single, list) else arguments)]
     if not items:

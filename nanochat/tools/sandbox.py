@@ -1,8 +1,8 @@
-"""Run a model-written Python program and come back, whatever it does.
+"""Sandbox: runs a Python program that a model wrote, within limits, and returns its output.
 
 The program runs in a separate `python -I` process, in a folder of its own that is removed
-afterwards, behind as many layers as the system offers (`nanochat/tools/sandbox_child.py` switches
-them on). What is promised and what is not: `docs/sandbox.md`.
+afterwards. `nanochat/tools/sandbox_child.py` switches on as many layers of protection as the system
+offers. `docs/sandbox.md` says what they promise and what they do not.
 """
 
 import codecs
@@ -27,29 +27,29 @@ from typing import IO, Any, Literal, TypeAlias
 from nanochat.errors import UserError
 
 LAYERS = ("limits", "memory", "privileges", "landlock", "seccomp")
-"""What can protect the rest of the system, beyond a separate process; see `docs/sandbox.md`."""
+"""Names of the layers that protect the rest of the system; see `docs/sandbox.md`."""
 
 MAX_THREADS = 64
 MAX_FILES = 1000
 MAX_OPEN_FILES = 64
 Limit: TypeAlias = Literal["time", "output", "threads", "disk"]
-_STARTUP_SECONDS = 20.0  # for the interpreter, on a busy machine; not part of the program's time
+_STARTUP_SECONDS = 20.0  # limit for starting the interpreter; not part of the program's time
 _POLL_SECONDS = 0.05
-_REPORT_BYTES = 8192  # enough for what the child says on stderr around the program
+_REPORT_BYTES = 8192  # enough for the child's own lines on stderr
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 
 
 @dataclass(frozen=True)
 class ExecutionResult:
-    """What a program did.
+    """Result of running a program.
 
-    stdout, stderr: decoded, each at most `output_limit` bytes of what was written.
-    returncode: the exit status; −n if signal n ended it (SIGKILL when a limit did).
-    limit: which limit the program was killed for, if one; "disk" also where it had ended.
-    finished: its last statement was reached. A grader should ask for `ok and finished`: a program
-        that calls `exit(0)` before the checks is ok and not finished.
+    stdout, stderr: decoded output, each at most `output_limit` bytes.
+    returncode: the exit status; −n if signal n ended the program (SIGKILL if a limit did).
+    limit: the limit that the program broke, or None. "disk" may be found after the program ended.
+    finished: True if the last statement was reached. A grader should require `ok and finished`: a
+        program that calls `exit(0)` before the checks is ok but not finished.
     layers: the active ones of `LAYERS`; inactive: the others, each with the reason.
-    seconds: wall time of the program, the interpreter's start not included.
+    seconds: wall time of the program, without the start of the interpreter.
     """
 
     stdout: str
@@ -63,17 +63,17 @@ class ExecutionResult:
 
     @property
     def ok(self) -> bool:
-        """The program ended by itself with exit status 0."""
+        """True if the program ended by itself with exit status 0."""
         return self.returncode == 0 and self.limit is None
 
     @property
     def truncated(self) -> bool:
-        """Output was cut at `output_limit`, and the program killed there."""
+        """True if the output was cut at `output_limit` and the program killed."""
         return self.limit == "output"
 
     @property
     def signal(self) -> str | None:
-        """The name of the signal that ended the program."""
+        """Name of the signal that ended the program, or None."""
         try:
             return signal.Signals(-self.returncode).name if self.returncode < 0 else None
         except ValueError:
@@ -92,12 +92,13 @@ def run_python(
 ) -> ExecutionResult:
     """Run `code` as a Python program and return when it and all it started have ended.
 
-    timeout: wall seconds from the program's first statement.
-    memory_bytes: of address space; an interpreter with numpy takes about 150 MiB.
-    disk_bytes: of files in its folder, together and each; unlinked ones that it has open count.
-    output_limit: bytes of stdout and of stderr; this process never holds more.
-    mode: "strict" runs nothing and raises UserError unless every layer is active; "best-effort"
-        runs with those there are, which the result names.
+    timeout: seconds of wall time, counted from the program's first statement.
+    memory_bytes: limit of the address space; an interpreter with numpy takes about 150 MiB.
+    disk_bytes: limit of the files in its folder, for each and for all together. Deleted files that
+        the program still has open count too.
+    output_limit: limit of stdout and of stderr, in bytes each; this process never holds more.
+    mode: "strict" raises UserError and runs nothing unless every layer is active. "best-effort"
+        runs with the layers that the system offers; the result names them.
 
     Any thread may call this. Errors of the program are in the result; UserError means that the
     program was not run.
@@ -128,9 +129,9 @@ def run_python(
             "disk_bytes": disk_bytes,
             "open_files": MAX_OPEN_FILES,
         }
-        # A file: a pipe would need someone to feed it while the program runs.
+        # stdin is a file, since a pipe would need a thread that writes to it.
         with open(standard_input, "rb") as file:
-            with contextlib.suppress(PermissionError):  # Windows keeps it while it is open
+            with contextlib.suppress(PermissionError):  # Windows cannot remove an open file
                 standard_input.unlink()
             process = subprocess.Popen(
                 [sys.executable, "-I", "-B", "-X", "utf8", str(_CHILD), json.dumps(job)],
@@ -148,7 +149,7 @@ def run_python(
 
 
 def layer_report() -> dict[str, str]:
-    """For each of `LAYERS`, "active" or why it is not, found by running an empty program."""
+    """Run an empty program and report for each of `LAYERS` "active", or why it is not active."""
     result = run_python("", timeout=30)
     return {name: result.inactive.get(name, "active") for name in LAYERS}
 
@@ -161,9 +162,9 @@ def _supervise(
     timeout: float,
     output_limit: int,
 ) -> ExecutionResult:
-    """Watch the process until it ends or passes a limit, make sure it is dead, read its report.
+    """Watch the process until it ends or breaks a limit, kill what is left of it, read its report.
 
-    given_bytes: what `_disk_use` said of the folder before the program began.
+    given_bytes: `_disk_use` of the folder before the program began.
     """
     assert process.stdout is not None
     assert process.stderr is not None
@@ -190,7 +191,7 @@ def _supervise(
             ):
                 limit = "disk"
             else:
-                # The end of a program's output is nearly always its own end.
+                # A program that ends its output nearly always ends itself, too.
                 reader = stdout if stdout.is_alive() else stderr
                 if reader.is_alive():
                     reader.join(min(_POLL_SECONDS, remaining))
@@ -200,7 +201,7 @@ def _supervise(
         _kill(process)
     seconds = time.monotonic() - (stderr.marked_at or began)
     for reader in (stdout, stderr):
-        # Where new processes cannot be forbidden, one that survived may hold the pipe open.
+        # If new processes could not be forbidden, one that is still alive may hold the pipe open.
         reader.join(1.0)
 
     before, started_mark, rest = bytes(stderr.data).partition(mark)
@@ -237,9 +238,10 @@ def _supervise(
 
 
 class _Reader(threading.Thread):
-    """Reads a pipe to its end, or until `limit` bytes are exceeded; never holds more.
+    """Reads a pipe to its end or until more than `limit` bytes came; never holds more.
 
-    A thread, because Windows cannot wait for pipes. `marked_at` is when `mark` had arrived.
+    It is a thread because Windows cannot wait for pipes. `marked_at` is the time at which `mark`
+    had arrived.
     """
 
     def __init__(self, pipe: IO[bytes], limit: int, mark: bytes = b"") -> None:
@@ -264,16 +266,16 @@ class _Reader(threading.Thread):
 
 
 def _text(data: bytes, limit: int) -> str:
-    """UTF-8 up to `limit` bytes; a character that the cut divides is left out."""
+    """Decode at most `limit` bytes of UTF-8; a character that is cut in two is left out."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     return decoder.decode(data[:limit], final=len(data) < limit)
 
 
 def _ended(process: "subprocess.Popen[bytes]") -> bool:
-    """Whether the process has ended, if possible without releasing its number.
+    """True if the process has ended; if possible, its number is not released yet.
 
-    While it is not waited for, no other process group can have that number, so that killing the
-    group afterwards cannot hit a stranger.
+    Until the process is waited for, no other process group can get its number. Killing the group
+    afterwards therefore cannot hit another program.
     """
     if sys.platform == "linux":
         options = os.WEXITED | os.WNOHANG | os.WNOWAIT
@@ -291,7 +293,7 @@ def _kill(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _threads(pid: int) -> int:
-    """Threads of a process, 0 where /proc does not say."""
+    """Number of threads of a process; 0 if /proc does not tell."""
     try:
         return len(os.listdir(f"/proc/{pid}/task"))
     except OSError:
@@ -299,15 +301,15 @@ def _threads(pid: int) -> int:
 
 
 def _disk_use(folder: Path) -> float:
-    """Bytes of what the folder holds; infinite for more than `MAX_FILES` files.
+    """Bytes of the files in a folder; infinite for more than `MAX_FILES` files.
 
-    Infinite also for a folder that cannot be looked into, because of its mode or because it is
-    nested deeper than a path can be long.
+    The result is infinite too if a folder cannot be read, because of its mode or because it is
+    nested so deeply that its path would be too long.
     """
     size = count = 0
     pending = [str(folder)]
     while pending:
-        # The program is at work here: anything may vanish.
+        # The program is still running, so any file may disappear.
         try:
             with os.scandir(pending.pop()) as entries:
                 for entry in entries:
@@ -325,20 +327,20 @@ def _disk_use(folder: Path) -> float:
 
 
 def _bytes(status: os.stat_result) -> int:
-    """The length of a file or the space it takes on the disk, whichever is more."""
+    """Length of a file, or the space it takes on the disk if that is more, in bytes."""
     return max(status.st_size, 512 * getattr(status, "st_blocks", 0))
 
 
 def _held_bytes(pid: int, folder: Path, file_bytes: int) -> int:
-    """Bytes of the unlinked files that a process has open or mapped; 0 where /proc does not say.
+    """Bytes of deleted files that a process has open or mapped; 0 if /proc does not tell.
 
-    The size of one that is mapped and not open cannot be seen: it counts as `file_bytes`.
+    The size of a file that is mapped but not open is not known, so it counts as `file_bytes`.
     """
     inside = os.fsencode(os.path.realpath(folder)) + b"/"
     held: dict[int, int] = {}  # by inode
     with contextlib.suppress(OSError):
-        # All threads share their memory and open files; those that have ended, as the first may
-        # have, show neither.
+        # All threads share their memory and open files. A thread that has ended shows neither, and
+        # the first thread may have ended.
         for thread in os.listdir(f"/proc/{pid}/task"):
             with contextlib.suppress(OSError):
                 for entry in os.scandir(f"/proc/{pid}/task/{thread}/fd"):
@@ -360,10 +362,10 @@ def _held_bytes(pid: int, folder: Path, file_bytes: int) -> int:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder whatever is in it.
+    """Remove a folder with everything in it.
 
-    Folders may be nested deeper than a path can be long, and than `shutil.rmtree` can recurse, so
-    each is first moved up to the top.
+    Folders may be nested too deeply for the longest path and for the recursion of `shutil.rmtree`,
+    so each is first moved up to the top.
     """
     pending = [str(folder)]
     moved = 0
@@ -388,20 +390,20 @@ def _remove(folder: Path) -> None:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """Nothing of ours (it may hold keys) but what an interpreter needs to start."""
+    """Environment with only what an interpreter needs to start; this process's may hold keys."""
     needed = ("SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
     kept = {name: os.environ[name] for name in needed if name in os.environ}
-    # One thread per numerical library: more would spend the memory limit on their buffers.
+    # One thread per numerical library, since the buffers of more would use up the memory limit.
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     home = dict.fromkeys(("HOME", "TMPDIR", "TEMP", "TMP"), str(folder))
     return {**kept, **home, **dict.fromkeys(threads, "1"), "LANG": "C.UTF-8"}
 
 
 def _readable_paths() -> list[str]:
-    """What Python and its installed packages need to read."""
+    """List the paths that Python and its installed packages need to read."""
     interpreter = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
     packages = [sysconfig.get_path(name) for name in ("purelib", "platlib")]
-    # Shared libraries of the interpreter: libpython, and what conda puts beside it.
+    # Shared libraries of the interpreter: libpython, and those that conda installs beside it.
     prefixes = {sys.prefix, sys.base_prefix, sys.base_exec_prefix}
     libraries = [os.path.join(prefix, name) for prefix in prefixes for name in ("lib", "lib64")]
     libraries += [p for p in os.environ.get("LD_LIBRARY_PATH", "").split(":") if os.path.isabs(p)]

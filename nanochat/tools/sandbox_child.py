@@ -1,9 +1,9 @@
-"""The inside of the sandbox: lock this process down, then run the program `program.py` in it.
+"""Process inside the sandbox: restricts itself, then runs `program.py`.
 
 `nanochat.tools.sandbox` starts this file as `python -I sandbox_child.py JOB` in the program's own
-folder. It stands alone (standard library only) because `-I` hides the project from it. Each layer
-is tried in turn and reported on stderr, in one line before the program's first, so a program cannot
-change what was said about it.
+folder. It uses the standard library only, because `-I` hides the project from it. Each layer is
+tried in turn. One line on stderr reports the result before the program starts, so that the program
+cannot change the report.
 
 Kernel interfaces are called through `ctypes`: see seccomp(2), landlock(7), capset(2), prctl(2) and
 the syscall tables of x86_64 and of asm-generic (aarch64).
@@ -63,43 +63,46 @@ FORBIDDEN = """
     bpf 321 280; perf_event_open 298 241; userfaultfd 323 282; seccomp 317 277; add_key 248 217;
     request_key 249 218; keyctl 250 219; lsm_set_self_attr 460 460
 """
-"""Refused (EPERM). By paragraph: the network, and open files on their way between sockets, which
-`sandbox.py` cannot count; new processes; other processes; memory and objects that no limit counts
-or that outlive the process; files that Landlock does not guard from this call; the system."""
+"""System calls that are refused (EPERM), with numbers on x86_64 and aarch64. By paragraph: the
+network, and sending open files through sockets, which `sandbox.py` cannot count; new processes;
+other processes; memory and objects that no limit counts or that outlive the process; changes of
+files that Landlock does not check; the system."""
 
 IGNORED = """
     chmod 90 -; fchmod 91 52; fchmodat 268 53; fchmodat2 452 452; utime 132 -; utimes 235 -;
     futimesat 261 -; utimensat 280 88; sync 162 81; syncfs 306 267
 """
-"""Said to succeed, not done: Landlock does not see these on outside files either, but shutil.copy,
-zipfile and tarfile call them on their own."""
+"""System calls that report success but do nothing. Landlock does not check these calls either, and
+shutil.copy, zipfile and tarfile make them by themselves."""
 
 MISSING = """
     clone3 435 435; openat2 437 437; io_uring_setup 425 425; io_uring_enter 426 426;
     io_uring_register 427 427
 """
-"""Said not to exist (ENOSYS): their flags lie in memory, out of a filter's sight. C libraries fall
-back to clone and openat."""
+"""System calls that seem not to exist (ENOSYS). Their flags are in memory, which a filter cannot
+read. C libraries fall back to clone and openat."""
 
 UNSUPPORTED = """
     fallocate 285 47; getxattr 191 8; lgetxattr 192 9; fgetxattr 193 10; listxattr 194 11;
     llistxattr 195 12; flistxattr 196 13
 """
-"""Said not to be supported by the file system (EOPNOTSUPP), as programs expect of some:
-posix_fallocate writes instead, and shutil.copy leaves attributes out. fallocate can take disk space
-beyond a file's end, where RLIMIT_FSIZE does not count; Landlock does not guard attributes."""
+"""System calls that the file system seems not to support (EOPNOTSUPP). Programs are prepared for
+that: posix_fallocate writes instead, and shutil.copy leaves attributes out. fallocate could take
+disk space beyond a file's end, which RLIMIT_FSIZE does not count. Landlock does not check
+attributes."""
 
 LAST_KNOWN_CALL = 462
-"""Calls added to Linux after these tables were written do not exist here (nor does the x32 ABI)."""
+"""Highest call number that these tables cover. Calls above it fail with ENOSYS, and so do those of
+the x32 ABI."""
 
 CHECKED = """
     open 2 -; openat 257 56; clone 56 220; kill 62 129; tgkill 234 131; prlimit64 302 261;
     prctl 157 167; socketpair 53 199; fcntl 72 25; ioctl 16 29; close_range 436 436
 """
-"""Allowed with certain arguments only: see `_argument_rules`."""
+"""System calls that are allowed with certain arguments only; see `_argument_rules`."""
 
 REFUSALS = ((FORBIDDEN, 1), (IGNORED, 0), (MISSING, 38), (UNSUPPORTED, 95))
-"""The tables of calls that are never made, with the error that the program is told."""
+"""Tables of calls that are never made, with the error that the program gets."""
 
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, AUDIT_ARCH_*
 _EPERM, _ENOTTY, _ENOSYS = 1, 25, 38
@@ -107,11 +110,11 @@ _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _LOAD, _EQUAL, _GREATER, _ANY_BIT, _AND, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x54, 0x06
 
 Instruction = tuple[int, int, int, int]
-"""code, jump if true, jump if false, constant: one classic BPF instruction."""
+"""One instruction of classic BPF: code, jump if true, jump if false, constant."""
 
 
 class Inactive(Exception):
-    """Why a layer could not be switched on."""
+    """Raised with the reason why a layer could not be switched on."""
 
 
 def _checked(result: int, what: str) -> int:
@@ -132,7 +135,7 @@ def _prctl(option: int, *arguments: int) -> None:
 
 
 def syscall_numbers(table: str, column: int) -> dict[str, int]:
-    """Parse one of the tables above; `column` 0 is x86_64, 1 is aarch64. `-` entries are absent."""
+    """Parse one of the tables above. Column 0 is x86_64, 1 is aarch64; `-` means no such call."""
     entries = (entry.split() for entry in table.split(";"))
     return {name: int(numbers[column]) for name, *numbers in entries if numbers[column] != "-"}
 
@@ -146,11 +149,11 @@ def _one_of(argument: int, values: Iterable[int], error: int) -> list[Instructio
 
 
 def _argument_rules(pid: int) -> dict[str, list[Instruction]]:
-    """What decides about a call of `CHECKED`; each list returns on every path."""
+    """Instructions that decide about each call of `CHECKED`; each list returns on every path."""
 
     def no_truncating_reader(flags: int) -> list[Instruction]:
-        # O_RDONLY | O_TRUNC empties a file that was opened for reading: Landlock before ABI 3
-        # cannot see it. With write access it is an ordinary write, which Landlock judges.
+        # O_RDONLY | O_TRUNC empties a file that was opened for reading, and Landlock before ABI 3
+        # cannot see that. With write access it is an ordinary write, which Landlock checks.
         return [
             (_LOAD, 0, 0, 16 + 8 * flags),
             (_ANY_BIT, 1, 0, 0o1000),
@@ -162,8 +165,8 @@ def _argument_rules(pid: int) -> dict[str, list[Instruction]]:
             (_RETURN, 0, 0, _ERRNO | _EPERM),
         ]
 
-    # Threads, not processes: nothing can outlive this process or multiply. One table of open files
-    # for all threads: `sandbox.py` counts it.
+    # clone may make threads but no processes, which could multiply and outlive this one. All
+    # threads must share one table of open files, which `sandbox.py` counts.
     clone_thread_and_files = 0x10000 | 0x400
     return {
         "open": no_truncating_reader(1),
@@ -184,7 +187,7 @@ def _argument_rules(pid: int) -> dict[str, list[Instruction]]:
             *_one_of(0, [0, pid], _EPERM),
         ],
         "prctl": _one_of(0, [15, 16, 0x53564D41], _EPERM),  # thread names, names of mappings
-        # asyncio wakes itself through a socket pair. Only a stream cannot be sent elsewhere.
+        # asyncio wakes itself through a socket pair. Only stream sockets cannot be sent elsewhere.
         "socketpair": [
             (_LOAD, 0, 0, 16),
             (_EQUAL, 1, 0, 1),  # AF_UNIX
@@ -195,17 +198,18 @@ def _argument_rules(pid: int) -> dict[str, list[Instruction]]:
             (_RETURN, 0, 0, _ALLOW),
             (_RETURN, 0, 0, _ERRNO | _EPERM),
         ],
-        # Not F_SETOWN, F_SETSIG, F_SETOWN_EX: they make the kernel signal other processes. Nor
-        # F_NOTIFY, F_SETLEASE, F_SETPIPE_SZ. What stays: duplicate, flags, locks, sizes, seals.
+        # F_SETOWN, F_SETSIG and F_SETOWN_EX are left out: they make the kernel signal other
+        # processes. So are F_NOTIFY, F_SETLEASE and F_SETPIPE_SZ. Allowed are: duplicate, flags,
+        # locks, sizes, seals.
         "fcntl": _one_of(1, [0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032, 1034], _EPERM),
-        "close_range": _one_of(2, [0, 4], _EPERM),  # not CLOSE_RANGE_UNSHARE: a table of its own
-        # isatty, window size, bytes waiting, close-on-exec, non-blocking.
+        "close_range": _one_of(2, [0, 4], _EPERM),  # no CLOSE_RANGE_UNSHARE: it copies the table
+        # For isatty, window size, bytes waiting, close-on-exec, non-blocking.
         "ioctl": _one_of(1, [0x5401, 0x802C542A, 0x5413, 0x541B, 0x5450, 0x5451, 0x5421], _ENOTTY),
     }
 
 
 def seccomp_filter(column: int, audit_architecture: int, pid: int) -> list[Instruction]:
-    """The whole filter. Calls in no table are allowed; a foreign instruction set is killed."""
+    """Build the whole filter. It allows calls in no table, and kills a foreign instruction set."""
     rules: list[Instruction] = [
         (_LOAD, 0, 0, 4),
         (_EQUAL, 1, 0, audit_architecture),
@@ -224,14 +228,15 @@ def seccomp_filter(column: int, audit_architecture: int, pid: int) -> list[Instr
 
 
 def limits(job: dict[str, Any]) -> None:
-    """CPU seconds, size of a file, open files, no core dump."""
+    """Limit CPU seconds, size of a file and open files; forbid core dumps."""
     if resource is None:
         raise Inactive("needs a POSIX system")
     wanted = {
         resource.RLIMIT_CPU: job["cpu_seconds"],
         resource.RLIMIT_FSIZE: job["disk_bytes"],
         resource.RLIMIT_NOFILE: job["open_files"],
-        # Linux neither writes a dump of at most 1 byte nor pipes it to a handler; 0 it would pipe.
+        # With a limit of 1 byte, Linux writes no dump and starts no handler; with 0 it would start
+        # a handler.
         resource.RLIMIT_CORE: 1,
     }
     for kind, value in wanted.items():
@@ -239,7 +244,7 @@ def limits(job: dict[str, Any]) -> None:
 
 
 def memory(job: dict[str, Any]) -> None:
-    """Address space: the only memory limit that needs no privilege."""
+    """Limit the address space; no other memory limit works without privileges."""
     if resource is None or not sys.platform.startswith("linux"):
         raise Inactive("the system does not enforce RLIMIT_AS")
     _lower_limit(resource.RLIMIT_AS, job["memory_bytes"])
@@ -255,7 +260,7 @@ def _lower_limit(kind: int, value: int) -> None:
 
 
 def privileges(job: dict[str, Any]) -> None:
-    """No new privileges, no capabilities (root keeps only its user id), death with the parent."""
+    """Forbid new privileges, drop all capabilities (root keeps its user id), die with parent."""
     _prctl(38, 1)  # PR_SET_NO_NEW_PRIVS
     _prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
     if os.getppid() != job["parent"]:
@@ -265,14 +270,15 @@ def privileges(job: dict[str, Any]) -> None:
 
 
 def landlock(job: dict[str, Any]) -> None:
-    """Read only `job["readable"]`, write only the current folder; no TCP, no outside signals."""
+    """Allow reading of `job["readable"]` and writing in the current folder only; no TCP, no signals
+    to other processes."""
     if platform.machine() not in _ARCHITECTURES:
         raise Inactive(f"not written for {platform.machine()}")
     syscall = _libc().syscall
     version = _checked(syscall(444, None, ctypes.c_size_t(0), 1), "landlock_create_ruleset")
 
     # Bits 0-12 are ABI 1: execute, write file, read file, read dir, remove dir, remove file, make
-    # char, dir, reg, sock, fifo, block, sym. Then refer (ABI 2), truncate (3), device ioctl (5).
+    # char, dir, reg, sock, fifo, block, sym. Later ones: refer (ABI 2), truncate (3), ioctl (5).
     read_file, read_dir = 1 << 2, 1 << 3
     write_file, refer, truncate, ioctl_device = 1 << 1, 1 << 13, 1 << 14, 1 << 15
     handled = (1 << 13) - 1
@@ -289,7 +295,7 @@ def landlock(job: dict[str, Any]) -> None:
         try:
             descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:
-            return  # not on this system
+            return  # this system does not have the path
         if not os.path.isdir(path):
             rights &= read_file | write_file | truncate
         rule = struct.pack("=Qi", rights & handled, descriptor)
@@ -299,7 +305,7 @@ def landlock(job: dict[str, Any]) -> None:
     for path in job["readable"]:
         allow(path, read_file | read_dir)
     allow("/dev/null", read_file | write_file | truncate)
-    # Everything that makes, reads, changes and removes files, folders and symbolic links.
+    # All rights to make, read, change and remove files, folders and symbolic links.
     make_and_remove = 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 12
     allow(".", read_file | read_dir | write_file | make_and_remove | refer | truncate)
     _checked(syscall(446, ruleset, 0), "landlock_restrict_self")
@@ -322,7 +328,7 @@ LAYERS: dict[str, Callable[[dict[str, Any]], None]] = {
     "memory": memory,
     "privileges": privileges,
     "landlock": landlock,
-    "seccomp": seccomp,  # last: it refuses what the others call
+    "seccomp": seccomp,  # the last one, since it refuses calls that the others need
 }
 
 
@@ -337,8 +343,8 @@ def lock_down(job: dict[str, Any]) -> dict[str, str]:
         except Inactive as reason:
             inactive[name] = str(reason)
     if "seccomp" in inactive and resource is not None:
-        # The poor man's way to forbid new processes; on Linux it forbids threads too, and root is
-        # exempt from it.
+        # A simple way to forbid new processes without seccomp. On Linux it forbids threads too, and
+        # it does not bind root.
         resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     return inactive
 
@@ -353,7 +359,7 @@ def main() -> None:
         os._exit(1)
 
     for stream in (sys.stdout, sys.stderr):
-        # What a program printed before it was killed is worth seeing.
+        # Lines are flushed at once, so that a killed program's output is kept.
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     module = types.ModuleType("__main__")
     module.__file__ = PROGRAM
@@ -365,11 +371,11 @@ def main() -> None:
     except SystemExit:
         raise
     except BaseException as error:
-        # Only the program's own frames; none if it did not compile.
+        # The traceback has the program's own frames only; none if it did not compile.
         frames = error.__traceback__.tb_next if error.__traceback__ else None
         sys.excepthook(type(error), error.with_traceback(frames), frames)
         raise SystemExit(1) from None
-    else:  # nowhere else: whatever the program put in the place of a function, it did not fail
+    else:  # here and not in a function: the program may have replaced any function
         os.write(report, f"{job['token']} end\n".encode())
 
 

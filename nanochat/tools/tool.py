@@ -1,4 +1,4 @@
-"""The tools a model may call between <|python_start|> and <|python_end|>."""
+"""Tools that a model calls by writing between <|python_start|> and <|python_end|>."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -7,11 +7,11 @@ from nanochat.tools.calculator import CalculatorError, calculate
 from nanochat.tools.sandbox import run_python
 
 Tool = Callable[[str], str]
-"""What was written between the python tokens -> what to put between the output tokens."""
+"""Function from the text between the python tokens to the text between the output tokens."""
 
 
 def calculator_tool(expression: str) -> str:
-    """The default tool: `calculate`, with a short text where there is no result."""
+    """Run `calculate`, the default tool; an error becomes a short text."""
     try:
         return calculate(expression)
     except CalculatorError as error:
@@ -32,9 +32,9 @@ if last is not None:
 
 
 def python_tool(mode: Literal["strict", "best-effort"] = "strict", timeout: float = 5.0) -> Tool:
-    """A tool that runs Python in the sandbox (`nanochat/tools/sandbox.py`).
+    """Make a tool that runs Python in the sandbox (`nanochat/tools/sandbox.py`).
 
-    The output is what the code prints and, as in a notebook, the value of a last expression.
+    The output is what the code prints and, as in a notebook, the value of its last expression.
     Raises UserError at once if `mode` is strict and the system lacks a layer of the sandbox.
     """
     run_python("", mode=mode, timeout=timeout)

@@ -42,7 +42,7 @@ from nanochat.attention import activate_flash_attention, attend, make_layout, pa
 from nanochat.checkpoint_manager import (
     CheckpointManager,
     load_weights,
-    read_verified,
+    read_meta,
     restore,
 )
 from nanochat.config import Learning
@@ -507,9 +507,9 @@ def checkpoints(sizes: Sizes) -> Result:
             for path in files:
                 file_sha256(path)
         with timed("load weights"):
-            load_weights(step, model)
+            load_weights(step, read_meta(step), model, runtime)
         with timed("resume"):
-            restore(step, read_verified(step, runtime), model, optimizer, runtime)
+            restore(step, read_meta(step), model, optimizer, runtime)
     return result
 
 

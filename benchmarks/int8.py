@@ -27,6 +27,7 @@ from nanochat.gpt import GPT
 from nanochat.hardware import tune_cpu
 from nanochat.infer.decoder import Decoder
 from nanochat.infer.engine import Engine, SamplingParams
+from nanochat.runtime import single
 from nanochat.tokenizer import Tokenizer
 
 ANSWER = 128
@@ -93,9 +94,7 @@ def main() -> None:
         tokenizer = made_up_tokenizer(8192)
         model = random_model(arguments.depth, tokenizer, False, torch.bfloat16)
     else:
-        model, tokenizer, _ = load_model(
-            arguments.source, device=torch.device("cpu"), dtype=torch.bfloat16
-        )
+        model, tokenizer, _ = load_model(arguments.source, single(dtype=torch.bfloat16))
         store = open_store(arguments.corpus, "val", tokenizer)
         bpb = {
             name: bits_per_byte(decoder, store, tokenizer, arguments.tokens)

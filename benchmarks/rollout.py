@@ -43,7 +43,7 @@ ROWS = 16
 
 def open_model(source: str | None, depth: int, dtype: torch.dtype) -> tuple[GPT, Tokenizer]:
     if source is not None:
-        model, tokenizer, _ = load_model(source, device=torch.device("cpu"), dtype=dtype)
+        model, tokenizer, _ = load_model(source, single(dtype=dtype))
         return model, tokenizer
     tokenizer = made_up_tokenizer(4096)
     config = config_from_depth(

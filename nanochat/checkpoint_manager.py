@@ -21,8 +21,8 @@ import re
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from concurrent.futures import wait
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +35,7 @@ from nanochat import paths
 from nanochat.config import from_dict, to_dict
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.hardware import physical_cores
 from nanochat.optim import Optimizer
 from nanochat.paths import HashedFile, file_sha256, in_background
 from nanochat.runtime import Runtime
@@ -42,6 +43,8 @@ from nanochat.tokenizer import SystemStyle, Tokenizer
 
 T = TypeVar("T")
 FORMAT = 1
+WEIGHTS = "model.safetensors"
+REMEDY = "restore it from a copy, or use an earlier step"
 _STEP = re.compile(r"step_(\d{6,})")
 
 
@@ -113,7 +116,7 @@ class CheckpointManager:
             written: dict[str, Any] = {}
             saving = None
             if self.runtime.is_main:  # beside its share of the optimizer's state
-                path = temporary / "model.safetensors"
+                path = temporary / WEIGHTS
                 saving = in_background(lambda: save_file(weights, path))
             self._attempt(
                 lambda: written.update(
@@ -317,31 +320,30 @@ def find(source: str, step: int | None = None, tag: str | None = None) -> Path:
     return folder / f"step_{chosen:06d}"
 
 
-def read_meta(folder: Path, verify: bool = True) -> dict[str, Any]:
-    """Read a step folder's metadata, after checking the size and digest of every file.
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Read a step folder's metadata; check that every file is there and has its size.
 
-    Raises UserError that names a missing, truncated or changed file. verify=False checks only that
-    the files exist and have their size.
+    Contents are checked where they are read: `verify`. Raises UserError that names the file which
+    is missing, truncated or changed.
     """
     path = folder / "meta.json"
-    remedy = "restore it from a copy, or use an earlier step"
     try:
         meta: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(
-            f"{path} is missing; {remedy}" if folder.is_dir() else _gone(folder)
+            f"{path} is missing; {REMEDY}" if folder.is_dir() else _gone(folder)
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from None
+        raise UserError(f"{path} is not valid JSON ({error}); {REMEDY}") from None
     if not isinstance(meta, dict):
-        raise UserError(f"{path} is not the metadata of a checkpoint; {remedy}")
+        raise UserError(f"{path} is not the metadata of a checkpoint; {REMEDY}")
     if meta.get("format") != FORMAT:
         raise UserError(
             f"{path} has format {meta.get('format')}, this version reads {FORMAT}; "
             "load it with the version of nanochat that wrote it"
         )
     if meta.get("digest") != meta_digest(meta):
-        raise UserError(f"{path} was changed after it was written; {remedy}")
+        raise UserError(f"{path} was changed after it was written; {REMEDY}")
     number = _STEP.fullmatch(folder.name)
     if number and int(number[1]) != meta["step"]:
         raise UserError(
@@ -351,13 +353,44 @@ def read_meta(folder: Path, verify: bool = True) -> dict[str, Any]:
     for name, expected in meta["files"].items():
         file = folder / name
         if not file.is_file():
-            raise UserError(f"{file} is missing; {remedy}")
+            raise UserError(f"{file} is missing; {REMEDY}")
         size = file.stat().st_size
         if size != expected["size"]:
-            raise UserError(f"{file} has {size:,} bytes instead of {expected['size']:,}; {remedy}")
-        if verify and file_sha256(file) != expected["sha256"]:
-            raise UserError(f"{file} is damaged: its SHA-256 is not the recorded one; {remedy}")
+            raise UserError(f"{file} has {size:,} bytes instead of {expected['size']:,}; {REMEDY}")
     return meta
+
+
+def check_digests(folder: Path, meta: dict[str, Any], names: Iterable[str]) -> None:
+    """Hash these files of a step folder, several at once; UserError names one that is damaged."""
+
+    def check(name: str) -> None:
+        try:
+            digest = file_sha256(folder / name)
+        except FileNotFoundError:
+            raise UserError(_gone(folder)) from None
+        if digest != meta["files"][name]["sha256"]:
+            raise UserError(
+                f"{folder / name} is damaged: its SHA-256 is not the recorded one; {REMEDY}"
+            )
+
+    with ThreadPoolExecutor(physical_cores()) as pool:
+        list(pool.map(check, names))
+
+
+def verify(folder: Path, meta: dict[str, Any], names: Iterable[str], runtime: Runtime) -> None:
+    """`check_digests` on one rank of each machine; the others wait for its verdict.
+
+    Every rank calls it, and raises the UserError where any machine's file is damaged.
+    """
+    damage = None
+    if runtime.local_rank == 0:
+        try:
+            check_digests(folder, meta, names)
+        except UserError as error:
+            damage = error
+    for found in runtime.gather_objects(damage):
+        if found is not None:
+            raise found
 
 
 def _gone(folder: Path) -> str:
@@ -367,10 +400,18 @@ def _gone(folder: Path) -> str:
     )
 
 
-def load_weights(folder: Path, model: GPT) -> None:
-    """Copy the weights of a step folder into the model; UserError if it is another model's."""
+def load_weights(folder: Path, meta: dict[str, Any], model: GPT, runtime: Runtime) -> None:
+    """Verify the weights of a step folder and copy them into the model; every rank calls it.
+
+    Raises UserError where they are damaged or another model's.
+    """
+    verify(folder, meta, [WEIGHTS], runtime)
+    _load_weights(folder, model)
+
+
+def _load_weights(folder: Path, model: GPT) -> None:
     try:
-        weights = load_file(folder / "model.safetensors")
+        weights = load_file(folder / WEIGHTS)
     except FileNotFoundError:
         raise UserError(_gone(folder)) from None
     parameters = dict(model.named_parameters())
@@ -378,7 +419,7 @@ def load_weights(folder: Path, model: GPT) -> None:
     wrong = [n for n in set(parameters) & set(weights) if parameters[n].shape != weights[n].shape]
     if missing or unknown or wrong:
         raise UserError(
-            f"{folder / 'model.safetensors'} is of another model: "
+            f"{folder / WEIGHTS} is of another model: "
             f"missing {sorted(missing)[:3]}, unknown {sorted(unknown)[:3]}, other shape {wrong[:3]}"
         )
     with torch.no_grad():
@@ -386,7 +427,7 @@ def load_weights(folder: Path, model: GPT) -> None:
             parameter.copy_(weights[name])
 
 
-def read_verified(folder: Path, runtime: Runtime) -> dict[str, Any]:
+def read_meta_once(folder: Path, runtime: Runtime) -> dict[str, Any]:
     """Run `read_meta` on rank 0; every rank gets its result or raises its error."""
     found: Any = None
     if runtime.is_main:
@@ -410,9 +451,10 @@ def build_model(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> 
 def restore(
     folder: Path, meta: dict[str, Any], model: GPT, optimizer: Optimizer, runtime: Runtime
 ) -> None:
-    """Load weights and optimizer state for resuming, at any world size.
+    """Verify and load weights and optimizer state for resuming, at any world size.
 
-    meta is the result of `read_verified`. Raises UserError if it describes another model.
+    meta is the result of `read_meta`. Raises UserError if it describes another model, or a file is
+    damaged.
     """
     saved = from_dict(GPTConfig, meta["model_config"], str(folder / "meta.json"))
     if saved != model.config:
@@ -422,7 +464,8 @@ def restore(
             f"{folder} holds another model: it has {other}; resume with the same model flags, "
             "or choose another --tag"
         )
-    load_weights(folder, model)
+    verify(folder, meta, meta["files"], runtime)
+    _load_weights(folder, model)
     group = dist.new_group(backend="gloo") if runtime.world_size > 1 else None
     state = optimizer.state_dict(host_copy=True)
     load_optimizer_state(state, folder / "optim", group)
@@ -432,16 +475,15 @@ def restore(
 
 def load_model(
     source: str,
+    runtime: Runtime,
     *,
-    device: torch.device,
-    dtype: torch.dtype,
     step: int | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """Load a model for evaluation or chat; returns it with its tokenizer and its metadata.
 
-    `source` and `step` are those of `find`. Raises UserError if `tokenizer` is not the one that the
-    model was trained with.
+    Every rank calls it; the runtime has the model's device and dtype. `source` and `step` are those
+    of `find`. Raises UserError if `tokenizer` is not the one that the model was trained with.
     """
     folder = find(source, step)
     meta = read_meta(folder)
@@ -449,8 +491,8 @@ def load_model(
     if tokenizer is None:
         tokenizer = tokenizer_of(meta, folder)
     check_tokenizer(meta, tokenizer, folder)
-    model = build_model(config, device, dtype)
-    load_weights(folder, model)
+    model = build_model(config, runtime.device, runtime.dtype)
+    load_weights(folder, meta, model, runtime)
     model.eval()
     return model, tokenizer, meta
 

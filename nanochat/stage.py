@@ -25,7 +25,7 @@ from nanochat.checkpoint_manager import (
     latest,
     load_weights,
     read_meta,
-    read_verified,
+    read_meta_once,
     restore,
     tokenizer_of,
 )
@@ -156,7 +156,7 @@ def _look_into(
     source = meta.get("source")
     if source and source.get("digest"):
         now = latest(paths.checkpoints_dir(source["stage"], source["tag"]))
-        digest = now and read_meta(now, verify=False)["digest"]
+        digest = now and read_meta(now)["digest"]
         if now and digest != source["digest"]:
             raise UserError(
                 f"{folder} was trained from {source['stage']}/{source['tag']} step "
@@ -201,12 +201,12 @@ def open_model(run: OpenRun) -> tuple[GPT, Tokenizer, dict[str, Any]]:
         return model, tokenizer, run.meta["source"]
     assert not isinstance(cfg, BaseConfig)
     folder = find(cfg.source, tag=cfg.run.tag)
-    meta = read_verified(folder, runtime)
+    meta = read_meta_once(folder, runtime)
     config = from_dict(GPTConfig, meta["model_config"], str(folder))
     if context is not None:
         config = extend_context(config, context, cfg.rope_scaling)  # type: ignore[union-attr]
     model = build_model(config, runtime.device, runtime.dtype)
-    load_weights(folder, model)
+    load_weights(folder, meta, model, runtime)
     runtime.print(f"starting from {folder}")
     if meta["step"] < meta["num_steps"]:
         runtime.print(f"note: that run is not finished, it is to have {meta['num_steps']} steps")

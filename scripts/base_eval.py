@@ -87,7 +87,7 @@ def main(cfg: Config, runtime: Runtime) -> list[record.Measurement]:
         return []
 
     folder = find(cfg.source, cfg.step)
-    meta = read_meta(folder, verify=False)
+    meta = read_meta(folder)
     asked = questions(cfg, bundle, tokenizer_of(meta, folder), meta, runtime)
     if bundle is None and cfg.metric.core == "auto":
         runtime.print(
@@ -103,9 +103,7 @@ def main(cfg: Config, runtime: Runtime) -> list[record.Measurement]:
     if len(answers) == len(asked):
         return list(answers.values())
 
-    model, tokenizer, meta = load_model(
-        cfg.source, device=runtime.device, dtype=runtime.dtype, step=cfg.step
-    )
+    model, tokenizer, meta = load_model(cfg.source, runtime, step=cfg.step)
     shape: dict[str, Any] = {
         "sequence_length": model.config.context_length,
         "batch_size": cfg.batch_size,

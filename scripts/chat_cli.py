@@ -203,9 +203,7 @@ class Chat:
 
     def load_model(self, source: str, step: int | None = None) -> None:
         """Talk to this model; where that raises, the one before stays."""
-        model, tokenizer, meta = load_model(
-            source, step=step, device=self.runtime.device, dtype=self.runtime.dtype
-        )
+        model, tokenizer, meta = load_model(source, self.runtime, step=step)
         tools, decoding = self.cfg.tools, self.cfg.decoding
         tool = python_tool(tools.sandbox) if tools.python_tool else tools.tools
         decoder = Decoder(model, decoding.quantize, decoding.cuda_graphs)

@@ -118,7 +118,7 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, record.Measurement]:
             "set a temperature such as 0.8"
         )
     folder = find(cfg.source, cfg.step)
-    meta = read_meta(folder, verify=False)
+    meta = read_meta(folder)
     tokenizer = tokenizer_of(meta, folder)
     tasks = {spec: build(spec, cfg.split, tokenizer=tokenizer) for spec in cfg.task or EVALUATED}
     for spec, task in tasks.items():
@@ -138,9 +138,7 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, record.Measurement]:
                 runtime.print(f"{spec}: {accuracy:.4f}, kept from an earlier run")
     todo = {spec: task for spec, task in tasks.items() if spec not in results}
     if todo:
-        model, tokenizer, meta = load_model(
-            cfg.source, step=cfg.step, device=runtime.device, dtype=runtime.dtype
-        )
+        model, tokenizer, meta = load_model(cfg.source, runtime, step=cfg.step)
     title = f"{meta['stage']}/{meta['tag']} step {meta['step']}"
     runtime.print(f"{title}: {', '.join(todo) or 'all tasks are measured'}")
     for spec, task in todo.items():
@@ -171,7 +169,7 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, record.Measurement]:
 
 def compared(results: Mapping[str, record.Measurement], source: str) -> list[str]:
     """A line for each task: how its problems were answered by this checkpoint and by another."""
-    other = read_meta(find(source, None), verify=False)
+    other = read_meta(find(source, None))
     known = record.of_checkpoint(other)
     name = f"{other['stage']}/{other['tag']} step {other['step']}"
     lines = []

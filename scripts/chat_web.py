@@ -97,7 +97,7 @@ def load(cfg: Config, runtime: Runtime) -> list[Served]:
     tool = python_tool(tools.sandbox) if tools.python_tool else tools.tools
     models = []
     for source in cfg.source:
-        model, tokenizer, meta = load_model(source, device=runtime.device, dtype=runtime.dtype)
+        model, tokenizer, meta = load_model(source, runtime)
         decoder = Decoder(model, cfg.decoding.quantize, cfg.decoding.cuda_graphs)
         models.append(
             Served(

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from nanochat import paths
 from nanochat.checkpoint_manager import load_model
 from nanochat.cli import launch
 from nanochat.errors import UserError
 from nanochat.export import hf
-from nanochat.runtime import DTYPES, Runtime
+from nanochat.runtime import DTYPES, Runtime, single
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,7 @@ def main(cfg: Config, runtime: Runtime) -> Path:
     except ImportError as error:
         raise UserError("export needs transformers; pip install -e '.[hf]'") from error
     transformers.utils.logging.disable_progress_bar()  # the check loads what was just written
-    model, tokenizer, meta = load_model(
-        cfg.source, device=torch.device("cpu"), dtype=torch.float32, step=cfg.step
-    )
+    model, tokenizer, meta = load_model(cfg.source, single(), step=cfg.step)
     suffix = "" if cfg.names == "transformers" else f"-{cfg.names}"
     folder = cfg.out or paths.base_dir() / "export" / f"{meta['stage']}-{meta['tag']}{suffix}"
     texts = cfg.texts if cfg.check else None

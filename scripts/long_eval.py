@@ -77,9 +77,7 @@ class Config:
 
 
 def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
-    model, tokenizer, meta = load_model(
-        cfg.source, device=runtime.device, dtype=runtime.dtype, step=cfg.step
-    )
+    model, tokenizer, meta = load_model(cfg.source, runtime, step=cfg.step)
     trained = model.config
     if cfg.context_length is not None and cfg.context_length > trained.context_length:
         model.config = extend_context(trained, cfg.context_length, "none")

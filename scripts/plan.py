@@ -141,7 +141,7 @@ def model_of(cfg: MidPlan | SftPlan | RlPlan) -> tuple[GPTConfig, str]:
             cfg.model.depth, cfg.hardware.vocab_size, context_length=cfg.model.trained_context
         )
         return model, f"no checkpoint of {cfg.source}: planned for --depth {cfg.model.depth}"
-    meta = read_meta(folder, verify=False)
+    meta = read_meta(folder)
     return from_dict(GPTConfig, meta["model_config"], str(folder)), f"the model of {folder}"
 
 

@@ -82,7 +82,7 @@ def stage_settings(cfg: Config) -> tuple[BaseConfig | MidConfig, int | None, str
     context = None
     origin = "the stage's default settings"
     if newest is not None:
-        meta = read_meta(newest, verify=False)
+        meta = read_meta(newest)
         stage = from_dict(config_class, meta["run_config"], str(newest))
         context = meta["model_config"]["context_length"]
         origin = f"the settings of {cfg.stage}/{cfg.tag}"

@@ -28,7 +28,7 @@ import tiny_runs
 import torch
 from safetensors.torch import load_file
 
-from nanochat.checkpoint_manager import list_steps, read_meta
+from nanochat.checkpoint_manager import check_digests, list_steps, read_meta
 
 SAVE_EVERY = 3
 STEPS_PER_KILL = 12
@@ -58,6 +58,7 @@ def start(folder: Path, corpus: Path, num_steps: int) -> Any:
 def checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and position of a step folder, digests verified."""
     meta = read_meta(folder)
+    check_digests(folder, meta, meta["files"])
     tensors = load_file(folder / "model.safetensors")
     for path in sorted((folder / "optim").glob("*.safetensors")):
         tensors |= {f"optim {name}": value for name, value in load_file(path).items()}

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from nanochat import runtime
 from nanochat.attention import Layout
-from nanochat.checkpoint_manager import CheckpointManager, read_verified, restore
+from nanochat.checkpoint_manager import CheckpointManager, read_meta_once, restore
 from nanochat.cli import is_out_of_memory
 from nanochat.config import Learning
 from nanochat.gpt import GPT, GPTConfig, config_from_depth
@@ -34,7 +34,7 @@ CUDA = "cuda"
 
 def restored(step: Path, model: Any, optimizer: Any, rank: Runtime) -> dict[str, Any]:
     """Read and restore as a stage does; the metadata."""
-    meta = read_verified(step, rank)
+    meta = read_meta_once(step, rank)
     restore(step, meta, model, optimizer, rank)
     return meta
 

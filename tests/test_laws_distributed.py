@@ -20,13 +20,15 @@ from nanochat.checkpoint_manager import (
     CheckpointManager,
     latest,
     list_steps,
-    read_verified,
+    load_weights,
+    read_meta_once,
     restore,
 )
 from nanochat.config import Learning
 from nanochat.data.loader import DataLoader
 from nanochat.data.sources import Source
 from nanochat.data.store import TokenStore
+from nanochat.errors import UserError
 from nanochat.eval.losses import evaluate_bpb
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import Hypers, Optimizer, parameter_rules
@@ -52,7 +54,7 @@ ROWS = 12
 
 def restored(step: Path, model: Any, optimizer: Any, rank: Runtime) -> dict[str, Any]:
     """Read and restore as a stage does; the metadata."""
-    meta = read_verified(step, rank)
+    meta = read_meta_once(step, rank)
     restore(step, meta, model, optimizer, rank)
     return meta
 
@@ -323,6 +325,61 @@ def test_saved_on_any_number_of_ranks_loads_on_any_other(
         after.append(loaders[0])
     for other in after[1:]:
         assert other["loss"] == pytest.approx(after[0]["loss"], rel=1e-4)
+
+
+# Only what is read is hashed, once per machine
+
+
+def hashed_bytes(runtime: Runtime, step: Path, ranks_per_machine: int) -> dict[str, int]:
+    """Bytes that this rank hashes to load the weights, and to resume."""
+    runtime.local_rank = runtime.rank % ranks_per_machine
+    sizes: list[int] = []
+    sha256 = checkpoint_manager.file_sha256
+
+    def counted(path: Path) -> str:
+        sizes.append(path.stat().st_size)
+        return sha256(path)
+
+    checkpoint_manager.file_sha256 = counted
+    model, optimizer = make(runtime)
+    meta = read_meta_once(step, runtime)
+    load_weights(step, meta, model, runtime)
+    weights = sum(sizes)
+    sizes.clear()
+    restored(step, model, optimizer, runtime)
+    checkpoint_manager.file_sha256 = sha256
+    return {"weights": weights, "all": sum(sizes)}
+
+
+@pytest.mark.parametrize("ranks_per_machine", [4, 2])
+def test_each_byte_is_hashed_once_per_machine(
+    ranks_per_machine: int, saved: dict[int, Any]
+) -> None:
+    step = saved[2][0] / "step_000002"
+    sizes = {path: path.stat().st_size for path in step.rglob("*.safetensors")}
+    assert len(sizes) == 3, "the weights, and two ranks' optimizer state"
+    expected = {"weights": sizes[step / "model.safetensors"], "all": sum(sizes.values())}
+    counts = processes.run_ranks(hashed_bytes, 4, step, ranks_per_machine)
+    for rank, counted in enumerate(counts):
+        assert counted == (expected if rank % ranks_per_machine == 0 else {"weights": 0, "all": 0})
+
+
+def load_damaged(runtime: Runtime, step: Path) -> str:
+    """Every rank sees a file of its own; rank 2 is the first of the second machine."""
+    runtime.local_rank = runtime.rank % 2
+    meta = read_meta_once(step, runtime)
+    if runtime.rank == 2:
+        checkpoint_manager.file_sha256 = lambda path: "another"
+    try:
+        load_weights(step, meta, make(runtime)[0], runtime)
+    except UserError as error:
+        return str(error)
+    return "it was not noticed"
+
+
+def test_damage_on_one_machine_is_everybodys_error(saved: dict[int, Any]) -> None:
+    for message in processes.run_ranks(load_damaged, 4, saved[1][0] / "step_000002"):
+        assert "model.safetensors is damaged" in message
 
 
 # A save that fails on one rank fails on all of them, at once

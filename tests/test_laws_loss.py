@@ -75,7 +75,7 @@ def unigram_bits_per_byte(train: TokenStore, val: TokenStore, sizes: np.ndarray)
 
 def held_out(stage: str, folder: Path, store: TokenStore, prompt_weight: float) -> dict[str, float]:
     with tiny_runs.base_dir(folder):
-        model, tokenizer, _ = load_model(stage, device=CPU, dtype=torch.float32)
+        model, tokenizer, _ = load_model(stage, runtime.single())
     loader = DataLoader(
         [Source(store, prompt_weight=prompt_weight)], batch_size=8, sequence_length=64, epochs=1
     )

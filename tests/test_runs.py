@@ -16,7 +16,13 @@ import torch
 from stores import numbered_store
 
 from nanochat import runtime
-from nanochat.checkpoint_manager import list_steps, load_model, load_weights, read_meta
+from nanochat.checkpoint_manager import (
+    check_digests,
+    list_steps,
+    load_model,
+    load_weights,
+    read_meta,
+)
 from nanochat.cli import launch
 from nanochat.config import BaseConfig, Learning, RlConfig, check_ranges
 from nanochat.data.loader import DataLoader
@@ -337,8 +343,13 @@ for _ in range(600):
 def test_a_step_that_is_pruned_while_it_is_read(run: Callable[..., Any], folder: Path) -> None:
     stage = run()
     step = checkpoints(folder) / "step_000002"
+    meta, rank = read_meta(step), runtime.single()
     shutil.rmtree(step)
-    for read in (lambda: read_meta(step), lambda: load_weights(step, stage.model)):
+    for read in (
+        lambda: read_meta(step),
+        lambda: load_weights(step, meta, stage.model, rank),
+        lambda: check_digests(step, meta, meta["files"]),
+    ):
         with pytest.raises(UserError, match=r"step_000002 is gone: .*--keep-last.*; try again"):
             read()
 
@@ -351,7 +362,7 @@ def test_broken_metadata_is_one_line(text: str, run: Callable[..., Any], folder:
     with pytest.raises(UserError, match=r"meta\.json"):
         run(run=RESUME)
     with tiny_runs.base_dir(folder), pytest.raises(UserError, match=r"meta\.json"):
-        load_model("base", device=torch.device("cpu"), dtype=torch.float32)
+        load_model("base", runtime.single())
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", "\xff", '{"version": "x"}'])

@@ -11,7 +11,7 @@ from nanochat.checkpoint_manager import (
     build_model,
     find,
     load_weights,
-    read_verified,
+    read_meta_once,
     system_style,
     tokenizer_of,
 )
@@ -78,7 +78,7 @@ def load_start(run: OpenRun, cfg: RlConfig) -> Start:
     """The source's model; a resumed run takes the step that it took when it began."""
     resumed, runtime = run.meta, run.runtime
     folder = find(cfg.source, resumed["source"]["step"] if resumed else None, cfg.run.tag)
-    meta = read_verified(folder, runtime)
+    meta = read_meta_once(folder, runtime)
     if resumed:
         check_resumed(cfg, run.title, resumed, origin(meta))
     tokenizer = tokenizer_of(meta, folder)
@@ -91,7 +91,7 @@ def model_of(folder: Path, meta: dict[str, Any], runtime: Runtime) -> GPT:
     """The model of a checkpoint, with its weights."""
     config = from_dict(GPTConfig, meta["model_config"], str(folder))
     model = build_model(config, runtime.device, runtime.dtype)
-    load_weights(folder, model)
+    load_weights(folder, meta, model, runtime)
     return model
 
 

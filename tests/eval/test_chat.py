@@ -248,7 +248,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return {"stage": source, "tag": "try", "step": 7}
 
     monkeypatch.setattr(chat_eval, "find", lambda source, step: source)
-    monkeypatch.setattr(chat_eval, "read_meta", lambda folder, verify: meta(folder))
+    monkeypatch.setattr(chat_eval, "read_meta", lambda folder: meta(folder))
     monkeypatch.setattr(chat_eval, "tokenizer_of", lambda meta, folder: tiny_tokenizer())
     monkeypatch.setattr(
         chat_eval,

@@ -468,7 +468,7 @@ def test_later_stages_keep_the_longer_context(extended: Path, whole: Path) -> No
     stage = tiny_runs.train("sft", folder, config)
     assert stage.plan.sequence_length == 160
     with tiny_runs.base_dir(folder):
-        model, tokenizer, meta = load_model("sft", device=torch.device("cpu"), dtype=torch.float32)
+        model, tokenizer, meta = load_model("sft", runtime.single())
     assert meta["model_config"]["trained_context_length"] == 64
     assert Engine(model, tokenizer).context_length == 160
     model.nll(torch.zeros(1, 160, dtype=torch.int64), torch.zeros(1, 160, dtype=torch.int64))

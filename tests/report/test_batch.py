@@ -178,7 +178,7 @@ def test_settings_come_from_the_run_and_flags_override_them(
     trained = SftConfig(mix=("arithmetic:30:1",), prompt_weight=0.5, run=Run(seed=9))
     meta = {"run_config": to_dict(trained), "model_config": {"context_length": 90}}
     monkeypatch.setattr(show_batch, "latest", lambda folder: folder / "step_000003")
-    monkeypatch.setattr(show_batch, "read_meta", lambda folder, verify: meta)
+    monkeypatch.setattr(show_batch, "read_meta", lambda folder: meta)
     single = runtime.single()
     view = show_batch.main(Config(stage="sft"), single)
     assert view is not None

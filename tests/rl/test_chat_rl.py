@@ -217,7 +217,7 @@ def test_the_rewarded_answer_is_learned_on_held_out_prompts(folder: Path, update
     (end,) = records(folder, "end")
     assert end["consumed"]["letters"]["documents"] == 8 * 24 // updates
     with tiny_runs.base_dir(folder):
-        model, tokenizer, meta = load_model("rl", device=torch.device("cpu"), dtype=torch.float32)
+        model, tokenizer, meta = load_model("rl", runtime.single())
     source = {key: meta["source"][key] for key in ("stage", "tag", "step")}
     assert source == {"stage": "sft", "tag": "default", "step": 80}
     assert meta["run_config"]["system"] == "tokens"

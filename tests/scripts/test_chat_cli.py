@@ -63,7 +63,7 @@ def use(
         decoder = model
         monkeypatch.setattr(chat_cli, "Decoder", lambda *arguments: decoder)
 
-    def load_model(source: str, **kwargs: Any) -> Any:
+    def load_model(source: str, *_: Any, **kwargs: Any) -> Any:
         asked.append(source)
         if source == "missing":
             raise UserError("no checkpoint of missing")

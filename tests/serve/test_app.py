@@ -812,7 +812,7 @@ def test_what_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     metas = {"sft": {"stage": "sft", "run_config": {"system": "merge"}}, "base": {"stage": "base"}}
 
-    def load_model(source: str, **kwargs: Any) -> Any:
+    def load_model(source: str, *_: Any, **kwargs: Any) -> Any:
         return tiny_model(torch.bfloat16), tiny_tokenizer(), metas[source]
 
     monkeypatch.setattr(chat_web, "load_model", load_model)

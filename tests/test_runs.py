@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -293,6 +294,9 @@ def test_weights_that_are_not_finite_are_never_saved(
     monkeypatch.setattr(Stage, "record", spoil)
     with pytest.raises(UserError, match=r"step 4: the loss") as caught:
         run(saving={"save_every": 2})
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint writer":  # a process would wait for it at its end
+            thread.join()
     assert list_steps(checkpoints(folder)) == [2]
     assert not isinstance(caught.value, NonFiniteWeights)
     with pytest.raises(NonFiniteWeights, match="after step 3 1 tensors"):

@@ -253,7 +253,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(
         chat_eval,
         "load_model",
-        lambda source, **_: (tiny_model(seed=len(source) % 2), tiny_tokenizer(), meta(source)),
+        lambda source, *_, **__: (tiny_model(seed=len(source) % 2), tiny_tokenizer(), meta(source)),
     )
     tasks = {"choosing": Choosing, "writing": Writing}
     monkeypatch.setattr(chat_eval, "build", lambda spec, split, **_: tasks[spec]())

@@ -1,1 +1,1 @@
-"""Measurements of a model: losses, multiple choice, CORE, recorded results."""
+"""Evaluation wing: losses, multiple choice, CORE, and the record of results."""

@@ -1,26 +1,26 @@
-"""CORE as nanochat's base_eval computes it: 22 few-shot tasks for base models.
+"""CORE metric, as nanochat's base_eval computes it: 22 few-shot tasks for base models.
 
 The tasks, the number of examples and the centring are those of DataComp-LM (arXiv 2406.11794).
-Scores compare with nanochat's own, and only roughly with those of the paper, whose harness lays out
-and draws differently:
-- Examples are drawn per item from a generator of its own, and items are shuffled, with the seeds
-  below.
-- Examples are always separated by a blank line, question and answer by `continuation_delimiter`
-  of core.yaml; other delimiters in it are ignored.
-- An alternative is scored from the first token on in which the alternatives differ: a beginning
-  that options share counts for none of them.
+Scores can be compared with nanochat's own. They compare only roughly with the paper's, because of
+these differences:
+- Each item has a random generator of its own for drawing its examples, and items are shuffled, with
+  the seeds below.
+- A blank line always separates examples. `continuation_delimiter` of core.yaml separates question
+  and answer; its other delimiters are ignored.
+- An alternative is scored from the first token in which the alternatives differ. Tokens that all of
+  them begin with do not count.
 
-Three kinds of task:
-- multiple_choice: one question, several answers; the answer whose tokens are on average the most
-  likely wins.
-- schema: several beginnings, one ending; the beginning after which the ending is the most likely
+There are three kinds of task:
+- multiple_choice: one question, several answers. The answer with the highest mean log-probability
+  of its tokens wins.
+- schema: several beginnings, one ending. The beginning after which the ending is the most likely
   wins.
 - language_modeling: every token of the continuation must be the most likely one.
 
-Each accuracy is centred, so that guessing is 0 and perfection 1; CORE is the mean over the tasks.
+Each accuracy is centred: guessing is 0, all right is 1. CORE is the mean over the tasks.
 
 A bundle is a folder with `core.yaml` (the tasks), `eval_meta_data.csv` (the random baselines) and
-`eval_data/` (a .jsonl per task).
+`eval_data/` (a .jsonl file per task).
 """
 
 import csv
@@ -45,10 +45,10 @@ from nanochat.progress import progress_bar
 from nanochat.runtime import Runtime
 
 BLOCK = 32
-"""Items a rank scores at once, all of similar length."""
+"""Number of items that a rank scores at once; they have similar lengths."""
 SHUFFLE_SEED = 1337
 SHOT_SEED = 1234
-"""Both as in the reference implementation, so that scores can be compared with published ones."""
+"""Seed of drawing examples. Both seeds are nanochat's, so that scores can be compared."""
 
 _FIELDS: dict[str, dict[str, type]] = {
     "multiple_choice": {"query": str, "choices": list, "gold": int},
@@ -58,7 +58,7 @@ _FIELDS: dict[str, dict[str, type]] = {
 
 
 class TextEncoder(Protocol):
-    """The part of a tokenizer that is needed here."""
+    """Interface of a tokenizer, as far as CORE needs it."""
 
     @property
     def bos(self) -> int: ...
@@ -68,27 +68,27 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True)
 class CoreTask:
-    """A task of the bundle; `items` are shuffled and complete."""
+    """A task of the bundle; `items` are all its items, shuffled."""
 
     label: str
     kind: str
     num_fewshot: int
     delimiter: str
-    """Between a question and its answer."""
+    """Text between a question and its answer."""
     chance: float
-    """Accuracy of guessing."""
+    """Accuracy of guessing, from 0 to 1."""
     items: list[dict[str, Any]]
 
     def shots(self, index: int) -> list[dict[str, Any]]:
-        """The examples shown before item `index`, drawn from all other items."""
+        """Draw the examples shown before item `index` from all other items."""
         others = [i for i in range(len(self.items)) if i != index]
         drawn = random.Random(SHOT_SEED + index).sample(others, self.num_fewshot)
         return [self.items[i] for i in drawn]
 
     def texts(self, index: int) -> list[str]:
-        """The texts to encode for item `index`: one per alternative.
+        """Build the texts to encode for item `index`: one per alternative.
 
-        For language modelling: the prompt without and with the continuation.
+        For language modelling they are the prompt without and with the continuation.
         """
         item, between = self.items[index], self.delimiter
         shown = self.shots(index)
@@ -106,13 +106,13 @@ class CoreTask:
             return [head + context + tail for context in item["context_options"]]
         head = "".join(f"{s['context'].strip()}{between}{s['continuation']}\n\n" for s in shown)
         head += f"{item['context'].strip()}{between}"
-        # Without the trailing blank, which belongs to the continuation's first token.
+        # The trailing blank is left out, since it belongs to the continuation's first token.
         return [head.strip(), head + item["continuation"]]
 
     def problems(self, rows: Sequence[Ids]) -> tuple[list[Ids], list[list[Ids]]]:
-        """The encoded texts of an item as prompts and the options to score after each."""
+        """Split an item's encoded texts into prompts and the options to score after each."""
         if self.kind == "multiple_choice":
-            # The options share what their tokens share. One token at least is scored of each.
+            # The prompt is what all texts begin with; at least one token of each text is scored.
             start = min(_common_prefix(rows), min(len(row) for row in rows) - 1)
             return [rows[0][:start]], [[row[start:] for row in rows]]
         if self.kind == "schema":
@@ -123,7 +123,7 @@ class CoreTask:
         return [rows[1][:start]], [[rows[1][start:]]]
 
     def is_correct(self, index: int, scored: Sequence[Sequence[Scored]]) -> bool:
-        """Judge an item by the scores of what `problems` gave."""
+        """True if the item is answered correctly, judged by the scores of its `problems`."""
         if self.kind == "language_modeling":
             return scored[0][0].greedy
         alternatives = [s for options in scored for s in options]
@@ -138,15 +138,15 @@ def evaluate_core(
     runtime: Runtime,
     max_per_task: int | None = None,
 ) -> dict[str, Any]:
-    """Score the model on every task whose file the bundle has.
+    """Score the model on every task whose file is in the bundle; every rank must call this.
 
-    max_per_task: a quick look at so many items of each task; they are items of the full
-    evaluation, with the same few-shot examples.
+    max_per_task: number of items per task, for a quick look; they are items of the full evaluation,
+    with the same few-shot examples.
 
-    Returns {"core": score} if no file is missing, else {"core_partial": score}, and in either case
-    "ci" (95 %, of the score), "tasks" {label: task_result and its settings}, "num_tasks" (done),
-    "num_tasks_total", "missing" (labels), "max_per_task" and "seconds".
-    The items are shared out among the ranks; every rank returns the same.
+    Returns {"core": score}, or {"core_partial": score} if files are missing. Further keys are "ci"
+    (95 % interval of the score), "tasks" {label: task_result and its settings}, "num_tasks" (done),
+    "num_tasks_total", "missing" (labels), "max_per_task" and "seconds". The ranks share the items;
+    every rank returns the same.
     """
     if max_per_task is not None and max_per_task < 1:
         raise UserError(f"--max-per-task {max_per_task} must be at least 1")
@@ -198,8 +198,8 @@ def evaluate_core(
             cropped=cropped,
         )
     score = math.fsum(result["centered"] for result in results.values()) / len(results)
-    # Tasks are independent: variances of the centred accuracies add up. Wilson's width, because a
-    # task with all items right or wrong is not known exactly either.
+    # Tasks are independent, so the variances of the centred accuracies add up. They come from
+    # Wilson's interval, which is not 0 for a task with all items right or all wrong.
     variance = 0.0
     for result in results.values():
         low, high = wilson_interval(result["correct"], result["total"])
@@ -218,7 +218,7 @@ def evaluate_core(
 
 
 def describe_core(result: dict[str, Any]) -> str:
-    """The result as a text table."""
+    """Format the result as a text table."""
     lines = [
         f"{'task':34} {'accuracy':>8}  {'95 % interval':15} {'chance':>6} {'centred':>8}  items"
     ]
@@ -247,7 +247,7 @@ def describe_core(result: dict[str, Any]) -> str:
 def _score_block(
     task: CoreTask, block: Sequence[int], scorer: Scorer, tokenizer: TextEncoder
 ) -> tuple[int, int]:
-    """(items right, items whose prompt was cut) of some items."""
+    """Score some items; returns (items right, items whose prompt was cut)."""
     texts = [task.texts(i) for i in block]
     encoded = iter(
         tokenizer.encode_batch([text for alternatives in texts for text in alternatives])
@@ -275,7 +275,7 @@ def _score_block(
 
 
 def _common_prefix(rows: Sequence[Ids]) -> int:
-    """How many tokens all rows begin with."""
+    """Number of tokens that all rows begin with."""
     shortest = min(rows, key=len)
     for i, token in enumerate(shortest):
         if any(row[i] != token for row in rows):
@@ -297,7 +297,7 @@ def _strings(value: Any) -> list[str]:
 
 
 def load_bundle(bundle: Path) -> tuple[list[CoreTask], list[str]]:
-    """The tasks whose files are there, and the labels of the others."""
+    """Load the tasks whose files exist; also returns the labels of the others."""
     try:
         config = yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))
         with (bundle / "eval_meta_data.csv").open(encoding="utf-8", newline="") as file:
@@ -321,7 +321,7 @@ def load_bundle(bundle: Path) -> tuple[list[CoreTask], list[str]]:
             raise UserError(f"{bundle}/eval_meta_data.csv has no random baseline for {label}")
         try:
             chance = float(baselines[label]) / 100
-        except (TypeError, ValueError):  # a short row has None there
+        except (TypeError, ValueError):  # None, if the row is too short
             chance = math.nan
         if not 0 <= chance < 1:
             raise UserError(
@@ -382,4 +382,4 @@ def _read_items(path: Path, kind: str) -> list[dict[str, Any]]:
     return items
 
 
-# Models of others
+# Models from elsewhere

@@ -18,12 +18,13 @@ from nanochat.runtime import Runtime
 def losses_by_position(
     model: GPT, store: TokenStore, T: int, eval_tokens: int, batch_size: int, runtime: Runtime
 ) -> dict[str, Any]:
-    """Loss by how much context there is, and what the context beyond the last W tokens gains.
+    """Measure the loss by position in the row, and the gain from context beyond the last W tokens.
 
-    On rows of T + 1 consecutive tokens of documents that have so many. W is 512, or a quarter of
-    the context where that is less; the gain is measured on targets with at least 2 W tokens before
-    them, as the loss with the last W of these (up to W + W/8: targets are computed S = W/8 at a
-    time) minus the loss with all.
+    The rows are T + 1 consecutive tokens of documents that are long enough. W is 512, or a quarter
+    of T if that is less. The gain is measured on targets with at least 2 W tokens before them: it
+    is their loss with the last W tokens only, minus their loss with all tokens. (S = W/8 targets
+    are computed together, so the short context has up to W + W/8 tokens.) Losses are in nats.
+    Raises UserError if no document is long enough.
     """
     W = min(512, T // 4)
     S = max(1, W // 8)
@@ -39,7 +40,7 @@ def losses_by_position(
         nll = model.nll(row[None, :-1], row[None, 1:])[0].cpu().double()
         by_position[:, 0].index_add_(0, bucket, nll)
         by_position[:, 1].index_add_(0, bucket, torch.ones(T, dtype=torch.float64))
-        # A short row: W tokens of context for the first of its last S targets.
+        # A short row gives the first of its last S targets W tokens of context.
         short = [row[start - W : start + S] for start in starts]
         for at in range(0, len(short), per_batch := max(1, batch_size * T // (W + S))):
             part = torch.stack(short[at : at + per_batch])  # (B, W + S)
@@ -71,7 +72,7 @@ def losses_by_position(
 
 
 def long_rows(store: TokenStore, T: int, limit: int) -> Iterator[np.ndarray]:
-    """Up to `limit` rows (T + 1,) int64 of consecutive tokens, none of them in two rows."""
+    """Yield up to `limit` rows (T + 1,) int64 of consecutive tokens; rows do not overlap."""
     documents = LongDocuments(store, T + 1)
     if not len(documents):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Losses on held-out data: bits per byte of text, nats per token of conversations by role.
+"""Losses on held-out data: bits per byte of text, and nats per token of conversations by role.
 
 B batch, T time, V vocabulary
 """
@@ -32,12 +32,12 @@ def held_out_batches(
     runtime: Runtime,
     with_roles: bool = False,
 ) -> Iterator[Batch]:
-    """This rank's share of the first rows of one pass over `sources`.
+    """Yield this rank's share of the first rows of one pass over `sources`.
 
-    Over all ranks these are `tokens // sequence_length` rows, at least one, at most all there are:
-    which rows, depends neither on `batch_size` nor on the number of ranks. A batch has `batch_size`
-    rows, the last ones of the last batch empty (targets -1) where the rows do not fill it. Every
-    rank gets the same number of batches.
+    Over all ranks these are `tokens // sequence_length` rows, but at least one and at most all. The
+    choice of rows depends neither on `batch_size` nor on the number of ranks. Every batch has
+    `batch_size` rows; empty rows (targets -1) fill up the last batch. Every rank gets the same
+    number of batches.
     """
     loader = DataLoader(
         sources,
@@ -52,7 +52,7 @@ def held_out_batches(
     left = max(1, tokens // sequence_length)
     while left > 0 and not loader.finished:
         batch = next(loader)
-        # Row r of a batch on rank k is row r * world_size + k of what all ranks read together.
+        # Row r of a batch on rank k is row r * world_size + k of the rows of all ranks.
         mine = max(0, -(-(left - runtime.rank) // runtime.world_size))
         batch.targets[mine:], batch.weights[mine:] = -1, 0
         if batch.roles is not None:
@@ -65,19 +65,20 @@ def held_out_batches(
 def evaluate_bpb(
     model: GPT, batches: Iterable[Batch], token_bytes: torch.Tensor, runtime: Runtime
 ) -> dict[str, Any]:
-    """Mean loss over this rank's `batches`, summed over all ranks.
+    """Compute bits per byte and mean loss over the batches of all ranks; every rank must call this.
 
-    token_bytes: (V,) bytes each token stands for, 0 for special tokens.
-    Returns {"bpb": bits per byte over the targets that stand for bytes, "ci": its 95 % interval,
-    None of a single row, "loss": nats per target over all of them, "tokens": targets counted,
-    "bytes": of the text they stand for, "rows": with such text}. The interval is that of a ratio of
-    sums over rows: it says how far another choice of rows of the same text would be. Raises
-    UserError where there is nothing to measure: infinite and undefined results are impossible.
+    token_bytes: number of bytes that each token stands for, (V,), 0 for special tokens.
+
+    Returns a dictionary: "bpb" is bits per byte over the targets that stand for bytes. "ci" is its
+    95 % interval, or None for a single row; it covers the choice of other rows of the same text
+    (the interval of a ratio of sums over rows). "loss" is nats per target over all targets.
+    "tokens", "bytes" and "rows" count targets, bytes of their text, and rows with text. Raises
+    UserError if there is no text, so that no result is infinite or undefined.
     """
     was_training = model.training
     model.eval()
-    # nats of byte tokens, bytes, nats, targets; for the interval rows, and over rows the sums of
-    # nats squared, nats times bytes and bytes squared
+    # Sums: nats of byte tokens, bytes, nats, targets. For the interval: rows, and sums over rows of
+    # nats squared, nats times bytes, bytes squared.
     totals = torch.zeros(8, dtype=torch.float64)
     for batch in batches:
         nll = model.nll(batch.inputs, batch.targets, batch.doc_ids, boundaries=batch.boundaries)
@@ -94,7 +95,7 @@ def evaluate_bpb(
     bpb, ratio = nats / math.log(2) / size_sum, nats / size_sum
     interval = None
     if rows > 1:
-        squares = max(0.0, xx - 2 * ratio * xy + ratio * ratio * yy)  # of what rows are off by
+        squares = max(0.0, xx - 2 * ratio * xy + ratio * ratio * yy)  # squared deviations
         half = 1.959964 * math.sqrt(squares * rows / (rows - 1)) / size_sum / math.log(2)
         interval = [bpb - half, bpb + half]
     return {
@@ -117,7 +118,7 @@ def bits_per_byte(
     batch_size: int,
     runtime: Runtime,
 ) -> dict[str, Any]:
-    """`evaluate_bpb` of the first rows of an encoded split that hold about `tokens` tokens."""
+    """Run `evaluate_bpb` on the first rows of an encoded split, about `tokens` tokens."""
     batches = held_out_batches(
         [Source(store)],
         tokens,
@@ -138,12 +139,12 @@ def text_loss(
     batch_size: int,
     runtime: Runtime,
 ) -> dict[str, Any]:
-    """`evaluate_bpb` of one text, and the perplexity of its words.
+    """Run `evaluate_bpb` on one text; the result has the perplexity of its words too.
 
-    Every token is a target once, after `<|bos|>` and the tokens before it in a row of
-    `sequence_length`; rows follow one another without overlap. "word_perplexity" is e to the power
-    of the text's nats per word, and "words" are what white space separates: so texts in one
-    language compare between tokenizers. `text` has at least one word.
+    Every token is a target once. Its context is `<|bos|>` and the tokens before it in its row of
+    `sequence_length` tokens; rows do not overlap. "words" counts words separated by white space.
+    "word_perplexity" is e to the power of the nats per word; it can be compared between tokenizers
+    for texts in one language. `text` must have at least one word.
     """
     ids = torch.tensor([tokenizer.bos, *tokenizer.encode(text)])
     T = sequence_length
@@ -170,26 +171,27 @@ def text_loss(
 
 
 def mixture_bpb(sources: Sequence[Source], results: Sequence[Mapping[str, float]]) -> float:
-    """Bits per byte of text in which the sources are mixed by their weights.
+    """Bits per byte of a text in which the sources are mixed by their mixture weights.
 
-    results: of `evaluate_bpb`, one for each source.
+    results: the result of `evaluate_bpb` for each source.
     """
     bits = size = 0.0
     for source, result in zip(sources, results, strict=True):
         passes = float(Fraction(str(source.weight)))
         targets = passes * source.store.num_targets
-        mixed = targets * result["bytes"] / result["tokens"]  # bytes of it in an epoch
+        mixed = targets * result["bytes"] / result["tokens"]  # bytes of the source in an epoch
         bits, size = bits + result["bpb"] * mixed, size + mixed
     return bits / size
 
 
 @torch.no_grad()
 def evaluate_roles(model: GPT, batches: Iterable[Batch], runtime: Runtime) -> dict[str, float]:
-    """Mean loss in nats per token of rendered conversations, over all ranks.
+    """Compute the mean loss of conversations by role, in nats per token; every rank must call this.
 
-    The batches have roles, every token is a target, and those that the assistant must not produce
-    have a weight below 1. Returns {"loss_masked": over what the assistant must produce (what
-    instruction tuning minimises), "loss_<role>": over the tokens of each role that occurs}.
+    The batches must have roles, and every token must be a target; a loss weight below 1 marks the
+    tokens that the assistant does not produce. Returns "loss_masked", over the tokens that the
+    assistant must produce (the objective of instruction tuning), and "loss_<role>", over the tokens
+    of each role that occurs.
     """
     was_training = model.training
     model.eval()
@@ -210,7 +212,7 @@ def evaluate_roles(model: GPT, batches: Iterable[Batch], runtime: Runtime) -> di
 
 
 CONVERSATION_TOKENS = 2**14
-"""Held-out tokens of conversations per evaluation, at most (but at least one row)."""
+"""Largest number of held-out tokens of conversations per evaluation; one row is always used."""
 
 
 def evaluate_held_out(
@@ -221,10 +223,11 @@ def evaluate_held_out(
     phase: Phase,
     runtime: Runtime,
 ) -> dict[str, float]:
-    """What a training stage measures: the first rows of what is held out, the same each time.
+    """Evaluate a model on the first rows of the held-out data, the same ones each time.
 
-    Bits per byte of the texts and, of several, of each one, on `tokens` tokens over all of them;
-    losses by role of the conversations. phase: how long the rows are, and how many a batch has.
+    Returns bits per byte of the texts, on `tokens` tokens over all texts; if there are several,
+    also of each one; and losses by role of the conversations. `phase` gives the length of rows and
+    their number in a batch.
     """
 
     def batches(sources: Sequence[Source], limit: int, with_roles: bool = False) -> Iterator[Batch]:
@@ -241,7 +244,8 @@ def evaluate_held_out(
     texts = held_out.texts
     share = tokens // len(texts)
     results = [
-        # Alone: the weights say how much of a corpus is in the mixture, not how much to read.
+        # Each corpus is read alone: a mixture weight is its part in the mixture, and all corpora
+        # are measured on as many tokens.
         evaluate_bpb(model, batches([replace(source, weight=1)], share), sizes, runtime)
         for source in texts
     ]
@@ -252,7 +256,8 @@ def evaluate_held_out(
             name = re.sub(r"[^A-Za-z0-9.-]+", "_", source.name).strip("._")
             metrics[f"bpb_{name}"] = result["bpb"]
     if held_out.conversations:
-        # Every token is a target, and a weight below 1 tells that it is not the assistant's.
+        # Every token is a target, and a loss weight below 1 marks tokens that are not the
+        # assistant's.
         sources = [replace(s, weight=1, prompt_weight=0.5) for s in held_out.conversations]
         limit = min(tokens, CONVERSATION_TOKENS)
         metrics |= evaluate_roles(model, batches(sources, limit, with_roles=True), runtime)
@@ -260,6 +265,9 @@ def evaluate_held_out(
 
 
 def summed(totals: torch.Tensor, runtime: Runtime) -> torch.Tensor:
-    """float64 sums over all ranks, on the CPU; float32 would lose counts, and MPS has no other."""
+    """Sum float64 totals over all ranks; returns them on the CPU.
+
+    float32 would lose counts, and MPS has no float64.
+    """
     device = "cpu" if runtime.device.type == "mps" else runtime.device
     return runtime.all_reduce_sum(totals.to(device)).cpu()

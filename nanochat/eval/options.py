@@ -1,4 +1,4 @@
-"""What evaluations share: option likelihoods, confidence intervals, and where results are kept.
+"""Log-probabilities of options after a prompt, for multiple-choice evaluations.
 
 B batch, T time, S cache slots, C channels, V vocabulary; P prompt length, L option length
 """
@@ -13,43 +13,43 @@ from nanochat.gpt import GPT
 
 Ids = Sequence[int]
 
-# What one forward pass may hold, whatever the number of problems handed over at once.
+# Limits of one forward pass, whatever the number of problems.
 BATCH_SLOTS = 2**15
-"""Tokens (and cached slots), padding included."""
+"""Largest number of tokens (and cached slots), padding included."""
 BATCH_PAIRS = 2**24
-"""Query-key pairs of a cached prompt: its masks are built from 8-byte distances, so 128 MiB."""
+"""Largest number of query-key pairs of a cached prompt: 128 MiB of 8-byte distances for masks."""
 BATCH_LOGITS = 2**26
-"""Logits: 256 MiB in float32."""
+"""Largest number of logits: 256 MiB in float32."""
 
 
 class Scored(NamedTuple):
-    """An option as the continuation of its prompt."""
+    """Score of an option as the continuation of its prompt."""
 
     logprob: float
-    """Nats, summed over the option's tokens."""
+    """Log-probability in nats, summed over the option's tokens."""
     num_tokens: int
     greedy: bool
-    """Whether every token was the most likely one, given the tokens before it."""
+    """True if every token was the most likely one, given the tokens before it."""
 
 
 class Scorer(Protocol):
-    """Anything that can tell how likely continuations are."""
+    """Interface of objects that score continuations."""
 
     context_length: int
-    """Tokens the model can read at once; a prompt and its option may be one token longer."""
+    """Tokens that the model can read at once; prompt and option together may be one longer."""
 
     def score(self, prompts: Sequence[Ids], options: Sequence[Sequence[Ids]]) -> list[list[Scored]]:
-        """Each prompt's options scored; prompts and options have at least one token."""
+        """Score each prompt's options; prompts and options must have at least one token."""
         ...
 
 
 class GPTScorer:
-    """Scores options with the prompt read once and its keys and values shared among them.
+    """Scores options with a GPT, which reads the prompt once for all of them.
 
-    Three cases, the cheapest that is enough for each problem:
-    - every option is one token: one pass over the prompt, then a look at the logits after it;
-    - one option: one pass over prompt and option;
-    - otherwise the prompt goes into a KV cache, which is copied for each option's tokens.
+    Each problem is scored in the cheapest of three ways:
+    - If every option is one token, one pass over the prompt gives their logits.
+    - A single option takes one pass over prompt and option.
+    - Otherwise the prompt is read into a KV cache, which is copied for each option's tokens.
     """
 
     def __init__(self, model: GPT):
@@ -92,14 +92,14 @@ class GPTScorer:
     def _read_once(
         self, prompts: Sequence[Ids], options: Sequence[Sequence[Ids]]
     ) -> list[list[Scored]]:
-        """One option of any length, or several of one token: no cache is needed."""
+        """Score one option of any length, or several of one token, without a cache."""
         rows = [
             [*prompt, *(choices[0][:-1] if len(choices) == 1 else ())]
             for prompt, choices in zip(prompts, options, strict=True)
         ]
         ids = pad(rows, self.model.device)  # (B, T)
         hidden = self.model.hidden(ids, self.model.make_layout(None, (len(ids), ids.shape[1])))
-        # Only the positions that are scored go through the head.
+        # The head runs only at the positions that are scored.
         row_of, position_of, targets = [], [], []
         for b, (prompt, choices) in enumerate(zip(prompts, options, strict=True)):
             for choice in choices:
@@ -120,7 +120,7 @@ class GPTScorer:
     def _shared(
         self, prompts: Sequence[Ids], options: Sequence[Sequence[Ids]]
     ) -> list[list[Scored]]:
-        """Several options, some of several tokens: the prompt's cache is copied for each."""
+        """Score several options of several tokens; the prompt's cache is copied for each."""
         model, device = self.model, self.model.device
         flat = [choice for choices in options for choice in choices]
         owner = [b for b, choices in enumerate(options) for _ in choices]
@@ -133,7 +133,7 @@ class GPTScorer:
         logprobs = [[value] for value in picked.tolist()]
         greedy = [[value] for value in best.tolist()]
 
-        longer = [n for n, choice in enumerate(flat) if len(choice) > 1]  # N of them
+        longer = [n for n, choice in enumerate(flat) if len(choice) > 1]  # N options
         capacity = max(len(prompts[owner[n]]) + len(flat[n]) - 1 for n in longer)
         copies = model.new_cache(len(longer), max(capacity, longest))
         copies.copy_rows(cache, [owner[n] for n in longer], list(range(len(longer))), longest)
@@ -155,9 +155,10 @@ class GPTScorer:
 
 
 class LogitsScorer:
-    """Scores options one by one with a full forward pass: any causal model, nothing shared.
+    """Scores options with any causal model, with a full forward pass for each option.
 
-    forward: ids (B, T) int64 -> logits (B, T, V); right-padding with id 0 must be harmless.
+    forward: ids (B, T) int64 -> logits (B, T, V). Rows are padded on the right with id 0, which
+    must not change the logits before it.
     """
 
     def __init__(
@@ -201,7 +202,7 @@ class LogitsScorer:
 
 
 def pad(rows: Sequence[Ids], device: torch.device) -> torch.Tensor:
-    """Rows of ids -> (B, longest) int64, filled up with 0 on the right."""
+    """Make a tensor (B, longest) int64 of rows of ids, padded with 0 on the right."""
     ids = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.int64)
     for b, row in enumerate(rows):
         ids[b, : len(row)] = torch.tensor(row)
@@ -209,7 +210,7 @@ def pad(rows: Sequence[Ids], device: torch.device) -> torch.Tensor:
 
 
 def _pick(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits (..., V), targets (...) -> log-probabilities, and whether each is the largest."""
+    """Log-probabilities of targets (...) under logits (..., V), and whether each is the largest."""
     picked = logits.gather(-1, targets[..., None])[..., 0]
     return (picked - logits.logsumexp(-1)).cpu(), (logits.argmax(-1) == targets).cpu()
 
@@ -217,7 +218,7 @@ def _pick(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, to
 def _gather(
     options: Sequence[Sequence[Ids]], logprobs: Sequence[float], greedy: Sequence[bool]
 ) -> list[list[Scored]]:
-    """Per-token results in the order of the options' tokens -> per option."""
+    """Sum per-token results, given in the order of the options' tokens, for each option."""
     results, position = [], 0
     for choices in options:
         scored = []
@@ -232,9 +233,9 @@ def _gather(
 def _batches(
     indices: Sequence[int], widths: Sequence[int], fits: Callable[[Sequence[int], int], bool]
 ) -> list[list[int]]:
-    """Split indices into batches of similar width, each such that fits(batch, its largest width).
+    """Split indices into batches of similar width for which fits(batch, largest width) is true.
 
-    What fits nowhere goes alone.
+    An index that does not fit even alone gets a batch of its own.
     """
     batches: list[list[int]] = []
     for i in sorted(indices, key=lambda i: (-widths[i], i)):
@@ -246,9 +247,10 @@ def _batches(
 
 
 def length_blocks(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Indices in blocks of `size`, longest first: padding is small, memory peaks at the start.
+    """Group indices into blocks of `size`, longest first.
 
-    Ranks take whole blocks, so what is computed together does not depend on their number.
+    Padding is then small, and memory use is highest at the start. Ranks take whole blocks, so that
+    a block's results do not depend on the number of ranks.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     return [order[start : start + size] for start in range(0, len(order), size)]
@@ -259,10 +261,10 @@ def crop(
 ) -> tuple[Ids, Sequence[Ids], bool]:
     """Cut the beginning of a prompt that does not fit the context with its longest option.
 
-    All options keep the same context. An option that fills the context alone keeps its end. The
-    last value says whether anything was cut.
+    All options keep the same prompt. An option that is longer than the context keeps its end. The
+    last value is True if anything was cut.
     """
-    # The last token of an option is predicted, never read.
+    # The last token of an option is predicted and never read.
     room = context_length + 1 - max(len(option) for option in options)
     if room >= len(prompt):
         return prompt, options, False

@@ -1,9 +1,9 @@
-"""The record of what was measured on a run's checkpoints: `report/eval_<stage>-<tag>.json`.
+"""Record of the measurements on a run's checkpoints: `report/eval_<stage>-<tag>.json`.
 
 A measurement is a dictionary: "kind" (bpb, samples, text, core, task, long_context), "name", "step"
-and "weights" of the checkpoint, "settings" (all that its result depends on beside the model),
-"result" and "time". A new one takes the place of an old one only where all but result and time are
-equal: a look at five problems never stands where the whole test was.
+and "weights" of the checkpoint, "settings" (all that the result depends on beside the model),
+"result" and "time". A new measurement replaces an old one only if all but result and time are
+equal. A quick look at five problems therefore never replaces the whole test.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from nanochat.eval.results import mcnemar
 Measurement: TypeAlias = dict[str, Any]
 
 CHAT_CORE: dict[str, dict[str, int | None]] = {
-    # The tasks that nanochat's own ChatCORE is the mean of, and the sizes of their test splits.
+    # The tasks of nanochat's own ChatCORE, with the sizes of their test splits.
     "nanochat's tasks": {
         "arc:easy": 2376,
         "arc:challenge": 1172,
@@ -31,14 +31,14 @@ CHAT_CORE: dict[str, dict[str, int | None]] = {
         "humaneval": 164,
         "spellingbee": None,  # as many words as the word list has for the split
     },
-    # What needs no download.
+    # Tasks that need no download.
     "generated tasks": {"simplespelling": None, "spellingbee": None, "arithmetic": 256},
 }
-"""Set -> its tasks -> problems in the task's whole test split; None: however many there are."""
+"""Sizes of the tasks' whole test splits, by set and task; None: any size is the whole split."""
 _CHAT_CORE_TOKENS = 512
-"""The shortest limit on answers that counts for ChatCORE."""
+"""Smallest limit on the length of answers, in tokens, with which a task counts for ChatCORE."""
 _LIMITS = {"problems", "max_problems", "max_per_task", "digest", "files"}
-"""Settings that differ between a quick look and the whole."""
+"""Settings in which a quick look and the whole measurement differ."""
 
 
 def evaluation_path(stage: str, tag: str) -> Path:
@@ -46,16 +46,16 @@ def evaluation_path(stage: str, tag: str) -> Path:
 
 
 def weights_digest(meta: Mapping[str, Any]) -> str | None:
-    """What tells a checkpoint from another of the same name and step (a run begun anew)."""
+    """SHA-256 of a checkpoint's weights; a run begun anew with the same tag has another one."""
     files: Mapping[str, Mapping[str, str]] = meta.get("files", {})
     return files.get("model.safetensors", {}).get("sha256")
 
 
 def read_measurements(path: Path) -> list[Measurement]:
-    """All that a record holds, of whatever checkpoints of the run; [] if there is no such file.
+    """Read all measurements of a record, of all checkpoints of the run; [] if there is no file.
 
-    Earlier versions kept one checkpoint's results by the task's name; these are converted, and
-    marked with "legacy". Raises ValueError where the file is no record.
+    Earlier versions kept one checkpoint's results by the task's name. These are converted and
+    marked with "legacy". Raises ValueError if the file is not a record.
     """
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
@@ -69,10 +69,10 @@ def read_measurements(path: Path) -> list[Measurement]:
 
 
 def of_checkpoint(meta: Mapping[str, Any]) -> list[Measurement]:
-    """What is known of the checkpoint with this metadata (stage, tag, step, files)."""
+    """Read the measurements of the checkpoint with this metadata (stage, tag, step, files)."""
     try:
         known = read_measurements(evaluation_path(meta["stage"], meta["tag"]))
-    except ValueError:  # torn, or written by hand
+    except ValueError:  # incomplete, or written by hand
         return []
     weights = weights_digest(meta)
     return [
@@ -85,7 +85,7 @@ def of_checkpoint(meta: Mapping[str, Any]) -> list[Measurement]:
 def find(
     measured: Sequence[Measurement], kind: str, name: str, settings: Mapping[str, Any]
 ) -> Measurement | None:
-    """The measurement with exactly these settings."""
+    """Find the measurement with exactly these settings, or None."""
     for one in measured:
         if (one["kind"], one["name"], one["settings"]) == (kind, name, settings):
             return one
@@ -100,9 +100,9 @@ def record(
     result: Mapping[str, Any],
     problems: Sequence[Mapping[str, Any]] = (),
 ) -> Measurement:
-    """Write down a measurement of the checkpoint with this metadata; returns it.
+    """Write a measurement of the checkpoint with this metadata into the record; returns it.
 
-    problems: the lines of a file beside the record, one of each problem of a task.
+    problems: results of the task's problems, which are written to a file beside the record.
     """
     new: Measurement = {
         "kind": kind,
@@ -121,7 +121,7 @@ def record(
         lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in problems]
         paths.atomic_write(problems_path(new), "".join(lines))
     path = evaluation_path(meta["stage"], meta["tag"])
-    with paths.lock(path):  # two evaluations at once would forget each other's results
+    with paths.lock(path):  # without it, two evaluations at once would lose results
         try:
             known = read_measurements(path)
         except ValueError:
@@ -143,7 +143,7 @@ def _replaces(new: Measurement, old: Measurement) -> bool:
         return not is_quick(new)
 
     def identity(one: Measurement) -> Measurement:
-        # CORE is of the task files that are there now: no score of some beside one of all.
+        # CORE depends on which task files exist, so a new score replaces one of other files.
         left_out = {"files"} if one["kind"] == "core" else set()
         return {key: value for key, value in one["settings"].items() if key not in left_out}
 
@@ -159,9 +159,10 @@ def problems_path(one: Measurement) -> Path:
 
 
 def compare(before: Measurement, after: Measurement) -> dict[str, Any] | None:
-    """McNemar's test on the same problems of a task: {"gained", "lost", "p"}.
+    """Compare two measurements of a task by McNemar's test: {"gained", "lost", "p"}.
 
-    None where the settings differ, problems have several answers, or a file is missing or torn.
+    The result is None if the settings differ, if problems have several answers, or if a file of
+    problems is missing or incomplete.
     """
     if (before["name"], before["settings"]) != (after["name"], after["settings"]):
         return None
@@ -185,7 +186,7 @@ def compare(before: Measurement, after: Measurement) -> dict[str, Any] | None:
 
 
 def is_quick(one: Measurement) -> bool:
-    """Whether it is a look at some of what there was to measure."""
+    """True if only a part of what could be measured was measured."""
     settings = one["settings"]
     problems, total = settings.get("problems"), settings.get("of")
     if isinstance(problems, int) and isinstance(total, int):
@@ -194,7 +195,7 @@ def is_quick(one: Measurement) -> bool:
 
 
 def to_show(measured: Sequence[Measurement]) -> list[Measurement]:
-    """All but the quick looks at what was also measured whole, with the same settings otherwise."""
+    """Leave out quick looks for which there is a whole measurement with the same settings."""
 
     def question(one: Measurement) -> str:
         settings = {key: value for key, value in one["settings"].items() if key not in _LIMITS}
@@ -205,7 +206,7 @@ def to_show(measured: Sequence[Measurement]) -> list[Measurement]:
 
 
 def labels(measured: Sequence[Measurement]) -> list[str]:
-    """What each measurement is of, in words: two have one label only if their settings agree."""
+    """Describe each measurement in words; two have the same label only if their settings agree."""
     told = [_described(one) for one in measured]
     groups: dict[str, list[int]] = defaultdict(list)
     for number, label in enumerate(told):
@@ -223,7 +224,7 @@ def labels(measured: Sequence[Measurement]) -> list[str]:
 
 
 def _described(one: Measurement) -> str:
-    """`mmlu, split val, 5 of 1,531 problems`"""
+    """Describe a measurement: `mmlu, split val, 5 of 1,531 problems`."""
     kind, settings, result = one["kind"], one["settings"], one["result"]
     if kind == "bpb":
         corpus = settings.get("corpus", "corpus not recorded")
@@ -257,10 +258,10 @@ def _described(one: Measurement) -> str:
 def chat_core(
     measured: Sequence[Measurement], tasks: Mapping[str, int | None]
 ) -> tuple[float, int]:
-    """(mean centred accuracy, tasks counted) over those of a set that are measured as it asks for.
+    """Compute a set's (mean centred accuracy, number of tasks counted).
 
-    That is on the whole test split, without examples, by the most likely answer. It is a score of
-    the set where all its tasks are counted, and nan where none is.
+    A task counts if it was measured on the whole test split, without examples, with the most likely
+    answer. The mean is the set's score if all its tasks are counted, and nan if none is.
     """
     scores = []
     for name, size in tasks.items():
@@ -280,9 +281,9 @@ def chat_core(
 
 
 def chat_core_texts(measured: Sequence[Measurement]) -> dict[str, str]:
-    """`ChatCORE of nanochat's tasks` -> `0.4012` or `0.4012, partial (4 of 6)`.
+    """Scores by name: `ChatCORE of nanochat's tasks` is `0.4012` or `0.4012, partial (4 of 6)`.
 
-    Sets of which nothing is measured are left out.
+    Sets without a counted task are left out.
     """
     texts = {}
     for name, tasks in CHAT_CORE.items():
@@ -293,7 +294,7 @@ def chat_core_texts(measured: Sequence[Measurement]) -> dict[str, str]:
     return texts
 
 
-# Files of others, and of earlier versions
+# Files of earlier versions, or from elsewhere
 
 
 def _is_measurement(one: Any) -> bool:
@@ -320,7 +321,7 @@ _TASK_SETTINGS = (
 
 
 def _converted(known: Mapping[str, Any]) -> list[Measurement]:
-    """What a record of an earlier version holds."""
+    """Convert a record of an earlier version."""
     found: list[Measurement] = []
 
     def add(kind: str, name: str, settings: Any, result: Any) -> None:
@@ -346,7 +347,7 @@ def _converted(known: Mapping[str, Any]) -> list[Measurement]:
         add("samples", "samples", {}, {"samples": known["samples"]})
     details = known.get("core_tasks")
     details = details if isinstance(details, dict) else {}
-    # Where both are, the tasks tell which one came last.
+    # If both exist, the tasks tell which one came last.
     keys = ("core", "core_partial")
     key = next((k for k in keys if k in details), next((k for k in keys if k in known), None))
     if key is not None:
@@ -354,7 +355,7 @@ def _converted(known: Mapping[str, Any]) -> list[Measurement]:
         settings = {**asked.get("core", {}), "max_per_task": limit}
         add("core", "CORE", settings, {**details, key: known.get(key)})
     results = known.get("results")
-    if isinstance(known.get("chat_core"), int | float):  # of whatever had been measured
+    if isinstance(known.get("chat_core"), int | float):  # mean of the tasks measured
         count = len(results) if isinstance(results, dict) else 0
         name = f"mean of {count} tasks, centred"
         add("chat_core", name, {}, {"chat_core": known["chat_core"]})

@@ -1,4 +1,4 @@
-"""Accuracies as evaluations write them down: intervals, centred scores, paired tests."""
+"""Accuracies with their intervals, centred scores, and tests of differences."""
 
 import math
 from collections.abc import Sequence
@@ -23,12 +23,13 @@ def wilson_interval(correct: float, total: float, z: float = 1.959964) -> tuple[
 
 
 def clustered_interval(hits: Sequence[int], samples: int) -> tuple[float, float]:
-    """95 % interval of the share of right answers, `samples` of them to each problem.
+    """95 % interval of the share of right answers, with `samples` answers to each problem.
 
-    hits: right answers of each problem. Answers to one problem resemble each other: what counts is
-    how far problems differ. Wilson's interval for the number of independent answers that would have
-    this variance: between the number of problems, where all answers to one are alike, and the
-    number of answers, where problems are equally hard.
+    hits: number of right answers to each problem. Answers to one problem resemble each other, so
+    the interval depends on how much the problems differ. It is Wilson's interval for the number of
+    independent answers that would have the same variance. That number lies between the number of
+    problems (all answers to a problem are alike) and the number of answers (all problems are
+    equally hard).
     """
     count = len(hits)
     p = sum(hits) / (count * samples)
@@ -41,9 +42,10 @@ def clustered_interval(hits: Sequence[int], samples: int) -> tuple[float, float]
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """McNemar's exact two-sided p: how likely is so uneven a split if both models are as good?
+    """P-value of McNemar's exact two-sided test: the probability of a split at least this uneven
+    between two equally good models.
 
-    gained, lost: problems that only the one, only the other model answers rightly.
+    gained, lost: numbers of problems that only one, or only the other model answers rightly.
 
     >>> mcnemar(1, 9)
     0.021484375
@@ -54,12 +56,12 @@ def mcnemar(gained: int, lost: int) -> float:
 
 
 def centered(accuracy: float, chance: float) -> float:
-    """0 for guessing, 1 for all right."""
+    """Centre an accuracy: 0 for guessing, 1 for all right."""
     return (accuracy - chance) / (1 - chance)
 
 
 def task_result(correct: float, total: int, chance: float, **more: Any) -> dict[str, Any]:
-    """How every evaluation writes down a task's accuracy; `ci` in `more` replaces Wilson's."""
+    """Make the dictionary of a task's accuracy for the record; `ci` in `more` replaces Wilson's."""
     accuracy = correct / total
     return {
         "accuracy": accuracy,
@@ -73,9 +75,10 @@ def task_result(correct: float, total: int, chance: float, **more: Any) -> dict[
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """The unbiased estimate of P(at least one of k samples is right), arXiv 2107.03374.
+    """Unbiased estimate of P(at least one of k samples is right), arXiv 2107.03374.
 
-    1 - C(samples - correct, k) / C(samples, k), exactly. Needs 1 <= k <= samples.
+    It is 1 - C(samples - correct, k) / C(samples, k), computed exactly. k must be from 1 to
+    samples; UserError otherwise.
     """
     if not 1 <= k <= samples:
         raise UserError(f"pass@{k} needs at least {k} samples of each prompt, got {samples}")

@@ -1,1 +1,1 @@
-"""Learning from rewards and from preferences."""
+"""Reinforcement wing: learning from rewards and from preferences."""

@@ -1,11 +1,12 @@
-"""Direct preference optimisation (DPO, arXiv 2305.18290): pairs, their store, their weights.
+"""Direct preference optimisation (DPO, arXiv 2305.18290): pairs, their store, their loss weights.
 
 P pairs; document 2i of a store is pair i's chosen answer, document 2i + 1 the rejected one
 
-The loss of a pair is -log sigmoid(beta (m_chosen - m_rejected)), where an answer's margin m is its
-log-probability minus that under the reference, the model training began with. Its gradient is that
-of sum(w nll), w being +beta sigmoid(-beta (m_chosen - m_rejected)) on the tokens of the chosen
-answer and minus that on those of the rejected one: DPO is a batch like any other.
+The reference is the model that training began with. An answer's margin m is its log-probability
+minus its log-probability under the reference. The loss of a pair is
+-log sigmoid(beta (m_chosen - m_rejected)). It has the same gradient as sum(w nll), the objective of
+all stages, with w = beta sigmoid(-beta (m_chosen - m_rejected)) on the tokens of the chosen answer,
+and -w on those of the rejected one.
 """
 
 import hashlib
@@ -40,13 +41,13 @@ VERSION = 1
 def encode_pair(
     line: bytes, where: str, tokenizer: Tokenizer, max_tokens: int, system: SystemStyle
 ) -> list[tuple[list[int], list[int]]]:
-    """(ids, mask) of the chosen and of the rejected answer, the mask 1 on the answer alone.
+    """Encode a pair as (ids, mask) of the chosen and of the rejected answer; mask 1 on the answer.
 
-    Raises UserError for a line that is no pair, and for one longer than `max_tokens`.
+    Raises UserError for a line that is not a pair, and for one longer than `max_tokens`.
     """
     try:
         pair = json.loads(line)
-    except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError too
+    except (ValueError, RecursionError) as error:  # wrong UTF-8 is a ValueError too
         raise UserError(f"{where}: not JSON ({error}); write one object per line") from None
     if not isinstance(pair, dict) or not {"messages", "chosen", "rejected"} <= pair.keys():
         shown = str(pair)[:60]
@@ -79,7 +80,10 @@ def pairs_store(
     system: SystemStyle = "tokens",
     bad_rows: Literal["error", "skip"] = "error",
 ) -> TokenStore:
-    """The encoded pairs of a file, under `stores_dir()`; reused while the file stays the same."""
+    """Encode the pairs of a file into a store under `stores_dir()`, reused while nothing changes.
+
+    Raises UserError for a file that cannot be read, for bad lines and for a file without pairs.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -126,17 +130,17 @@ def pairs_store(
 
 @dataclass(frozen=True)
 class AnswerPairs:
-    """An open store with the reference's log-probabilities."""
+    """A store of pairs with the reference's log-probabilities."""
 
     store: TokenStore
     reference: np.ndarray
-    """(documents,) float64: log-probability of each answer under the reference."""
+    """Log-probability of each answer under the reference, (documents,) float64."""
 
     def __len__(self) -> int:
         return len(self.store) // 2
 
     def samples(self, indices: Sequence[int]) -> list[Sample]:
-        """Chosen and rejected answer of each pair in turn."""
+        """List the samples of some pairs: chosen and rejected answer of each pair in turn."""
         return [
             Sample(self.store.ids(d).tolist(), self._mask(d).tolist())
             for i in indices
@@ -144,7 +148,7 @@ class AnswerPairs:
         ]
 
     def of_reference(self, indices: Sequence[int]) -> torch.Tensor:
-        """(2 len(indices),) in the order of `samples`."""
+        """Reference's log-probabilities (2 len(indices),) in the order of `samples`."""
         documents = [d for i in indices for d in (2 * i, 2 * i + 1)]
         return torch.from_numpy(self.reference[documents])
 
@@ -162,10 +166,10 @@ def with_reference(
     runtime: Runtime,
     fill_up: bool = False,
 ) -> AnswerPairs:
-    """Score every answer with the model as it is now, and keep the result in the store's folder.
+    """Score every answer with the model's present weights; keep the result in the store's folder.
 
-    `name` says which model that is; what is there under that name is reused. Every rank calls it
-    and scores a part.
+    `name` identifies the weights; a result saved under that name is reused. Every rank must call
+    this, and scores a part.
     """
     path = store.folder / f"reference-{name}.npy"
     known = None
@@ -203,7 +207,7 @@ def answer_logprobs(
     rows_per_batch: int,
     fill_up: bool = False,
 ) -> tuple[torch.Tensor, list[Rows]]:
-    """Log-probability (2 len(indices),) float64 of every answer, and the rows it was read from."""
+    """Compute the answers' log-probabilities (2 len(indices),) float64; also returns their rows."""
     samples = pairs.samples(indices)
     T = model.config.context_length
     rows = pack_samples(samples, T, rows_per_batch, model.device, fill_up=fill_up)
@@ -215,14 +219,14 @@ def answer_logprobs(
 
 @dataclass(frozen=True)
 class PairScores:
-    """What DPO thinks of some pairs."""
+    """Margins, losses and loss weights of some pairs."""
 
     margins: torch.Tensor
-    """(P,) float64: m_chosen - m_rejected, per token if `length_normalised`."""
+    """Differences m_chosen - m_rejected, (P,) float64; per token if `length_normalised`."""
     losses: torch.Tensor
-    """(P,) float64."""
+    """Losses of the pairs, (P,) float64."""
     weights: torch.Tensor
-    """(2 P,) float64: of each answer's tokens in sum(w nll), chosen and rejected in turn."""
+    """Loss weights w of each answer's tokens, (2 P,) float64, chosen and rejected in turn."""
 
 
 def pair_scores(
@@ -233,10 +237,12 @@ def pair_scores(
     beta: float,
     length_normalised: bool = False,
 ) -> PairScores:
-    """ours, reference, lengths: (2 P,) log-probabilities and token counts of the answers in turn.
+    """Compute margins, losses and weights of P pairs.
 
-    With `length_normalised` an answer's margin is divided by its number of tokens, so that a long
-    answer counts as much as a short one; beta then has to be larger by about that number.
+    ours, reference and lengths are (2 P,): log-probabilities and numbers of tokens, chosen and
+    rejected answer in turn. With `length_normalised` an answer's margin is divided by its number of
+    tokens, so that long and short answers count equally. beta must then be larger by about that
+    number.
     """
     size = lengths.double() if length_normalised else torch.ones_like(ours)
     per_answer = (ours - reference) / size
@@ -247,12 +253,12 @@ def pair_scores(
 
 
 def answer_lengths(samples: Sequence[Sample]) -> torch.Tensor:
-    """(len(samples),) tokens of each answer."""
+    """Number of tokens of each answer, (len(samples),)."""
     return torch.tensor([sum(sample.mask) for sample in samples])
 
 
 def tally_pairs(scores: PairScores, ours: torch.Tensor) -> dict[str, float]:
-    """Sums over pairs; a tie is half a win."""
+    """Sum measurements over pairs; a tie counts as half a win."""
     wins = (torch.sign(scores.margins) + 1) / 2
     return {
         "pairs": float(len(scores.margins)),
@@ -277,7 +283,7 @@ def open_pairs(cfg: RlConfig, start: Start) -> TokenStore:
 def compare(
     cfg: RlConfig, stage: Stage, pairs: AnswerPairs, indices: Sequence[int]
 ) -> tuple[PairScores, torch.Tensor, list[Rows]]:
-    """DPO's scores of some pairs, their log-probabilities, and the rows they are in."""
+    """Score some pairs; returns DPO's scores, the log-probabilities, and the rows of the answers."""
     ours, rows = answer_logprobs(
         stage.model,
         pairs,
@@ -298,7 +304,7 @@ def compare(
 def learn_preferences(
     cfg: RlConfig, stage: Stage, pairs: AnswerPairs, stream: RowStream
 ) -> tuple[StepStats, dict[str, float]]:
-    """One optimizer step on the next pairs, and what to log beside it."""
+    """Take one optimizer step on the next pairs; returns its stats and further measurements."""
     runtime, began = stage.runtime, time.perf_counter()
     indices = [next(stream)[2] for _ in range(cfg.rollouts.prompts_per_step)]
     mine = indices[runtime.rank :: runtime.world_size]
@@ -323,14 +329,14 @@ def learn_preferences(
 
 
 def pair_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """Means over pairs."""
+    """Compute means over pairs from the sums of `tally_pairs`."""
     return {name: value / sums["pairs"] for name, value in sums.items() if name != "pairs"}
 
 
 def evaluate_pairs(
     cfg: RlConfig, stage: Stage, pairs: AnswerPairs, held_out: Sequence[int]
 ) -> dict[str, float]:
-    """Loss, wins and margins on the pairs that are not trained on; each rank its share."""
+    """Compute loss, wins and margins on held-out pairs; each rank scores a share."""
     runtime = stage.runtime
     mine = list(held_out)[runtime.rank :: runtime.world_size]
     stage.model.eval()
@@ -341,7 +347,7 @@ def evaluate_pairs(
 
 
 class PreferencePairs:
-    """Learns from the pairs of a file, and evaluates on those held out at its end."""
+    """Learning from the pairs of a file, and evaluation on the held-out pairs at its end."""
 
     updates = 1
 
@@ -365,5 +371,5 @@ class PreferencePairs:
         return evaluate_pairs(self.cfg, stage, self.pairs, self.held_out)
 
     def learn(self, stage: Stage) -> Iterator[tuple[StepStats, dict[str, float]]]:
-        """The optimizer step on the next pairs, and what to log beside it."""
+        """Take the optimizer step on the next pairs; yields its stats and further measurements."""
         yield learn_preferences(self.cfg, stage, self.pairs, self.stream)

@@ -1,6 +1,6 @@
-"""Policy gradient: answers drawn from the model, judged, and learned from.
+"""Policy gradient: samples answers from the model, judges them, and trains on them.
 
-REINFORCE with a group's mean as its baseline; `nanochat.rl.rollouts` has the algorithm.
+The algorithm is REINFORCE with the mean of a group as its baseline; see `nanochat.rl.rollouts`.
 """
 
 import time
@@ -38,29 +38,29 @@ from nanochat.stage import Stage
 from nanochat.train import StepStats, due, train_step
 
 EVALUATION_SEED = 2**32
-"""Added to the run's seed: what is drawn to evaluate is drawn from streams of its own."""
+"""Number added to the run's seed for evaluation, whose samples need other random streams."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """What a step learns from: this rank's part, and facts about the whole."""
+    """Samples that a step learns from: this rank's part, and counts over all ranks."""
 
     groups: list[Group]
     rows: list[Rows]
     advantages: torch.Tensor
-    """(S,) of the samples in `rows`."""
+    """Advantages (S,) of the samples in `rows`."""
     targets: int
-    """Sampled tokens with an advantage, over all ranks."""
+    """Number of sampled tokens with an advantage, over all ranks."""
     divisor: int
-    """N: sampled tokens of all finished answers, over all ranks."""
+    """N: number of sampled tokens of all finished answers, over all ranks."""
     tokens: int
-    """Input positions, over all ranks."""
+    """Number of input positions, over all ranks."""
     seconds: float
     metrics: dict[str, float]
 
 
 class PolicyGradient:
-    """Draws answers from the model of a stage, to learn from them and to evaluate it."""
+    """Learning from sampled answers of a stage's model, and evaluation of the model."""
 
     def __init__(
         self,
@@ -71,8 +71,11 @@ class PolicyGradient:
         held_out: Sequence[Any],
         runtime: Runtime,
     ):
-        """tasks, held_out: sequences of conversations with `reward(conversation, answer)`, what is
-        trained on in the order of `order`, and what is answered to see whether that helps."""
+        """Prepare the prompts.
+
+        tasks, held_out: sequences of conversations with `reward(conversation, answer)`. Prompts of
+        `tasks` are trained on, in the order of `order`; those of `held_out` are for evaluation.
+        """
         self.cfg, self.start, self.tasks, self.runtime = cfg, start, tasks, runtime
         self.model, self.tokenizer = start.model, start.tokenizer
         rollouts = cfg.rollouts
@@ -89,13 +92,13 @@ class PolicyGradient:
             temperature=rollouts.temperature, max_tokens=rollouts.max_tokens, seed=cfg.run.seed
         )
         check_sampling(self.params)
-        # As in chat_eval, a prompt must leave the answer a quarter of the context.
+        # A prompt must leave a quarter of the context to the answer, as in chat_eval.
         context = self.model.config.context_length
         self.longest_prompt = context - min(rollouts.max_tokens, max(1, context // 4))
         self.problems = self._problems(held_out)
 
     def learn(self, stage: Stage) -> Iterator[tuple[StepStats, dict[str, float]]]:
-        """The optimizer steps on one rollout, each with what to log beside it."""
+        """Take the optimizer steps on one rollout; yields their stats and further measurements."""
         rollout = self.roll_out(stage)
         step = stage.state.step
         every = self.cfg.evaluating.sample_every
@@ -105,14 +108,14 @@ class PolicyGradient:
             yield learn(self.cfg, stage, rollout, update)
 
     def _prompt(self, number: int, source: int, conversation: dict[str, Any]) -> Prompt | None:
-        """None where it is too long."""
+        """Make the prompt of a conversation; None if it is too long."""
         ids = self.tokenizer.render_for_completion(conversation, self.start.system)
         if len(ids) > self.longest_prompt:
             return None
         return Prompt(number, source, ids, conversation)
 
     def _problems(self, held_out: Sequence[Any]) -> list[Prompt]:
-        """What is held out; each problem's number is its place."""
+        """Make the prompts of the held-out problems; a prompt's number is its place."""
         problems: list[Prompt] = []
         for source, task in enumerate(held_out):
             for row in range(len(task)):
@@ -128,7 +131,8 @@ class PolicyGradient:
         return problems
 
     def _next_prompts(self) -> tuple[list[Prompt], int]:
-        """The prompts of a step, the same on every rank, and how many were too long for it."""
+        """Take the prompts of a step, the same on every rank; also counts those left out as too
+        long."""
         prompts: list[Prompt] = []
         too_long = 0
         while len(prompts) < self.cfg.rollouts.prompts_per_step:
@@ -156,7 +160,7 @@ class PolicyGradient:
         return judge
 
     def roll_out(self, stage: Stage) -> Rollout:
-        """Sample the next step's groups, each rank its share, and prepare them for learning."""
+        """Sample the next step's groups, a share on each rank, and prepare them for training."""
         began = time.perf_counter()
         runtime, rollouts = self.runtime, self.cfg.rollouts
         prompts, too_long = self._next_prompts()
@@ -217,7 +221,7 @@ class PolicyGradient:
     def shown(
         self, rollout: Rollout, num_prompts: int = 2, num_answers: int = 3
     ) -> list[tuple[str, str]]:
-        """A few answers with their rewards, of groups that teach if there are any."""
+        """Pick a few answers with their rewards, from groups with advantages if there are any."""
 
         def bonus(verdict: Verdict) -> str:
             return f"bonus {verdict.bonus:g}, " if self.cfg.rollouts.format_bonus else ""
@@ -237,7 +241,7 @@ class PolicyGradient:
         return found
 
     def evaluate(self, stage: Stage) -> dict[str, float]:
-        """Answer the held-out problems, greedily and by sampling; each rank its share."""
+        """Answer the held-out problems, greedily and by sampling, a share on each rank."""
         runtime, samples = self.runtime, self.cfg.evaluating.eval_samples
         mine = self.problems[runtime.rank :: runtime.world_size]
         judge = self.judge(0.0)
@@ -279,9 +283,9 @@ class PolicyGradient:
         return metrics
 
     def _kl(self, groups: Sequence[Group], stage: Stage) -> tuple[float, float]:
-        """Of the samples' tokens, to the model training started from.
+        """Estimate the KL divergence to the model that training started from, on sampled tokens.
 
-        That one is read anew each time: it would otherwise take the memory of a second model.
+        That model is read from its checkpoint each time, so that it takes no memory in between.
         """
         rows = pack_samples(
             [as_sample(group.prompt, c) for group in groups for c in group.completions],
@@ -295,12 +299,12 @@ class PolicyGradient:
 
 
 def in_rounds(steps: int, updates: int) -> int:
-    """`steps` optimizer steps, rounded up to whole rollouts; 0 stays 0."""
+    """Round optimizer steps up to whole rollouts of `updates` steps; 0 stays 0."""
     return -(-steps // updates) * updates
 
 
 def last_question(prompt: Prompt) -> dict[str, Any]:
-    """The message that is to be answered."""
+    """Message of a prompt that is to be answered."""
     messages = [m for m in prompt.conversation["messages"] if m["role"] == "user"]
     return dict(messages[-1] if messages else prompt.conversation["messages"][0])
 
@@ -308,9 +312,10 @@ def last_question(prompt: Prompt) -> dict[str, Any]:
 def learn(
     cfg: RlConfig, stage: Stage, rollout: Rollout, update: int
 ) -> tuple[StepStats, dict[str, float]]:
-    """One optimizer step on a rollout, and what to log beside it.
+    """Take one optimizer step on a rollout; returns its stats and further measurements.
 
-    A rollout without a single advantage is skipped and counted: momentum alone would move weights.
+    A rollout without any advantage is skipped and counted, since a step would move the weights by
+    momentum alone.
     """
     runtime = stage.runtime
     more = rollout.metrics if update == 0 else {}

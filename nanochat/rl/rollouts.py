@@ -1,11 +1,16 @@
-"""Reinforcement learning from rollouts: prompts in order, groups of answers, their advantages.
+"""Rollouts of reinforcement learning: order of prompts, groups of answers, advantages.
 
-The policy gradient is the stages' common objective, sum(w nll) / N over all ranks: a sampled token
-weighs its sample's advantage; prompts, tool outputs and padding are no targets. REINFORCE with the
-mean of the group as its baseline (arXiv 2402.14740), without a division by the group's standard
-deviation or by a sample's length (Dr. GRPO, arXiv 2503.20783), with one denominator for all tokens
-of the step (DAPO, arXiv 2503.14476) and, where a rollout is used more than once, CISPO's clipped
-importance weights (arXiv 2506.13585). `nanochat.rl.rows` has the rows that carry the advantages.
+A group is the answers sampled to one prompt. The objective is that of all stages, sum(w nll) / N
+over all ranks. The loss weight w of a sampled token is its sample's advantage; prompts, tool
+outputs and padding are not trained on. The algorithm is REINFORCE with these choices:
+- The baseline is the mean reward of the group (arXiv 2402.14740).
+- Nothing is divided by the group's standard deviation or by a sample's length (Dr. GRPO, arXiv
+  2503.20783).
+- All tokens of the step have one denominator, N (DAPO, arXiv 2503.14476).
+- If a rollout is used for several steps, CISPO's clipped importance ratios are used (arXiv
+  2506.13585).
+
+`nanochat.rl.rows` makes the rows that carry the advantages.
 """
 
 import math
@@ -24,10 +29,10 @@ from nanochat.runtime import Runtime
 
 
 class RowStream:
-    """Rows of several sources without end, epoch after epoch, in the order of `MixtureOrder`.
+    """Endless stream of rows of several sources, in the order of `MixtureOrder`.
 
-    Every rank reads the whole stream and works on its part, so the order does not depend on the
-    number of ranks; a position is a few integers.
+    Every rank reads the whole stream and works on its part. The order therefore does not depend on
+    the number of ranks. A position is a few integers.
     """
 
     def __init__(self, order: MixtureOrder, names: Sequence[str]):
@@ -37,7 +42,7 @@ class RowStream:
         self._consumed = [[0, 0] for _ in names]
 
     def __next__(self) -> tuple[int, int, int]:
-        """(how many rows came before, source, row)."""
+        """Return (number of rows before it, source, row)."""
         while self._index >= self.order.epoch_length(self._epoch):
             self._epoch, self._index = self._epoch + 1, 0
         source, row = self.order.locate(self._epoch, self._index)
@@ -46,20 +51,20 @@ class RowStream:
         return self.number - 1, source, row
 
     def count(self, source: int, documents: int, tokens: int) -> None:
-        """Note what was trained on."""
+        """Count documents and tokens of a source that were trained on."""
         self._consumed[source][0] += documents
         self._consumed[source][1] += tokens
 
     @property
     def consumed(self) -> dict[str, dict[str, int]]:
-        """Prompts (or pairs) trained on, and their tokens, by source."""
+        """Count prompts (or pairs) trained on, and their tokens, by source."""
         return {
             name: {"documents": documents, "tokens": tokens}
             for name, (documents, tokens) in zip(self.names, self._consumed, strict=True)
         }
 
     def _identity(self) -> dict[str, Any]:
-        """What the meaning of a position depends on."""
+        """Settings that the meaning of a position depends on."""
         return {
             "seed": self.order.seed,
             "sources": [
@@ -71,7 +76,7 @@ class RowStream:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, JSON-able and the same on all ranks."""
+        """Return the position for JSON; it is the same on all ranks."""
         return {
             "epoch": self._epoch,
             "index": self._index,
@@ -81,7 +86,7 @@ class RowStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a position; `UserError` if it was saved over other tasks or another order."""
+        """Go to a position; UserError if it was saved with other tasks or in another order."""
         for key, here in self._identity().items():
             if state.get(key) != here:
                 raise UserError(
@@ -98,24 +103,24 @@ class RowStream:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Something to be answered."""
+    """A prompt that the model answers."""
 
     number: int
-    """Names the random streams of its samples: its place in the stream of all prompts."""
+    """Place in the stream of all prompts; it gives the random streams of the samples."""
     source: int
     ids: list[int]
     conversation: dict[str, Any]
-    """What the judge needs to know."""
+    """Conversation that the prompt is from, for the judge."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one answer is worth."""
+    """Judgement of one answer."""
 
     reward: float
-    """The task's own."""
+    """Reward that the task gives."""
     bonus: float = 0.0
-    """What is added to it in training only."""
+    """Bonus that is added to the reward in training only (--format-bonus)."""
 
 
 Judge = Callable[[Prompt, Completion], Verdict]
@@ -131,7 +136,7 @@ class Group:
 
     @property
     def advantages(self) -> list[float]:
-        """One per sample; all 0 where the group has nothing to tell."""
+        """List one advantage per sample; all 0 if the rewards are equal."""
         return group_advantages(
             [verdict.reward + verdict.bonus for verdict in self.verdicts],
             [completion.finish_reason == "stop" for completion in self.completions],
@@ -139,12 +144,12 @@ class Group:
 
 
 def group_advantages(rewards: Sequence[float], finished: Sequence[bool]) -> list[float]:
-    """What each sample's reward is above the mean of the others in its group.
+    """Compute each sample's advantage: its reward minus the mean of the others in its group.
 
-    That is (reward - group mean) n / (n - 1): the factor undoes what the sample's own part in the
-    mean takes from the gradient, which then is unbiased. Samples that were cut off are left out, of
-    the mean too: what they would have got is not known. So what is maximised is the mean reward of
-    the answers that end. All 0 where fewer than two samples are left, or their rewards are equal.
+    This equals (reward - group mean) n / (n - 1). The factor makes the gradient unbiased although
+    the sample itself is part of the mean. Samples that were cut off get 0 and are not part of the
+    mean, since their reward is not known. Training therefore maximises the mean reward of finished
+    answers. All advantages are 0 if fewer than two samples finished or their rewards are equal.
 
     >>> group_advantages([1, 0, 0, 1], [True, True, True, False])
     [1.0, -0.5, -0.5, 0.0]
@@ -161,7 +166,7 @@ def group_advantages(rewards: Sequence[float], finished: Sequence[bool]) -> list
 
 
 def check_sampling(params: SamplingParams) -> None:
-    """UserError for a way of sampling whose distribution the loss cannot score."""
+    """Raise UserError for sampling settings whose distribution the loss cannot score."""
     for name, neutral in (
         ("top_k", 0),
         ("top_p", 1.0),
@@ -181,9 +186,9 @@ def check_sampling(params: SamplingParams) -> None:
 def roll_out(
     engine: Engine, prompts: Sequence[Prompt], params: SamplingParams, group_size: int, judge: Judge
 ) -> list[Group]:
-    """`group_size` judged answers to each prompt.
+    """Sample and judge `group_size` answers to each prompt.
 
-    An answer depends on the seed, its prompt's number and its own in the group, on nothing else.
+    An answer depends only on the seed, its prompt's number and its own number in the group.
     """
     check_sampling(params)
     answers = engine.generate(
@@ -199,7 +204,7 @@ def roll_out(
 
 
 def checked_reward(reward: object, where: str) -> float:
-    """The reward as a float; UserError unless it is a finite number."""
+    """Return the reward as a float; UserError unless it is a finite number."""
     number = isinstance(reward, int | float | np.number | np.bool_)
     if not number or not math.isfinite(reward):  # type: ignore[arg-type]
         raise UserError(
@@ -209,7 +214,7 @@ def checked_reward(reward: object, where: str) -> float:
 
 
 def tally(groups: Iterable[Group]) -> dict[str, float]:
-    """Sums over samples, ready to be added up over ranks and handed to `describe_tally`."""
+    """Sum measurements over samples; ranks add up the sums and give them to `describe_tally`."""
     sums = dict.fromkeys(
         (
             "groups",
@@ -239,7 +244,7 @@ def tally(groups: Iterable[Group]) -> dict[str, float]:
             sums["truncated"] += completion.finish_reason != "stop"
             sums["sampled_tokens"] += sampled
             sums["trainable_tokens"] += sampled if completion.finish_reason == "stop" else 0
-            # The mean of -log p over samples of p is p's entropy.
+            # The mean of -log p over samples from p is the entropy of p.
             sums["entropy"] -= math.fsum(completion.logprobs)
             outputs = tool_outputs(completion)
             sums["tool_calls"] += len(outputs)
@@ -248,7 +253,7 @@ def tally(groups: Iterable[Group]) -> dict[str, float]:
 
 
 def describe_tally(sums: dict[str, float]) -> dict[str, float]:
-    """Means per sample, per group and per sampled token."""
+    """Compute means per sample, per group and per sampled token from the sums of `tally`."""
     samples = sums["samples"]
     means = {
         "reward": sums["reward"] / samples,
@@ -265,12 +270,12 @@ def describe_tally(sums: dict[str, float]) -> dict[str, float]:
 
 
 def tool_outputs(completion: Completion) -> list[str]:
-    """What each call was answered; a call that the end of the sample cut off has no answer."""
+    """List the outputs of a completion's tool calls; a call cut off at the end has none."""
     return [part["text"] for part in completion.parts if part["type"] == "python_output"]
 
 
 def as_sample(prompt: Prompt, completion: Completion) -> Sample:
-    """What the model wrote is a target, its end token and tool calls included."""
+    """Make a sample; its targets are the sampled tokens, tool calls and end token included."""
     before = len(prompt.ids)
     return Sample(
         [*prompt.ids, *completion.ids],
@@ -280,7 +285,7 @@ def as_sample(prompt: Prompt, completion: Completion) -> Sample:
 
 
 def sum_over_ranks(sums: dict[str, float], runtime: Runtime) -> dict[str, float]:
-    """Every value added up over the ranks, all of which have the same keys."""
+    """Add up every value over the ranks, all of which must have the same keys."""
     if runtime.world_size == 1:
         return sums
     values = torch.tensor(list(sums.values()), dtype=torch.float64, device=runtime.device)
@@ -288,6 +293,6 @@ def sum_over_ranks(sums: dict[str, float], runtime: Runtime) -> dict[str, float]
 
 
 def agree_to_stop(runtime: Runtime) -> None:
-    """What `train_step` does besides, for a step that is skipped."""
+    """Agree on `stop_requested` in a skipped step; `train_step` does so in other steps."""
     stop = torch.tensor(int(runtime.stop_signal), device=runtime.device)
     runtime.stop_requested = bool(runtime.all_reduce_sum(stop).item() > 0)

@@ -1,4 +1,4 @@
-"""Samples packed into rows: what a policy gradient or DPO step trains on.
+"""Rows of packed samples, on which a policy gradient or DPO step trains.
 
 B rows, T time, S samples of a step
 """
@@ -22,27 +22,27 @@ class Sample:
 
     ids: Sequence[int]
     mask: Sequence[int]
-    """1 where the token is a target."""
+    """Mask of `ids`: 1 for tokens that are targets."""
     logprobs: Sequence[float] | None = None
-    """Of each token when it was drawn."""
+    """Log-probability of each token when it was sampled."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A micro-batch of packed samples, whose targets still need weights."""
+    """A micro-batch of packed samples; loss weights are added by `weighted`."""
 
     inputs: torch.Tensor  # (B, T) int64
     targets: torch.Tensor  # (B, T) int64; -1 is ignored
     doc_ids: torch.Tensor  # (B, T) int32
     owner: torch.Tensor
-    """(B, T) int64: the sample a target belongs to, -1 where there is no target."""
+    """Number of the sample that a target belongs to, (B, T) int64; -1 where there is no target."""
     drawn_nll: torch.Tensor
-    """(B, T) float32: -log p of a target when it was drawn; 0 where that is not known."""
+    """Values of -log p of the targets when they were sampled, (B, T) float32; 0 if not known."""
     tokens: int
-    """Input positions that are no padding."""
+    """Number of input positions without padding."""
 
     def weighted(self, per_sample: torch.Tensor, factor: torch.Tensor | None = None) -> Batch:
-        """The batch with weights (S,) by sample, times `factor` (B, T) by token."""
+        """Make a batch with loss weights per_sample (S,), times `factor` (B, T) by token."""
         per_sample = per_sample.to(self.owner.device, torch.float32)
         weights = torch.where(self.owner >= 0, per_sample[self.owner.clamp(min=0)], 0.0)
         weights = weights if factor is None else weights * factor
@@ -64,10 +64,10 @@ def pack_samples(
 ) -> list[Rows]:
     """Pack samples of at most T + 1 tokens into rows, and the rows into micro-batches.
 
-    A micro-batch has at most `rows_per_batch` * T positions. Rows are as long as leaves the least
-    padding: in rows of T, samples a bit longer than T / 2 would leave half of it free. With
-    `fill_up` micro-batches are `rows_per_batch` rows of T all the same: a compiled loss would be
-    compiled again for every other shape.
+    A micro-batch has at most `rows_per_batch` * T positions. The length of the rows is chosen for
+    the least padding: in rows of T, samples a little longer than T / 2 would leave half of each row
+    free. With `fill_up`, all micro-batches have `rows_per_batch` rows of T, since a compiled loss
+    would be compiled again for every other shape. Raises UserError for a longer sample.
     """
     lengths = [len(sample.ids) for sample in samples]
     if not lengths:
@@ -97,7 +97,7 @@ def pack_samples(
                 sample = samples[s]
                 begin, end = end, end + length
                 ids[b, begin:end] = sample.ids
-                # The first token of a document is no target.
+                # The first token of a document is not a target.
                 owner[b, begin + 1 : end] = np.where(np.asarray(sample.mask[1:]) > 0, s, -1)
                 if sample.logprobs is not None:
                     drawn[b, begin:end] = np.negative(sample.logprobs)
@@ -118,7 +118,7 @@ def pack_samples(
 
 
 Pieces: TypeAlias = list[tuple[int, int, int]]
-"""A row: (sample, start, stop) of each."""
+"""Row of pieces: (sample, start, stop) of each."""
 
 
 def _width(rows: Sequence[Pieces]) -> int:
@@ -126,7 +126,7 @@ def _width(rows: Sequence[Pieces]) -> int:
 
 
 def _micro_batches(packed: list[Pieces], positions: int) -> list[list[Pieces]]:
-    """Equally many rows in each, and about equally full ones."""
+    """Divide rows into micro-batches with equally many rows, which are about equally full."""
     rows = sorted(packed, key=lambda pieces: _width([pieces]), reverse=True)
     most = max(1, positions // (_width(rows) - 1))
     size = -(-len(rows) // -(-len(rows) // most))
@@ -143,7 +143,7 @@ def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 @torch.no_grad()
 def score(model: GPT, rows: Sequence[Rows], temperature: float = 1.0) -> list[torch.Tensor]:
-    """-log p (B, T) float32 of each micro-batch's targets under the model as it is now."""
+    """Compute -log p (B, T) float32 of each micro-batch's targets with the present weights."""
     return [model.nll(r.inputs, r.targets, r.doc_ids, temperature) for r in rows]
 
 
@@ -155,11 +155,11 @@ def policy_batches(
     temperature: float,
     max_importance: float | None = None,
 ) -> tuple[list[Batch], float]:
-    """Micro-batches that carry advantages (S,), and how many targets had their weight clipped.
+    """Make micro-batches with advantages (S,) as loss weights; also counts clipped targets.
 
-    With `max_importance` the model is no longer the one that drew the samples: CISPO multiplies
-    each token's weight by p_now / p_drawn, clipped from above, through which no gradient flows. A
-    token whose weight is clipped still has a gradient, unlike in PPO.
+    `max_importance` is for weights that have changed since the samples were drawn. CISPO then
+    multiplies each token's loss weight by its importance ratio p_now / p_drawn, which is clipped
+    from above and has no gradient. Unlike in PPO, a token with a clipped ratio is still trained on.
     """
     if max_importance is None:
         return [r.weighted(advantages) for r in rows], 0.0
@@ -174,10 +174,11 @@ def policy_batches(
 def mean_kl(
     model: GPT, reference: GPT, rows: Sequence[Rows], temperature: float
 ) -> tuple[float, int]:
-    """Sum over targets of an estimate of KL(model || reference), and the number of targets.
+    """Estimate KL(model || reference): its sum over targets, and the number of targets.
 
-    Samples must be the model's own. With r = p_reference / p_model, r - 1 - log r has the mean of
-    -log r, for r has mean 1; but it is never negative, and varies less.
+    The samples must be the model's own. The estimate is r - 1 - log r with r = p_reference /
+    p_model. Its mean is that of -log r, since r has the mean 1. Unlike -log r it is never negative,
+    and it varies less.
     """
     total, count = 0.0, 0
     nll = score(model, rows, temperature), score(reference, rows, temperature)

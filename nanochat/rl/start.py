@@ -1,6 +1,6 @@
-"""How a run of reinforcement learning or preference optimisation begins.
+"""Start of a run of reinforcement learning or preference optimisation.
 
-Its settings are checked, the weights it starts from are found and loaded, its steps are planned.
+These functions check its settings, load the model that it starts from, and plan its steps.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from nanochat.tokenizer import SystemStyle, Tokenizer
 
 
 def check_config(cfg: RlConfig) -> None:
-    """UserError for values that make no sense."""
+    """Raise UserError for settings that cannot work."""
     rollouts = cfg.rollouts
     if cfg.algo == "dpo":
         if not cfg.preferences.pairs:
@@ -45,7 +45,7 @@ def check_config(cfg: RlConfig) -> None:
 def check_resumed(
     cfg: RlConfig, name: str, resumed: dict[str, Any], source: dict[str, Any]
 ) -> None:
-    """UserError where the run `name` would go on with other things than it began with."""
+    """Raise UserError if the run `name` began with another source or other rollouts."""
     if any(source[key] != resumed["source"][key] for key in ("stage", "tag", "step")):
         began, now = (
             f"{s['stage']}/{s['tag']} step {s['step']}" for s in (resumed["source"], source)
@@ -65,7 +65,7 @@ def check_resumed(
 
 @dataclass(frozen=True)
 class Start:
-    """What training starts from, and is compared with."""
+    """Checkpoint that training starts from and is compared with."""
 
     folder: Path
     meta: dict[str, Any]
@@ -75,7 +75,7 @@ class Start:
 
 
 def load_start(run: OpenRun, cfg: RlConfig) -> Start:
-    """The source's model; a resumed run takes the step that it took when it began."""
+    """Load the source's checkpoint; a resumed run takes the step that it began with."""
     resumed, runtime = run.meta, run.runtime
     folder = find(cfg.source, resumed["source"]["step"] if resumed else None, cfg.run.tag)
     meta = read_meta_once(folder, runtime)
@@ -88,7 +88,7 @@ def load_start(run: OpenRun, cfg: RlConfig) -> Start:
 
 
 def model_of(folder: Path, meta: dict[str, Any], runtime: Runtime) -> GPT:
-    """The model of a checkpoint, with its weights."""
+    """Build the model of a checkpoint and load its weights."""
     config = from_dict(GPTConfig, meta["model_config"], str(folder))
     model = build_model(config, runtime.device, runtime.dtype)
     load_weights(folder, meta, model, runtime)
@@ -97,10 +97,10 @@ def model_of(folder: Path, meta: dict[str, Any], runtime: Runtime) -> GPT:
 
 @dataclass(frozen=True)
 class RolloutPlan(Plan):
-    """A plan whose tokens per step are at most so many: how long answers get is not known."""
+    """A plan in which tokens per step are an upper bound, as answers may be shorter."""
 
     what: str = ""
-    """What a step consists of, for people."""
+    """Description of a step's samples, for the console."""
 
     def describe(self) -> str:
         return (
@@ -112,7 +112,7 @@ class RolloutPlan(Plan):
 
 
 def rollout_batching(cfg: RlConfig, samples: int, context: int, world_size: int) -> Batching:
-    """Rows for a step that trains on at most `samples` documents: short ones share a row."""
+    """Batching for steps on at most `samples` documents, of which short ones share a row."""
     rows = 1 if cfg.device_batch_size == "auto" else cfg.device_batch_size
     per_pass = rows * world_size
     return Batching(

@@ -1,1 +1,1 @@
-"""Trained models as folders for transformers."""
+"""Export wing: trained models as folders that transformers loads."""

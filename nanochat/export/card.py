@@ -1,4 +1,4 @@
-"""The model card of an exported model: what it is, how to use it, and what was measured."""
+"""Model card of an exported model: its architecture, its use, and its measurements."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from nanochat.gpt import GPT
 def model_card(
     model: GPT, meta: Mapping[str, Any], modeling_file: str, names: str = "transformers"
 ) -> str:
-    """The text of README.md. names: whose the tensors' names are, transformers' or mlx-lm's."""
+    """Write the text of README.md. names: "transformers" or "mlx", whose tensor names are used."""
     config = model.config
     portable = config.is_portable
     stage, tag, step = (meta.get(key) for key in ("stage", "tag", "step"))
@@ -92,7 +92,7 @@ def _training_rows(meta: Mapping[str, Any]) -> list[str]:
 
 
 def _measurements(meta: Mapping[str, Any]) -> list[str]:
-    """What was measured of this checkpoint, and of those that it was begun from."""
+    """Tables of the measurements of this checkpoint and of those it was started from."""
     lines = ["## Measured", ""]
     for stage, tag, step, known in _lineage(meta):
         measured = [one for one in to_show(known) if one["kind"] in ("bpb", "text", "core", "task")]
@@ -130,7 +130,7 @@ def _cell(kind: str, result: Mapping[str, Any]) -> str:
 
 
 def _bytes_per_token(meta: Mapping[str, Any]) -> dict[str, float]:
-    """Text -> compression, if this checkpoint's tokenizer was evaluated last."""
+    """Bytes per token by text, if this checkpoint's tokenizer was evaluated last."""
     with suppress(OSError, ValueError):
         text = (paths.report_dir() / "tok_eval.json").read_text(encoding="utf-8")
         known = json.loads(text)
@@ -140,7 +140,7 @@ def _bytes_per_token(meta: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _lineage(meta: Mapping[str, Any]) -> Iterator[tuple[str, str, int, list[Measurement]]]:
-    """(stage, tag, step, measurements) of a checkpoint and its ancestors, as long as they exist."""
+    """Yield (stage, tag, step, measurements) of a checkpoint and of its ancestors that exist."""
     while {"stage", "tag", "step"} <= meta.keys():
         stage, tag, step = meta["stage"], meta["tag"], meta["step"]
         trained = meta.get("train_state", {}).get("metrics", {}).get("bpb")

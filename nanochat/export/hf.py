@@ -1,13 +1,13 @@
-"""A trained model as a folder that transformers, and whatever builds on it, can load.
+"""Export of a trained model as a folder that transformers, and programs based on it, can load.
 
 B batch, T time, C channels, V vocabulary
 
-A portable model becomes transformers' own `nanochat` model type. Every other one carries its
-modelling file along (`modeling_nanochat_full.py`) and is loaded with `trust_remote_code=True`.
-Either computes the same logits, and `check` proves it.
+A portable model becomes transformers' own `nanochat` model type. For every other model, the folder
+contains the modelling file (`modeling_nanochat_full.py`), and the model is loaded with
+`trust_remote_code=True`. Both compute the same logits as the original; `check` compares them.
 
-Only the real vocabulary is exported: `config.vocab_size` is the tokenizer's. The rows that our
-embedding and head have beyond it, up to a multiple of 64, are read by nobody and never predicted.
+Only the real vocabulary is exported: `config.vocab_size` is the tokenizer's. The padding rows of
+embedding and head, up to a multiple of 64, are left out, since they are never used.
 """
 
 import json
@@ -42,21 +42,22 @@ FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-"""What an exported folder may hold."""
+"""Names of the files that an exported folder may hold."""
 CHECKED_TOKENS = 512
 TOLERANCE = 1e-3
-"""A logit that is farther from ours is computed otherwise. Rounding alone moves one of a small
-model by up to 1e-5, and more with every layer; a wrong window or rotary base moves it by 0.1."""
+"""Largest accepted difference of a logit. In a small model, rounding alone changes logits by up to
+1e-5, and more with every layer. A wrong window or rotary base changes them by 0.1."""
 
 
 class Check(NamedTuple):
-    """How far an exported folder is from the model it came from."""
+    """Result of comparing an exported folder with its model."""
 
     largest_difference: float
     """Largest difference of any logit, in float32, on random rows as long as the context (at most
-    CHECKED_TOKENS): read at once, and decoded by `generate` as a padded batch with either cache."""
+    CHECKED_TOKENS). The rows are read at once, and decoded by `generate` as a padded batch with
+    each of its two caches."""
     texts: int
-    """Random Unicode texts whose ids and whose decoding agree."""
+    """Number of random Unicode texts whose ids and decoded text agree."""
 
 
 def export(
@@ -71,10 +72,12 @@ def export(
 ) -> Check | None:
     """Write the model to `folder`, which must be new, empty or an earlier export.
 
-    dtype: of the saved weights; float32 is exact. meta: the checkpoint's metadata, for the model
-    card and the style in which system messages are rendered. texts: compare the result with the
-    model first, the tokenizers on so many texts; a folder that fails is not written. names: of the
-    tensors; mlx-lm has others for the `nanochat` type. They are given after the comparison.
+    dtype: dtype of the saved weights; float32 is exact. meta: the checkpoint's metadata, for the
+    model card and the style of system messages. texts: number of texts on which the tokenizers are
+    compared; with None nothing is compared, else the model is compared too, and a folder that
+    differs is not written. names: names of the tensors; mlx-lm's differ from transformers' for the
+    `nanochat` type, and are given after the comparison. Raises UserError if the folder or the model
+    does not fit.
     """
     from transformers import GenerationConfig
 
@@ -116,18 +119,18 @@ def export(
                 temporary / "model.safetensors",
                 metadata={"format": "mlx"},
             )
-            # Releases of mlx-lm differ in where they look for the rotary base.
+            # Versions of mlx-lm look for the rotary base in different places.
             path = temporary / "config.json"
             known = json.loads(path.read_text(encoding="utf-8"))
             known["rope_theta"] = model.config.rope_base
             path.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-        # Written for the owner alone otherwise; a server may run as someone else.
+        # By default only the owner could read the files, but a server may run as another user.
         (temporary / "model.safetensors").chmod(0o644)
         return result
 
 
 def _check_fits_mlx(model: GPT) -> None:
-    """UserError unless mlx-lm's `nanochat` type computes this model."""
+    """Raise UserError unless mlx-lm's `nanochat` type computes this model."""
     config = model.config
     if not config.is_portable:
         raise UserError(
@@ -139,12 +142,12 @@ def _check_fits_mlx(model: GPT) -> None:
 
 
 def hf_config(model: GPT, tokenizer: Tokenizer) -> Any:
-    """The transformers configuration: NanoChatConfig if the model is portable.
+    """Build the transformers configuration; a NanoChatConfig if the model is portable.
 
-    Generation ends where our engine's does: after <|assistant_end|>, and before a new document.
-    <|bos|> is also the padding. No model is trained to predict it, so a loss that leaves padding
-    out misses nothing; and as one of the end tokens it makes `generate` see that padding cannot be
-    told from the ids alone.
+    Generation ends where the engine's does: after <|assistant_end|>, and before a new document.
+    <|bos|> is also the padding token. No model is trained to predict it, so a loss may leave
+    padding out. It is one of the end tokens too; so `generate` knows that padding cannot be told
+    from the ids alone.
     """
     from transformers import NanoChatConfig
 
@@ -205,7 +208,7 @@ _IN_BLOCK = {
 
 
 def hf_name(name: str) -> str:
-    """The name of one of our tensors in transformers; UserError if it has none."""
+    """Name of one of our tensors in transformers; UserError if it has none."""
     if name in _TOP:
         return _TOP[name]
     block = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", name)
@@ -229,7 +232,7 @@ _MLX = {
 
 
 def mlx_name(name: str) -> str:
-    """The name in mlx-lm (0.32) of one of transformers' tensors.
+    """Name in mlx-lm (0.32) of one of transformers' tensors.
 
     >>> mlx_name("model.layers.3.mlp.fc1.weight")
     'transformer.h.3.mlp.c_fc.weight'
@@ -240,7 +243,7 @@ def mlx_name(name: str) -> str:
 
 
 def hf_tensors(model: GPT) -> dict[str, torch.Tensor]:
-    """All parameters under their new names; of those with a row per token, the real vocabulary."""
+    """Parameters by their new names; embeddings and head without padding rows."""
     tensors = {}
     for name, tensor in model.state_dict().items():
         if "embedding" in name or name == "head.weight":
@@ -250,7 +253,7 @@ def hf_tensors(model: GPT) -> dict[str, torch.Tensor]:
 
 
 def _compare_names(tensors: Mapping[str, torch.Tensor], config: Any) -> None:
-    """UserError unless the model of this configuration has exactly these tensors."""
+    """Raise UserError unless the model of this configuration has exactly these tensors."""
     target = model_class(config.model_type == "nanochat")
     with torch.device("meta"):
         expected = {name: t.shape for name, t in target(config).state_dict().items()}
@@ -269,7 +272,7 @@ def _shape(shape: torch.Size | None) -> str:
 
 
 def model_class(portable: bool) -> Any:
-    """The transformers class that an exported model loads as."""
+    """Class of transformers that an exported model is loaded as."""
     from transformers import NanoChatForCausalLM
 
     from nanochat.export.modeling_nanochat_full import NanoChatFullForCausalLM
@@ -277,15 +280,15 @@ def model_class(portable: bool) -> Any:
     return NanoChatForCausalLM if portable else NanoChatFullForCausalLM
 
 
-# Proof
+# Comparison
 
 
 @torch.no_grad()
 def check(folder: Path, model: GPT, tokenizer: Tokenizer, *, texts: int = 1000) -> Check:
     """Load an exported folder and compare it with its origin, both in float32 on the CPU.
 
-    Weights that were saved in another dtype are compared with ours, rounded likewise. Raises
-    RuntimeError where logits or ids differ, or transformers made up or left out a weight.
+    If weights were saved in another dtype, the model's weights are rounded to it first. Raises
+    RuntimeError if logits or ids differ, or if transformers invented or ignored a weight.
     """
     from transformers import PreTrainedTokenizerFast
     from transformers import __version__ as transformers_version
@@ -331,17 +334,17 @@ def check(folder: Path, model: GPT, tokenizer: Tokenizer, *, texts: int = 1000) 
 
 
 def _decoding_difference(ours: GPT, theirs: Any, ids: torch.Tensor, cache: str) -> float:
-    """Largest difference between the logits that `generate` chose from and ours, recomputed.
+    """Compute the largest difference between the logits of `generate` and those of our model.
 
-    ids (2, T), T > 2: the second row is half as long and padded on the left. What is chosen does
-    not matter: ours are computed for the tokens that were chosen, so a tie changes nothing.
+    ids is (2, T) with T > 2; the second row is half as long and padded on the left. Our logits are
+    computed for the tokens that `generate` chose, so ties between tokens do not matter.
     """
     new = min(16, ids.shape[1] // 2)
     prompts = ids[:, new:]  # (2, T - new)
     mask = torch.ones_like(prompts)
     mask[1, : prompts.shape[1] // 2] = 0
     ends = theirs.generation_config.eos_token_id
-    theirs.generation_config.eos_token_id = None  # all rows go on to the last step
+    theirs.generation_config.eos_token_id = None  # no row ends before the last step
     try:
         output = theirs.generate(
             prompts,
@@ -364,7 +367,7 @@ def _decoding_difference(ours: GPT, theirs: Any, ids: torch.Tensor, cache: str) 
 
 
 def random_texts(count: int, seed: int = 0) -> Iterator[str]:
-    """Strings of up to 80 characters from all of Unicode, words and blanks prevailing."""
+    """Yield strings of up to 80 characters from all of Unicode, mostly words and blanks."""
     generator = random.Random(seed)
     planes = [(0x20, 0x7E), (0xA0, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)]
     pieces = [

@@ -1,4 +1,4 @@
-"""Models in the format of transformers, loaded to be evaluated here."""
+"""Loading of models in the format of transformers, for evaluation."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +12,13 @@ from nanochat.runtime import Runtime
 
 @dataclass(frozen=True)
 class HFEncoder:
-    """A transformers tokenizer as far as CORE needs one."""
+    """A transformers tokenizer with the interface that CORE needs."""
 
     tokenizer: Any
 
     @property
     def bos(self) -> int:
-        """The token rows start with; models without one are used to the end token there."""
+        """Token that rows start with; the end token, if the tokenizer has no beginning token."""
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token is not None:
                 return int(token)
@@ -32,10 +32,10 @@ class HFEncoder:
 def load_hf(
     path: str, runtime: Runtime, trust_remote_code: bool = False
 ) -> tuple[LogitsScorer, HFEncoder]:
-    """Any causal language model that transformers can load, by folder or hub id (extra `hf`).
+    """Load a causal language model with transformers, by folder or hub id (needs the extra `hf`).
 
-    Our own exports load without trust: their class is the one of this package.
-    trust_remote_code: run the code that a model of another kind brings along.
+    trust_remote_code: run code that the model's folder contains. Our own exports need no such
+    trust, since their class is in this package. Raises UserError if it cannot be loaded.
     """
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer

@@ -1,18 +1,17 @@
 """A nanochat model with all its options, for transformers.
 
 This file is copied into the folder of an exported model and runs there without the nanochat
-package: it needs torch and transformers alone, and no more of transformers than its base classes.
+package. It needs torch and the base classes of transformers only.
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 B batch, T time, S keys (the cached ones and the T new ones), C channels, H query heads,
 K key/value heads, D head dim, V vocabulary
 
-The function is a decoder with rotary positions, QK-norm, weightless RMSNorm, ReLU^2 MLP (arXiv
-2109.08668), grouped-query attention and a logit softcap, and on top of that: value embeddings on
+The model is a decoder with rotary positions, QK-norm, weightless RMSNorm, ReLU^2 MLP (arXiv
+2109.08668), grouped-query attention and a logit softcap. Its options are: value embeddings on
 alternating layers behind a gate per head (arXiv 2410.17897), scalars per layer on the residual
-stream and on the first embedding, sliding windows, and a rotary base of their own for windowed
-layers.
+stream and on the first embedding, sliding windows, and another rotary base for windowed layers.
 """
 
 from dataclasses import fields
@@ -30,11 +29,11 @@ CACHE_FIELD = next(
     for field in fields(CausalLMOutputWithPast)
     if field.name in ("cache", "past_key_values")
 )
-"""The name under which this version of transformers expects the cache back (5.24 renamed it)."""
+"""Name by which this version of transformers expects the cache in outputs (5.24 renamed it)."""
 
 
 class NanoChatFullConfig(PretrainedConfig):
-    """The names that transformers has for these sizes, and the options' own."""
+    """Configuration with transformers' names for the sizes, and further names for the options."""
 
     model_type = "nanochat_full"
     keys_to_ignore_at_inference = ("cache", "past_key_values")
@@ -60,7 +59,10 @@ class NanoChatFullConfig(PretrainedConfig):
         use_cache: bool = True,
         **kwargs: Any,
     ):
-        """windows: tokens that each layer sees, itself included; 0 = all."""
+        """Store the settings.
+
+        windows: tokens that a query of each layer sees, its own included; 0: all.
+        """
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -82,7 +84,7 @@ class NanoChatFullConfig(PretrainedConfig):
 
 
 class Visibility:
-    """Which keys each query of a forward pass may see, built once per window size."""
+    """Masks of a forward pass: the keys that each query may see, built once per window size."""
 
     def __init__(
         self,
@@ -91,9 +93,10 @@ class Visibility:
         T: int,
         documents: torch.Tensor | None = None,
     ):
-        """attention_mask: (B, up to S), 0 on padding; or (B, 1, T, S) as for static caches.
+        """Prepare the masks.
 
-        documents: (B or 1, T), the document that each token belongs to, in rows that hold several.
+        attention_mask: (B, up to S), 0 on padding; or (B, 1, T, S), as static caches have it.
+        documents: number of each token's document, (B or 1, T); None if rows hold one document.
         """
         self.mask, self.past, self.T, self.documents = attention_mask, past, T, documents
         self.no_padding = attention_mask is None or (
@@ -102,7 +105,8 @@ class Visibility:
         self.masks: dict[int, torch.Tensor | None] = {}
 
     def __call__(self, window: int, S: int, device: torch.device) -> torch.Tensor | None:
-        """bool (B or 1, 1, T, S), True where attended; None: plain causal (for T = 1, all)."""
+        """Mask of a window: bool (B or 1, 1, T, S), True where attended; None: plain causal, or
+        all keys if T = 1."""
         if window not in self.masks:
             self.masks[window] = self._build(window, S, device)
         return self.masks[window]
@@ -122,12 +126,12 @@ class Visibility:
             given = self.mask if self.mask.dtype == torch.bool else self.mask == 0
             visible = visible & given
         elif self.mask is not None and not self.no_padding:
-            # A static cache has slots that the mask does not know yet; no query sees them.
+            # A static cache has slots beyond the mask; no query sees them.
             given = F.pad(self.mask.bool(), (0, S - self.mask.shape[1]))
             visible = visible & given[:, None, None, :]
-        if self.documents is not None:  # there is no cache then: S = T
+        if self.documents is not None:  # without a cache, so S = T
             visible = visible & (self.documents[:, None, :, None] == self.documents[:, None, None])
-        # Padding sees itself: over no key at all, softmax is not defined.
+        # Padding sees itself, since a softmax over no key is not defined.
         return visible | (distance == 0)
 
 
@@ -197,7 +201,7 @@ class DecoderLayer(GradientCheckpointingLayer):
 
 
 class NanoChatFullModel(nn.Module):
-    """Token ids to normalised hidden states."""
+    """The layers: from token ids to normalised hidden states."""
 
     def __init__(self, config: NanoChatFullConfig):
         super().__init__()
@@ -229,13 +233,13 @@ class NanoChatFullModel(nn.Module):
         cu_seq_lens_q: torch.Tensor | None = None,
         **unknown: Any,
     ) -> BaseModelOutputWithPast:
-        """input_ids (B, T), or inputs_embeds (B, T, C) -> hidden states (B, T, C).
+        """Compute hidden states (B, T, C) of input_ids (B, T) or inputs_embeds (B, T, C).
 
         Keywords are those of NanoChatFullForCausalLM.forward.
         """
         for name, value in unknown.items():
-            # output_attentions=False and the like ask for nothing. Position within the cache is
-            # known from the cache itself, and the last names repeat what cu_seq_lens_q says.
+            # Values such as output_attentions=False change nothing. The cache itself knows the
+            # position, and the last names repeat cu_seq_lens_q.
             known = ("cache_position", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
             if name not in known and value is not None and value is not False:
                 raise TypeError(
@@ -275,7 +279,7 @@ class NanoChatFullModel(nn.Module):
             use_cache = self.config.use_cache and not self.training
         if use_cache and cache is None and documents is None and not recomputed:
             cache = DynamicCache()
-        # A static cache counts in a tensor, which its first layer advances in place: + 0 copies it.
+        # A static cache counts in a tensor that its first layer advances in place; + 0 copies it.
         past = 0 if cache is None else cache.get_seq_length() + 0
         if position_ids is None:
             position_ids = (torch.arange(T, device=x.device) + past)[None]
@@ -332,17 +336,18 @@ class NanoChatFullForCausalLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch: int | torch.Tensor | None = None,
         **others: Any,
     ) -> Any:
-        """input_ids (B, T), or inputs_embeds (B, T, C) -> softcapped float32 logits (B, T, V).
+        """Compute float32 logits (B, T, V) of input_ids (B, T) or inputs_embeds (B, T, C).
 
-        attention_mask is 0 on padding, which may be on either side. position_ids (B or 1, T) that
-        do not grow from one token to the next begin another document, which sees nothing of those
-        before it in its row; cu_seq_lens_q and its like are accepted beside them. logits_to_keep:
-        only the last so many positions (0: all), or the positions in a tensor. cache and
-        past_key_values are two names of one argument: transformers calls it `cache` from 5.24 on.
-        num_items_in_batch and shift_labels go to the loss. Raises TypeError for every other keyword
-        that is set, and ValueError for inputs_embeds where the model has value embeddings.
+        attention_mask: 0 on padding, which may be on either side. position_ids: (B or 1, T). A
+        position that is not larger than the one before it begins another document, which does not
+        see the documents before it in its row. cu_seq_lens_q and similar arguments are accepted
+        beside position_ids. logits_to_keep: number of last positions (0: all), or a tensor of
+        positions. cache and past_key_values are two names of one argument; transformers calls it
+        `cache` from 5.24 on. num_items_in_batch and shift_labels are given to the loss. Raises
+        TypeError for every other keyword that is set, and ValueError for inputs_embeds if the model
+        has value embeddings.
         """
-        # In the signature it would be one more of the labels that the Trainer waits for.
+        # shift_labels is not in the signature, where the Trainer would take it for a label.
         shift_labels = others.pop("shift_labels", None)
         output = self.model(
             input_ids,
@@ -376,14 +381,14 @@ class NanoChatFullForCausalLM(PreTrainedModel, GenerationMixin):
 def documents_of(
     position_ids: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """The number (B or 1, T) of each token's document in its row; None: one document per row.
+    """Number of each token's document in its row, (B or 1, T); None if rows hold one document.
 
-    A document begins where a position is not beyond the one before it. Padding has whatever
-    position, and is passed over.
+    A document begins at a position that is not larger than the one before it. The positions of
+    padding are ignored.
     """
     T = position_ids.shape[1]
     if attention_mask is not None and attention_mask.ndim != 2:
-        return None  # who computes such a mask says everything in it
+        return None  # a mask of this form contains everything
     index = torch.arange(T, device=position_ids.device)
     real = torch.ones_like(position_ids, dtype=torch.bool)
     if attention_mask is not None:
@@ -410,6 +415,6 @@ def rotary_table(
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x (B, heads, T, D): pair (i, i + D/2) is turned by minus its angle."""
+    """Rotate the pairs (i, i + D/2) of x (B, heads, T, D) by minus their angles."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)

@@ -1,4 +1,4 @@
-"""Our tokenizer and its rendering of conversations, as transformers and tokenizers know them."""
+"""Conversion of the tokenizer and its rendering of conversations to transformers' formats."""
 
 import json
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ from typing import Any
 from nanochat.errors import UserError
 from nanochat.tokenizer import SystemStyle, Tokenizer
 
-# A conversation as `Tokenizer.render_conversation` renders it. `generation` marks what that one's
-# mask marks, for `apply_chat_template(..., return_assistant_tokens_mask=True)`. A template can only
-# produce text, and in text the tokenizer takes a special token's spelling for the token: a message
-# that contains one is refused rather than let it end its turn.
+# This template renders a conversation as `Tokenizer.render_conversation` does. `generation` marks
+# the tokens with mask 1, for `apply_chat_template(..., return_assistant_tokens_mask=True)`. A
+# template can only produce text, in which the tokenizer would take the spelling of a special token
+# for the token itself. So a message that spells one is refused.
 CHAT_TEMPLATE = r"""{%- set special_tokens = SPECIAL_TOKENS -%}
 {%- set merge_system = MERGE_SYSTEM -%}
 {%- macro plain(text) -%}
@@ -119,11 +119,11 @@ CHAT_TEMPLATE = r"""{%- set special_tokens = SPECIAL_TOKENS -%}
 
 
 def hf_tokenizer(tokenizer: Tokenizer, context_length: int, system: SystemStyle = "tokens") -> Any:
-    """The same vocabulary and rules as a transformers tokenizer.
+    """Build a transformers tokenizer with the same vocabulary and rules.
 
     Calling it on a text gives a pretraining document, `[bos] + encode(text)`; with
-    `add_special_tokens=False`, `encode(text)`. Where a text spells a special token it gives the
-    token, unlike ours, unless it is called with `split_special_tokens=True`.
+    `add_special_tokens=False` it gives `encode(text)`. Unlike ours, it encodes the spelling of a
+    special token as that token, unless it is called with `split_special_tokens=True`.
     """
     from tokenizers import (
         AddedToken,
@@ -170,17 +170,18 @@ def hf_tokenizer(tokenizer: Tokenizer, context_length: int, system: SystemStyle 
 
 
 def chat_template(system: SystemStyle = "tokens") -> str:
-    """The Jinja template; see its comment for where it is stricter than our renderer."""
+    """Return the Jinja template; its comment says in what it is stricter than our renderer."""
     names = json.dumps(list(Tokenizer.SPECIAL_TOKENS))
     merge = json.dumps(system == "merge")
     return CHAT_TEMPLATE.replace("SPECIAL_TOKENS", names).replace("MERGE_SYSTEM", merge)
 
 
 def bpe_merges(ranks: Sequence[bytes]) -> list[tuple[int, int]]:
-    """The two tokens that each token of more than one byte was merged from, in the order of ranks.
+    """Find the two tokens that each token of several bytes was merged from, in the order of ranks.
 
-    A token's bytes, merged by the rules learned before it, end as exactly the two tokens whose
-    merge it is. UserError if they do not: then the list is not what byte-pair encoding learns.
+    When a token's bytes are merged by all earlier rules, exactly two tokens are left, and the token
+    is their merge. Raises UserError if it is otherwise: byte-pair encoding never learns such a
+    list.
 
     >>> bpe_merges([b"a", b"b", b"ab", b"aab"])
     [(0, 1), (0, 2)]
@@ -208,20 +209,20 @@ def bpe_merges(ranks: Sequence[bytes]) -> list[tuple[int, int]]:
 
 
 def oniguruma_pattern(pattern: str) -> str:
-    """Our split pattern in the dialect of the tokenizers library.
+    """Convert the split pattern to the dialect of the tokenizers library.
 
-    There a possessive `{1,2}+` repeats the group instead. A digit run needs no possessive: nothing
-    follows it that could make it give back. (`$` also matches before a line's end there, but not
-    after `\\s++`, which has taken that too.)
+    In that dialect `{1,2}+` is not possessive but repeats the group. A run of digits does not need
+    to be possessive, since nothing follows it that could force backtracking. (`$` also matches
+    before a line end in that dialect, but not after `\\s++`, which has consumed the line end.)
     """
     return pattern.replace("{1,2}+", "{1,2}")
 
 
 def _byte_letters() -> list[str]:
-    """The printable character that stands for each byte, as GPT-2 chose them.
+    """List the printable character that stands for each byte, as in GPT-2.
 
-    Bytes that are printable Latin-1 characters stand for themselves, the others are numbered from
-    U+0100.
+    Bytes that are printable Latin-1 characters stand for themselves; the others are numbered from
+    U+0100 on.
     """
     letters, unprintable = [], 0
     for byte in range(256):

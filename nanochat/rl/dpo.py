@@ -283,7 +283,7 @@ def open_pairs(cfg: RlConfig, start: Start) -> TokenStore:
 def compare(
     cfg: RlConfig, stage: Stage, pairs: AnswerPairs, indices: Sequence[int]
 ) -> tuple[PairScores, torch.Tensor, list[Rows]]:
-    """Score some pairs; returns DPO's scores, the log-probabilities, and the rows of the answers."""
+    """Score some pairs; returns DPO's scores, the log-probabilities, and the answers' rows."""
     ours, rows = answer_logprobs(
         stage.model,
         pairs,

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server and the chat page."""
+"""Server wing: an OpenAI-compatible server and the chat page."""

@@ -1,8 +1,8 @@
-"""The chat server: OpenAI's HTTP interface over the decoding engine, and the web page.
+"""Chat server: OpenAI's HTTP interface to the decoding engine, and the web page.
 
-The event loop checks input (`protocol`), hands prompts to the engine's thread (`service`), and
-turns what comes out into responses. Answers may carry a `notice`: the oldest turns did not fit into
-the context, or more tokens were asked for than it has.
+The event loop checks requests (`protocol`), gives prompts to the engine's thread (`service`), and
+turns its events into responses. A response has a `notice` if the oldest messages did not fit into
+the context, or if the request asked for more tokens than the context has.
 """
 
 import asyncio
@@ -40,11 +40,11 @@ from nanochat.serve.service import ApiError, ClientGone, Job, Served, Service
 
 UI = Path(__file__).with_name("ui")
 KEEP_ALIVE_SECONDS = 15.0
-"""A stream that waits for a row sends a comment this often, for proxies that cut silent ones."""
+"""Seconds between comments in a stream that waits, since some proxies cut silent streams."""
 
 
 class EventStream(Response):
-    """Server-sent events. The job ends with the response, however that ends."""
+    """A response of server-sent events; the job ends with it, also if the client leaves."""
 
     media_type = "text/event-stream"
 
@@ -72,7 +72,7 @@ class EventStream(Response):
 
 @asynccontextmanager
 async def watched(job: Job, receive: Receive) -> AsyncIterator[None]:
-    """Meanwhile, a client that leaves ends the job's events with ClientGone."""
+    """Watch the client during the block; if it leaves, the job's events end with ClientGone."""
 
     async def watch() -> None:
         while True:
@@ -99,7 +99,7 @@ def create_app(
     cors: Sequence[str] = (),
     hosts: tuple[str, ...] | None = None,
 ) -> FastAPI:
-    """The application. hosts: names it answers to, lower case; None: any."""
+    """Build the application. hosts: names that it answers to, in lower case; None: any."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -115,7 +115,7 @@ def create_app(
     app = FastAPI(
         title="nanochat", docs_url=None, redoc_url=None, lifespan=lifespan, responses=errors
     )
-    # The last one added is the first to see a request: preflights carry no key.
+    # The middleware added last sees a request first. CORS is last, since preflights have no key.
     app.add_middleware(Guard, service=service, endpoints=ENDPOINTS, api_key=api_key, hosts=hosts)
     if cors:
         app.add_middleware(
@@ -160,7 +160,7 @@ def create_app(
         return n
 
     def answer_length(served: Served, asked: int | None) -> tuple[int, str]:
-        """Tokens that the answer may have at most, and a notice where more were asked for."""
+        """Largest number of tokens of the answer, and a notice if the request asked for more."""
         context = served.engine.context_length
         if asked is not None and asked > context:
             return context, f"max_tokens {asked} is more than the context of {context} tokens"
@@ -349,7 +349,7 @@ PAGE = {"/": UI / "index.html"} | {
     for path in sorted(files)
     if path.suffix in TYPES and path.name != "index.html"
 }
-"""The page's files by their paths."""
+"""Files of the page by their paths."""
 ENDPOINTS = {
     "/v1/chat/completions",
     "/v1/completions",
@@ -362,7 +362,7 @@ ENDPOINTS = {
 
 
 def add_file(app: FastAPI, route: str, path: Path) -> None:
-    """One file of the page; there is no folder that a path could climb out of."""
+    """Serve one file of the page; only single files are served, so no path can leave a folder."""
 
     async def read() -> Response:
         headers = {"cache-control": "no-cache"}
@@ -372,7 +372,7 @@ def add_file(app: FastAPI, route: str, path: Path) -> None:
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """The schema without FastAPI's 422: invalid requests are answered with 400, as OpenAI does."""
+    """OpenAPI schema without FastAPI's status 422; invalid requests get 400, as OpenAI's do."""
     if app.openapi_schema is None:
         app.openapi_schema = FastAPI.openapi(app)
         for methods in app.openapi_schema["paths"].values():

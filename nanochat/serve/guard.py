@@ -1,4 +1,4 @@
-"""What every request meets before the server's endpoints."""
+"""Checks of every request before it reaches the server's endpoints."""
 
 import asyncio
 import hmac
@@ -13,9 +13,9 @@ from nanochat.serve.service import ApiError, Service
 
 
 class PromptConnection(H11Protocol):
-    """A connection that ends where no whole request head comes in time.
+    """A connection that is closed if no complete request head arrives in time.
 
-    uvicorn itself waits for ever for a connection's first bytes, and for the rest of a head.
+    uvicorn itself waits without limit for a connection's first bytes and for the rest of a head.
     """
 
     head_seconds = 30.0
@@ -34,7 +34,7 @@ class PromptConnection(H11Protocol):
         self._unwatch()
 
     def _watch(self) -> None:
-        """The clock runs from a head's first byte, and further bytes do not set it back."""
+        """Start the clock at a head's first byte; further bytes do not start it again."""
         if self.cycle is not None and not self.cycle.response_complete:
             self._unwatch()
         elif self._deadline is None:
@@ -54,10 +54,10 @@ class PromptConnection(H11Protocol):
 
 
 class Guard:
-    """Looks at every request first: its host, key, size and type; and at every response's headers.
+    """Checks every request's host, key, size and content type, and sets headers of every response.
 
-    The host is checked because a page of another site can make a browser call a local server by
-    pointing its own name at 127.0.0.1 (DNS rebinding).
+    The host is checked because of DNS rebinding: a page of another site can make a browser call a
+    local server by pointing its own name at 127.0.0.1.
     """
 
     HEADERS = (
@@ -79,7 +79,7 @@ class Guard:
         api_key: str | None,
         hosts: tuple[str, ...] | None,
     ):
-        """endpoints: the paths that are counted by name; clients may ask for any others."""
+        """Wrap app. endpoints: paths that are counted by name; all others are counted together."""
         self.app, self.service, self.endpoints = app, service, endpoints
         self.api_key, self.hosts = api_key, hosts
 
@@ -128,7 +128,7 @@ class Guard:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.service.limits.max_body_bytes:
             raise self._too_large()
-        # A page of another site may send any other type without asking its browser first (CORS).
+        # With any other type, a page of another site could send a request without a CORS preflight.
         kind = headers.get(b"content-type", b"").decode("latin-1")
         if method == "POST" and kind.partition(";")[0].strip().lower() != "application/json":
             raise ApiError(
@@ -140,14 +140,14 @@ class Guard:
         return ApiError(413, f"the request has more than {limit} bytes", "request_too_large")
 
     def _bounded(self, receive: Receive) -> Receive:
-        """The request's body, as long as it is neither too large nor too slow."""
+        """Wrap receive; raises an error if the request's body is too large or too slow."""
         size = 0
         deadline = time.monotonic() + self.service.limits.body_seconds
         whole = False
 
         async def bounded() -> Message:
             nonlocal size, whole
-            if whole:  # what comes now is the end of the connection
+            if whole:  # the next message is the end of the connection
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), deadline - time.monotonic())

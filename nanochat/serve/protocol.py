@@ -1,8 +1,8 @@
-"""OpenAI's interface as data: what clients may send, and the answers and streamed lines they get.
+"""OpenAI's interface as data: requests, and the parts of responses and streams.
 
-Beyond OpenAI's fields, requests may set `top_k`, `min_p` and `repetition_penalty`, answers carry
-`parts` (the text, tool calls and outputs they are made of), and streamed pieces of a call or its
-output come as `delta.part`.
+Some fields are not OpenAI's: requests may set `top_k`, `min_p` and `repetition_penalty`. Answers
+have `parts` (their text, tool calls and outputs), and streamed pieces of a call or its output come
+as `delta.part`.
 """
 
 import json
@@ -22,7 +22,7 @@ from nanochat.serve.service import ApiError, Job, Limits, Served
 
 
 def _whole_text(value: Any) -> Any:
-    """Text whose lone surrogates, which JSON can spell and UTF-8 cannot, are U+FFFD."""
+    """Replace lone surrogates, which JSON can contain and UTF-8 cannot, by U+FFFD."""
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return value
@@ -66,7 +66,7 @@ class SystemMessage(BaseModel):
 
 
 class AssistantMessage(BaseModel):
-    """What this server answered: `content`, or better `parts`, where the calls are too."""
+    """An earlier answer: its `content`, or better its `parts`, which include tool calls."""
 
     model_config = ConfigDict(strict=True)
 
@@ -77,14 +77,14 @@ class AssistantMessage(BaseModel):
     function_call: None = None
 
     def said(self) -> list[dict[str, str]]:
-        """The parts, as far as there is something to read in them.
+        """List the parts that are not empty.
 
-        An answer may be empty, and an untrained model writes outputs that follow no call.
+        An answer may be empty, and an untrained model may write outputs without a call.
         """
         parts = self.content if isinstance(self.content, list) else self.parts or []
         if isinstance(self.content, str):
             written = "".join(part.text for part in parts if part.type == "text")
-            if not parts or written != self.content:  # a client that knows no parts edited it
+            if not parts or written != self.content:  # the client edited only `content`
                 parts = [Part(type="text", text=self.content)]
         kept: list[dict[str, str]] = []
         for part in parts:
@@ -110,8 +110,8 @@ class StreamOptions(BaseModel):
 
 
 class SamplingFields(BaseModel):
-    """What both endpoints understand. Unknown fields are ignored, known ones that the server
-    cannot honour are refused unless they ask for nothing."""
+    """Fields of both endpoints. Unknown fields are ignored. Known fields that the server does not
+    support are refused, unless their value changes nothing."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -144,7 +144,7 @@ class SamplingFields(BaseModel):
             return default if value is None else value
 
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        greedy = self.top_p == 0  # nothing but the most likely token
+        greedy = self.top_p == 0  # only the most likely token is left
         return SamplingParams(
             temperature=0.0 if greedy else chosen(self.temperature, limits.temperature),
             top_p=self.top_p or 1.0,
@@ -198,10 +198,10 @@ class CompletionRequest(SamplingFields):
 
 
 def check_messages(messages: Sequence[ChatMessage], limits: Limits) -> dict[str, Any]:
-    """The conversation; ApiError where it is too large or makes no sense.
+    """Build the conversation; ApiError if it is too large or its roles make no sense.
 
-    Empty messages of system and assistant are left out: the schema of conversations has no place
-    for them, and clients send back what they were answered.
+    Empty messages of system and assistant are left out. The schema of conversations does not allow
+    them, and clients send an empty answer back with the next request.
     """
 
     def wrong(words: str) -> ApiError:
@@ -238,24 +238,24 @@ def check_messages(messages: Sequence[ChatMessage], limits: Limits) -> dict[str,
 
 
 def as_prompts(prompt: Any) -> list[str | list[int]]:
-    """One prompt or several, each text or token ids."""
+    """Make a list of prompts; each is text or token ids."""
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
         return [prompt]
     return list(prompt)
 
 
-# What clients get
+# Responses
 
 
 def token_entries(served: Served, completion: Completion, start: int, end: int) -> list[Any]:
-    """The sampled ordinary tokens among ids[start:end], as OpenAI's chat logprobs."""
+    """List the sampled ordinary tokens among ids[start:end] as OpenAI's chat logprobs."""
     tokenizer = served.engine.tokenizer
     ordinary = len(tokenizer.ranks)
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         return {
             "token": tokenizer.decode([token]),
-            # JSON has no infinity; OpenAI's own floor.
+            # JSON has no infinity, so the smallest value is OpenAI's.
             "logprob": max(logprob, -9999.0),
             "bytes": list(tokenizer.decode_bytes([token])),
         }
@@ -271,7 +271,7 @@ def token_entries(served: Served, completion: Completion, start: int, end: int) 
 
 
 def flat_logprobs(entries: list[Any], top: int, start: int = 0) -> dict[str, Any]:
-    """The same in the shape of /v1/completions. start: characters in the tokens before these."""
+    """Convert entries to the form of /v1/completions. start: characters before these tokens."""
     tokens = [entry["token"] for entry in entries]
     offsets = list(accumulate(map(len, tokens), initial=start))[:-1]
     return {
@@ -301,7 +301,7 @@ def event_line(content: dict[str, Any]) -> str:
 
 
 class _Progress:
-    """Which tokens of each sample have been reported, for streamed log-probabilities."""
+    """Number of tokens of each sample reported so far, for streamed log-probabilities."""
 
     def __init__(self, job: Job):
         self.served = job.served
@@ -331,7 +331,7 @@ class _Progress:
 async def chat_chunks(
     job: Job, head: dict[str, Any], logprobs: bool, want_usage: bool
 ) -> AsyncIterator[str]:
-    """The lines of a streamed chat completion."""
+    """Yield the lines of a streamed chat completion."""
     progress = _Progress(job)
     extra = {"usage": None} if want_usage else {}
 
@@ -367,7 +367,7 @@ async def chat_chunks(
 async def completion_chunks(
     job: Job, head: dict[str, Any], logprobs: int | None, want_usage: bool
 ) -> AsyncIterator[str]:
-    """The lines of a streamed text completion."""
+    """Yield the lines of a streamed text completion."""
     progress = _Progress(job)
     extra = {"usage": None} if want_usage else {}
     try:
@@ -396,7 +396,7 @@ async def completion_chunks(
 
 
 def merged(events: list[Event]) -> list[Event]:
-    """Neighbouring pieces of one part as one event: a client that lags gets fewer, longer ones."""
+    """Join consecutive pieces of one part, so that a slow client gets fewer, longer events."""
     result: list[Event] = []
     for event in events:
         last = result[-1] if result else None

@@ -1,4 +1,4 @@
-"""Words for requests that do not fit the interface: which field is wrong, and what would be right.
+"""Error messages for invalid requests: which field is wrong, and which values are allowed.
 
 FastAPI reports every way in which a value failed every type that its field may have. A client gets
 the one failure that lies deepest in what it sent, named by the path in its own JSON.
@@ -61,17 +61,17 @@ UNSUPPORTED = {
     "suffix": "leave it out",
     "best_of": "only 1: ask for n samples and choose",
 }
-"""Fields that a client may know from elsewhere: what is supported of them, and why no more."""
+"""Fields of other servers that are not supported, with the supported values and the reason."""
 
 _SHAPES = {
     "stop": "must be a string of 1 to 200 characters, or a list of at most 16 of them",
     "prompt": "must be a string, a list of token ids, or a list of strings or lists of token ids",
 }
-"""Fields of several types: all that they may be, in one sentence."""
+"""Fields of several types, with all allowed types in one sentence."""
 
 
 def refusal(errors: Sequence[Any], body: Any) -> ApiError:
-    """The answer to a request. errors: pydantic's, with locations that begin with "body"."""
+    """Make the error for a request. errors: pydantic's, with locations that begin with "body"."""
     first = errors[0]
     if first["type"] == "json_invalid":
         what = first.get("ctx", {}).get("error", "it cannot be read")
@@ -94,7 +94,7 @@ def refusal(errors: Sequence[Any], body: Any) -> ApiError:
 
 
 def _path(error: Any, body: Any) -> list[str | int]:
-    """Where the client's own JSON is wrong: `("body", "stop", "constrained-str")` -> `["stop"]`."""
+    """Path of an error in the client's JSON: `("body", "stop", "constrained-str")` gives `stop`."""
     path: list[str | int] = []
     node = body
     for step in error["loc"][1:]:
@@ -108,13 +108,13 @@ def _path(error: Any, body: Any) -> list[str | int]:
 
 
 def _shown_path(path: Sequence[str | int]) -> str:
-    """`["messages", 0, "content"]` -> `messages[0].content`."""
+    """Format a path: `["messages", 0, "content"]` -> `messages[0].content`."""
     return "".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in path).lstrip(".")
 
 
 def _words(group: Sequence[Any]) -> str:
-    """What is wrong with one value, from its failures as each of its types."""
-    # A value that is of one of the types, and too long, is not told that it could be another.
+    """Describe what is wrong with one value, from the errors for each of its allowed types."""
+    # If the value has an allowed type but is too long, the other types are not mentioned.
     first = next((e for e in group if _kind(e) is None), None)
     got = _shown(group[0]["input"])
     if first is None:
@@ -141,7 +141,7 @@ def _words(group: Sequence[Any]) -> str:
 
 
 def _kind(error: Any) -> str | None:
-    """The type that the value failed to be; None where it failed otherwise."""
+    """Type that the value should have had; None for an error that is not about its type."""
     name = error["type"]
     for ending in ("_type", "_parsing", "_parsing_size", "_from_float", "_unicode"):
         name = name.removesuffix(ending)

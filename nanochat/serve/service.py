@@ -1,5 +1,5 @@
-"""The server's work behind HTTP: the models, the thread that decodes for all requests of all of
-them, the queue of bounded length before it, and what is counted."""
+"""Service behind the HTTP interface: the models, the thread that decodes for all requests, the
+bounded queue of requests, and metrics."""
 
 import asyncio
 import logging
@@ -24,39 +24,39 @@ BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may ask for, and what it gets if it does not ask."""
+    """Limits of requests, and defaults for fields that a request leaves out."""
 
     temperature: float = 0.6
     top_k: int = 50
     max_tokens: int = 512
     max_queue: int = 128
-    """Samples that may wait for a row; beyond that the answer is 429."""
+    """Number of samples that may wait for a row; further requests get status 429."""
     max_samples: int = 16
-    """`n`, times the number of prompts."""
+    """Number of samples of a request: `n` times the number of prompts."""
     max_messages: int = 256
     max_characters: int = 200_000
     max_body_bytes: int = 2_000_000
     body_seconds: float = 30.0
-    """How long a client may take to send its request."""
+    """Seconds within which a client must have sent its request."""
 
 
 @dataclass
 class Served:
-    """A model that is offered."""
+    """A model that the server offers, with its engine."""
 
     name: str
     engine: Engine
     chat: bool = True
-    """False for base models, which only continue text."""
+    """False for base models, which can only continue text."""
     system: SystemStyle = "tokens"
     parameters: int = 0
     examples: tuple[str, ...] = ()
-    """Prompts of the kinds it was trained on, for the page."""
+    """Example prompts for the page, of the kinds that the model was trained on."""
     created: int = field(default_factory=lambda: int(time.time()))
 
 
 class ApiError(Exception):
-    """An answer in OpenAI's error shape."""
+    """Error that becomes a response in OpenAI's form."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
         content = {
-            # A lone surrogate (JSON can spell one) has no UTF-8.
+            # UTF-8 cannot encode a lone surrogate, which the client's JSON may contain.
             "message": str(self).encode("utf-8", "replace").decode(),
             "type": kinds.get(self.status, "invalid_request_error"),
             "param": self.param,
@@ -82,19 +82,20 @@ class ApiError(Exception):
 
 
 class Job:
-    """One HTTP request's prompts in the engine, and what came out of them so far."""
+    """Prompts of one HTTP request in the engine, with their events so far."""
 
     def __init__(self, served: Served, requests: list[decoding.Request]):
         self.served, self.requests = served, requests
         self.samples = sum(len(request.completions) for request in requests)
         self.left = self.samples
         self.news: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
-        """Events, what went wrong, or None as a sign of life for the client."""
+        """Events, an error, or None when it is time for a comment to the client."""
         self.opened = time.monotonic()
         self.first_token: float | None = None
 
     async def events(self) -> AsyncIterator[list[Event]]:
-        """Events as they come, empty lists as signs of life; raises what the engine failed with."""
+        """Yield events as they come, or an empty list when it is time for a comment; raises the
+        engine's error."""
         while self.left:
             batch, item = [], await self.news.get()
             while True:
@@ -114,11 +115,11 @@ class Job:
 
 
 class ClientGone(Exception):
-    """There is nobody left to answer."""
+    """Raised when the client has closed its connection."""
 
 
 class Service:
-    """The models, the thread that decodes for them, and what is known about both."""
+    """The models, the thread that decodes for them, and their metrics."""
 
     def __init__(self, models: Sequence[Served], limits: Limits | None = None):
         self.models = {served.name: served for served in models}
@@ -127,7 +128,7 @@ class Service:
         self.waiting_and_running: Counter[str] = Counter()
         self.counters: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
         self.histograms: dict[str, list[float]] = defaultdict(lambda: [0.0] * (len(BUCKETS) + 2))
-        self._seconds = 1.0  # a running mean of how long requests take
+        self._seconds = 1.0  # running mean of the duration of requests
         self._commands: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
         self._jobs: dict[decoding.Request, Job] = {}
         self._thread: threading.Thread | None = None
@@ -144,12 +145,12 @@ class Service:
             await asyncio.to_thread(self._thread.join)
 
     def open(self, served: Served, requests: list[decoding.Request]) -> Job:
-        """Hand prompts to the engine; ApiError 429 where too many wait already."""
+        """Give prompts to the engine; ApiError 429 if too many samples wait already."""
         job = Job(served, requests)
         rows = served.engine.max_slots
         load = self.waiting_and_running[served.name]
         if load + job.samples > rows + self.limits.max_queue:
-            # A whole queue takes about this long to get through.
+            # A full queue takes about this long.
             seconds = min(60, max(1, math.ceil(self._seconds * load / rows)))
             raise ApiError(
                 429,
@@ -162,7 +163,7 @@ class Service:
         return job
 
     def close(self, job: Job) -> None:
-        """The request is answered, or its client has gone: nothing of it may go on."""
+        """Stop everything of a request that is answered or whose client has gone."""
         self.waiting_and_running[job.served.name] -= job.samples
         seconds = time.monotonic() - job.opened
         if job.left:
@@ -172,7 +173,7 @@ class Service:
             self._seconds += 0.1 * (seconds - self._seconds)
             self.observe("nanochat_request_seconds", seconds)
 
-    # Everything from here to `count` runs on the engine's thread.
+    # The methods from here to `_tell` run on the engine's thread.
 
     def _run(self) -> None:
         engines = [served.engine for served in self.models.values()]
@@ -181,7 +182,7 @@ class Service:
             with suppress(queue.Empty):
                 while True:
                     command, job = self._commands.get(block=not busy)
-                    busy = True  # or will be, once all commands are read
+                    busy = True  # it may have work when all commands have been read
                     if job is None:
                         self._fail(list(self._jobs.values()), "the server is shutting down")
                         return
@@ -219,7 +220,7 @@ class Service:
             with suppress(RuntimeError):  # the loop may be closed already
                 self._loop.call_soon_threadsafe(self._deliver, news)
 
-    # On the event loop again.
+    # The methods from here on run on the event loop.
 
     def _deliver(self, news: list[tuple[Job, Event | Exception]]) -> None:
         now = time.monotonic()
@@ -240,7 +241,7 @@ class Service:
         histogram[-1] += value
 
     def metrics(self) -> str:
-        """Prometheus' text format."""
+        """Write all metrics in Prometheus' text format."""
         lines: list[str] = []
 
         def add(name: str, kind: str, values: list[tuple[dict[str, str], float]]) -> None:

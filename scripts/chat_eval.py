@@ -41,7 +41,7 @@ from nanochat.progress import Bar, progress_bar
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import SystemStyle, Tokenizer
 from tasks.common import Conversation, Task
-from tasks.registry import EVALUATED, build
+from tasks.registry import EVALUATED, build, corpus_options
 
 MAX_EXCHANGES = 10
 """Conversations that are recorded of a task whose rows have a kind."""
@@ -120,10 +120,14 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, record.Measurement]:
     folder = find(cfg.source, cfg.step)
     meta = read_meta(folder)
     tokenizer = tokenizer_of(meta, folder)
-    tasks = {spec: build(spec, cfg.split, tokenizer=tokenizer) for spec in cfg.task or EVALUATED}
+    specs = cfg.task or EVALUATED
+    options = corpus_options(specs, tokenizer)
+    tasks = {spec: build(spec, cfg.split, **options) for spec in specs}
     for spec, task in tasks.items():
         check_task(task, spec)
-    examples = {spec: load_examples(spec, task, cfg.shots) for spec, task in tasks.items()}
+    examples = {
+        spec: load_examples(spec, task, cfg.shots, **options) for spec, task in tasks.items()
+    }
     settings = {
         spec: settings_of(task, examples[spec], cfg, runtime) for spec, task in tasks.items()
     }
@@ -226,12 +230,12 @@ def has_estimates(result: Mapping[str, Any], drawn: Answering) -> bool:
     return wanted <= set(result.get("pass_at", {}))
 
 
-def load_examples(spec: str, task: Task, shots: int) -> list[Conversation]:
+def load_examples(spec: str, task: Task, shots: int, **options: Any) -> list[Conversation]:
     """Solved rows to show before a problem: the first ones, of each subject if there are any."""
     if shots == 0:
         return []
     try:
-        source = build(spec, task.EXAMPLES)
+        source = build(spec, task.EXAMPLES, **options)
     except UserError as error:
         raise UserError(f"--shots {shots}: {spec} has no examples to show ({error})") from error
     kept: dict[str, list[Conversation]] = defaultdict(list)

@@ -27,7 +27,7 @@ from nanochat.runtime import Runtime, seed_everything
 from nanochat.stage import OpenRun, Stage, open_run, origin
 from nanochat.tokenizer import Tokenizer
 from tasks.common import Task
-from tasks.registry import build_mixture
+from tasks.registry import build_mixture, corpus_options
 from tasks.views import TaskMixture, TaskSlice
 
 
@@ -74,7 +74,7 @@ def open_tasks(cfg: RlConfig, tokenizer: Tokenizer) -> tuple[TaskMixture, list[T
     """What to train on, and what is held out of each task; all of it has rewards."""
     if not cfg.mix:
         raise UserError("--mix names no task")
-    mixture, halves = build_mixture(cfg.mix, cfg.run.seed, tokenizer=tokenizer)
+    mixture, halves = build_mixture(cfg.mix, cfg.run.seed, **corpus_options(cfg.mix, tokenizer))
     held_out: list[Task] = []
     for train, held in zip(mixture.tasks, halves, strict=True):
         check_rewards(train)

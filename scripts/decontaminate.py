@@ -36,7 +36,7 @@ from nanochat.data.store import TokenStore
 from nanochat.errors import UserError
 from nanochat.tokenizer import Tokenizer
 from tasks.common import Conversation, HubTask, Task
-from tasks.registry import build
+from tasks.registry import build, corpus_options
 
 if TYPE_CHECKING:  # the processes that read need no torch, which takes seconds to import
     from nanochat.eval.core import CoreTask
@@ -73,7 +73,8 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
         )
     folders = cfg.store or [open_corpus(corpus).store_folder("train") for corpus in cfg.corpus]
     stores = [TokenStore.open(folder) for folder in folders]
-    items = list(evaluation_items(cfg, runtime))
+    options = corpus_options(cfg.task, Tokenizer.find(stores[0].meta["tokenizer_hash"]))
+    items = list(evaluation_items(cfg, runtime, **options))
     if not items:
         raise UserError("there is no evaluation task to look for; name some with --task")
     index = NgramIndex(items, cfg.ngram)
@@ -101,9 +102,9 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
 # The evaluation tasks
 
 
-def evaluation_items(cfg: Config, runtime: Runtime) -> Iterator[Item]:
+def evaluation_items(cfg: Config, runtime: Runtime, **options: Any) -> Iterator[Item]:
     for spec in cfg.task:
-        yield from task_items(build(spec, cfg.split), spec)
+        yield from task_items(build(spec, cfg.split, **options), spec)
     bundle = cfg.bundle or paths.eval_bundle_dir()
     if cfg.bundle is not None or bundle.is_dir():
         from nanochat.eval.core import load_bundle

@@ -133,7 +133,7 @@ def choose_sources(
             raise UserError(f"--stage base reads text; show {cfg.task} with --stage mid or sft")
         return pretraining_sources(stage, tokenizer, cfg.split)
     if cfg.task is not None:
-        task = registry.build(cfg.task, cfg.split, tokenizer=tokenizer)
+        task = registry.build(cfg.task, cfg.split, **registry.corpus_options([cfg.task], tokenizer))
         store = conversations_store(task, tokenizer, system=stage.system, bad_rows=stage.bad_rows)
         store, note = fit_conversations(store, sequence_length, stage.long_conversations)
         return [Source(store, prompt_weight=prompt_weight, name=task.name, note=note)]

@@ -122,13 +122,14 @@ _NO_NOUNS = {
 
 
 @lru_cache(maxsize=2)
-def known_texts() -> tuple[str, ...]:
-    """Training documents of the corpus that the stages noted (`write_words`), else the embedded.
+def known_texts(tokenizer_hash: str | None = None) -> tuple[str, ...]:
+    """Training documents of the corpus that was noted for a tokenizer, else of the embedded one.
 
     They are decoded from its token store, so the corpus' own files need not be there any more.
     """
-    folder = stores_dir() / f"{noted_corpus() or ''}-train"
-    if noted_corpus() and folder.is_dir():
+    corpus = noted_corpus(tokenizer_hash) if tokenizer_hash else None
+    folder = stores_dir() / f"{corpus}-train"
+    if corpus and folder.is_dir():
         store = TokenStore.open(folder)
         return store_texts(store, Tokenizer.find(store.meta["tokenizer_hash"]))
     return tuple(open_corpus("bbe").documents("train"))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from nanochat.errors import UserError
+from nanochat.tokenizer import Tokenizer
 from tasks.arc import ARC
 from tasks.arithmetic import Arithmetic
 from tasks.common import Task
@@ -23,11 +24,11 @@ from tasks.humaneval import HumanEval
 from tasks.identity import Identity
 from tasks.ignorance import Ignorance
 from tasks.mmlu import MMLU
-from tasks.passages import Passages
+from tasks.passages import Passages, known_texts
 from tasks.passkey import Passkey
 from tasks.smoltalk import SmolTalk
 from tasks.specs import construct, is_file
-from tasks.spellingbee import SimpleSpelling, SpellingBee
+from tasks.spellingbee import SimpleSpelling, SpellingBee, noted_words
 from tasks.views import HELD_OUT_ROWS, TaskMixture, TaskSlice, hold_out
 
 
@@ -88,6 +89,16 @@ def takes(specs: Sequence[str], option: str) -> bool:
     """Whether one of the tasks has this constructor argument: what nobody takes is not prepared."""
     entries = [TASKS[name] for spec in specs if (name := spec.partition(":")[0]) in TASKS]
     return any(option in inspect.signature(entry.constructor).parameters for entry in entries)
+
+
+def corpus_options(specs: Sequence[str], tokenizer: Tokenizer) -> dict[str, Any]:
+    """The arguments that these tasks leave to the tokenizer and the corpus it was used on."""
+    options: dict[str, Any] = {"tokenizer": tokenizer}
+    if takes(specs, "words"):
+        options["words"] = noted_words(tokenizer.hash)
+    if takes(specs, "corpus_texts"):
+        options["corpus_texts"] = known_texts(tokenizer.hash)
+    return options
 
 
 def split_weight(spec: str) -> tuple[str, float]:

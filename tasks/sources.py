@@ -22,7 +22,7 @@ from nanochat.tokenizer import Tokenizer
 from tasks.passages import store_texts
 from tasks.passkey import corpus_sentences
 from tasks.registry import build_mixture, takes
-from tasks.spellingbee import words_path, write_words
+from tasks.spellingbee import noted_corpus, noted_words, write_words
 
 
 def task_sources(
@@ -33,6 +33,8 @@ def task_sources(
     sequence_length: of the rows that they have to fit into, by `--long-conversations`.
     """
     options: dict[str, Any] = {"tokenizer": tokenizer}
+    if takes(cfg.mix, "words"):
+        options["words"] = noted_words(tokenizer.hash)
     if cfg.context_length is not None:
         options["length"] = cfg.context_length
     if takes(cfg.mix, "sentences"):
@@ -98,7 +100,7 @@ def chat_sources(
 ) -> tuple[list[Source], HeldOut]:
     """What a chat stage trains on, and what it is measured on; builds stores, so in turns."""
     if runtime.is_main:
-        note_words(cfg)
+        note_words(cfg, tokenizer)
     sources = build_sources(cfg, tokenizer, sequence_length)
     for source in sources:
         if source.note:
@@ -112,11 +114,19 @@ def build_held_out(cfg: MidConfig, tokenizer: Tokenizer, sequence_length: int) -
     return HeldOut(replayed(cfg, tokenizer, "val"), conversations)
 
 
-def note_words(cfg: MidConfig) -> None:
-    """Let the spelling tasks ask for words of the corpus, unless a word list is there already."""
+def note_words(cfg: MidConfig, tokenizer: Tokenizer) -> None:
+    """Let the spelling tasks ask for words of the corpus, the first that the tokenizer is used on.
+
+    A list that was damaged is written again.
+    """
     name = (
         next(iter(parse_shares(cfg.corpus, "--corpus"))) if len(cfg.corpus) > 1 else cfg.corpus[0]
     )
-    if takes(cfg.mix, "words") and not words_path().is_file():
+    if not takes(cfg.mix, "words"):
+        return
+    noted = None
+    with suppress(UserError):  # damaged
+        noted = noted_corpus(tokenizer.hash)
+    if noted is None:
         with suppress(UserError):  # too few words: those of the embedded corpus stand in
-            write_words(open_corpus(name))
+            write_words(open_corpus(name), tokenizer.hash)

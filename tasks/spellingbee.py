@@ -159,8 +159,9 @@ class _WordTask(Task):
     """Row i of a split: a prompt about a word, a pure function of (words, seed, split, i).
 
     `words`: a .txt with a word per line, a .zip with such a file in it, the words themselves, or
-    None for those of the corpus (`NANOCHAT_BASE_DIR/words.txt`, see `write_words`). A split goes
-    through its words in a keyed order, pass after pass, each pass in another one.
+    None for those of the embedded corpus (`corpus_options` gives those of the corpus that the
+    tokenizer was used on). A split goes through its words in a keyed order, pass after pass, each
+    pass in another one.
     """
 
     NAME: ClassVar[str]
@@ -319,8 +320,9 @@ def quoted(word: str, random: Random, split: str = "train") -> str:
 # Word lists
 
 
-def words_path() -> Path:
-    return base_dir() / "words.txt"
+def words_path(tokenizer_hash: str | None = None) -> Path:
+    """The words of the corpus that a tokenizer was used on; None: those of the embedded corpus."""
+    return base_dir() / "words" / f"{tokenizer_hash[:16] if tokenizer_hash else 'bbe'}.txt"
 
 
 def usable(word: str) -> bool:
@@ -343,31 +345,50 @@ def corpus_words(documents: Iterable[str], max_characters: int = 100_000_000) ->
     return sorted(word for word, count in counts.items() if count >= 2 and usable(word))
 
 
-_HEADER = "# words of the corpus "
+_HEADER = re.compile(r"# words of the corpus (.+), digest ([0-9a-f]{32})\n")
+"""The first line of a noted list: the corpus, and the digest of its name and all that follows."""
 
 
-def noted_corpus() -> str | None:
-    """The name of the corpus whose words are the default list; None where there is none."""
-    if not words_path().is_file():
-        return None
-    first = words_path().read_text(encoding="utf-8").partition("\n")[0]
-    return first.removeprefix(_HEADER) if first.startswith(_HEADER) else None
+def noted_words(tokenizer_hash: str) -> Path | None:
+    """The list that a stage noted for this tokenizer; None where none did."""
+    path = words_path(tokenizer_hash)
+    return path if path.is_file() else None
 
 
-def write_words(corpus: Corpus) -> Path:
-    """Make the words of this corpus the default word list."""
+def noted_corpus(tokenizer_hash: str) -> str | None:
+    """The name of the corpus whose words were noted for this tokenizer; None where none were."""
+    path = noted_words(tokenizer_hash)
+    return _noted(path)[0] if path else None
+
+
+def write_words(corpus: Corpus, tokenizer_hash: str | None = None) -> Path:
+    """Note the words of this corpus for the tokenizer."""
     words = corpus_words(corpus.documents("train"))
     if not words:
         raise UserError(f"corpus {corpus.name}: no lower-case word occurs twice in its train split")
-    lines = [f"{_HEADER}{corpus.name}", *words]
-    atomic_write(words_path(), "\n".join(lines) + "\n")
-    return words_path()
+    text = "".join(f"{word}\n" for word in words)
+    path = words_path(tokenizer_hash)
+    first = f"# words of the corpus {corpus.name}, digest {digest(corpus.name + text)}\n"
+    atomic_write(path, first + text)
+    return path
+
+
+def _noted(path: Path) -> tuple[str, str]:
+    """(corpus, words) of a noted list; raises UserError where it was changed since."""
+    text = path.read_bytes().decode("utf-8", "replace")
+    header = _HEADER.match(text)
+    words = text[header.end() :] if header else ""
+    if not header or digest(header[1] + words) != header[2]:
+        raise UserError(
+            f"{path} was changed after it was written: its digest is not the recorded one; delete "
+            "it, and mid_train or chat_sft writes it again"
+        )
+    return header[1], words
 
 
 def load_words(source: str | Path | Sequence[str] | None) -> tuple[str, ...]:
     """The usable words of a list (see `_WordTask`), sorted, each once."""
     if source is None:
-        # The embedded corpus stands in where no stage has noted its own corpus' words.
         path = words_path() if words_path().is_file() else write_words(open_corpus("bbe"))
     elif isinstance(source, str | Path):
         path = Path(source).expanduser()
@@ -388,6 +409,8 @@ def _read_words(path: Path, modified: int) -> tuple[str, ...]:
                 if len(members) != 1:
                     raise UserError(f"{path} holds {len(members)} .txt files, expected one")
                 text = archive.read(members[0]).decode()
+        elif path.parent == words_path().parent:
+            text = _noted(path)[1]
         else:
             text = path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, zipfile.BadZipFile) as error:

@@ -246,7 +246,7 @@ def test_a_replaced_step_comes_back_when_the_second_rename_fails(
         rename(source, target)
 
     monkeypatch.setattr(os, "replace", fails)
-    with pytest.raises(OSError, match="rank 0: OSError: .*Input/output error"):
+    with pytest.raises(OSError, match=r"rank 0: OSError: .*Input/output error"):
         save(folder, 5, seed=1)
     assert list(folder.iterdir()) == [folder / "step_000005"]
     other, optimizer = make(seed=3)

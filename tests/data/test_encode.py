@@ -185,9 +185,9 @@ def test_passages_are_decoded_with_the_tokenizer_of_their_store(
     train(name="other")
     encode(tokenizer="other")
     train(vocab_size=280)
-    monkeypatch.setattr(passages, "noted_corpus", lambda: "tiny")
+    monkeypatch.setattr(passages, "noted_corpus", lambda tokenizer_hash: "tiny")
     passages.known_texts.cache_clear()
-    assert passages.known_texts()[0] == text(0, 0)
+    assert passages.known_texts("abc")[0] == text(0, 0)
     passages.known_texts.cache_clear()
 
 

@@ -72,7 +72,7 @@ DOCUMENTS = [
 @pytest.fixture
 def tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-    monkeypatch.setattr(decontaminate, "build", lambda spec, split: Quiz())
+    monkeypatch.setattr(decontaminate, "build", lambda spec, split, **options: Quiz())
     tokenizer = Tokenizer([bytes([i]) for i in range(256)])
     tokenizer.save()
     return tokenizer

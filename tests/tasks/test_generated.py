@@ -7,6 +7,7 @@ import zipfile
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from nanochat.conversation import parts
 from nanochat.errors import UserError
 from nanochat.tools.calculator import calculate
+from tasks import sources
 from tasks.arithmetic import LEVELS, Arithmetic
 from tasks.common import Conversation, Task, split_of
 from tasks.judges import count_up
@@ -26,6 +28,7 @@ from tasks.spellingbee import (
     load_words,
     made_up_word,
     noted_corpus,
+    noted_words,
     write_words,
 )
 
@@ -295,13 +298,60 @@ class Lambs:
         return ["lamb over lamb", "over under"]
 
 
-def test_the_corpus_words_are_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+class Sheep:
+    name = "sheep"
+
+    def documents(self, split: str) -> list[str]:
+        return ["sheep sheep"]
+
+
+def test_every_tokenizer_has_the_words_of_its_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    path = write_words(Lambs())  # type: ignore[arg-type]
-    assert path == tmp_path / "words.txt"
-    assert path.read_text() == "# words of the corpus lambs\nlamb\nover\n"
-    assert load_words(None) == ("lamb", "over")
-    assert noted_corpus() == "lambs"
+    path = write_words(Lambs(), "a" * 64)  # type: ignore[arg-type]
+    before = path.read_text()
+    assert before.endswith("\nlamb\nover\n")
+    assert noted_words("a" * 64) == path
+    assert load_words(path) == ("lamb", "over")
+    assert noted_corpus("a" * 64) == "lambs"
+    assert noted_words("b" * 64) is None
+    assert noted_corpus("b" * 64) is None
+    other = write_words(Sheep(), "b" * 64)  # type: ignore[arg-type]
+    assert (load_words(other), noted_corpus("b" * 64)) == (("sheep",), "sheep")
+    assert path.read_text() == before
+    assert len(load_words(None)) > 1000, "of the embedded corpus"
+
+
+def test_a_changed_byte_of_a_word_list_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    path = write_words(Lambs(), "a" * 64)  # type: ignore[arg-type]
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        for read in (lambda: load_words(path), lambda: noted_corpus("a" * 64)):
+            with pytest.raises(UserError, match=r"a+\.txt was changed after it was written"):
+                read()
+
+
+def test_a_stage_notes_the_words_once_and_writes_a_damaged_list_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr(sources, "open_corpus", lambda name: {"a": Lambs(), "b": Sheep()}[name])
+    tokenizer: Any = SimpleNamespace(hash="a" * 64)
+
+    def note(corpus: str) -> tuple[str, ...]:
+        cfg: Any = SimpleNamespace(corpus=(corpus,), mix=("simplespelling:50:1",))
+        sources.note_words(cfg, tokenizer)
+        return load_words(noted_words(tokenizer.hash))
+
+    assert note("a") == ("lamb", "over")
+    assert note("b") == ("lamb", "over")
+    path = noted_words(tokenizer.hash)
+    assert path is not None
+    path.write_text(path.read_text().replace("lamb", "limb"))
+    assert note("a") == ("lamb", "over")
 
 
 def test_word_lists_from_files(tmp_path: Path):

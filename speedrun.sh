@@ -187,5 +187,7 @@ fi
 run python -m scripts.report --tag "$name"
 run python -m scripts.chat_cli --source "sft/$name" -p "Who are you?"
 echo
-echo "report: $NANOCHAT_BASE_DIR/report/report.html"
+page=report/report.html
+[ "$name" = default ] || page="report/$name/report.html"
+echo "report: $NANOCHAT_BASE_DIR/$page"
 echo "talk to it: .venv/bin/python -m scripts.chat_cli --source sft/$name"

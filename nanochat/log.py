@@ -116,7 +116,13 @@ class RunLog:
             numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
             self.wandb.log({f"{record['kind']}/{k}": v for k, v in numbers.items()})
 
-    def start(self, config: dict[str, Any], model: dict[str, Any], state: TrainState) -> None:
+    def start(
+        self,
+        config: dict[str, Any],
+        model: dict[str, Any],
+        state: TrainState,
+        tokenizer_hash: str,
+    ) -> None:
         if self.runtime.is_main:
             self._begin(afresh=state.step == 0)
         self._write(
@@ -128,6 +134,7 @@ class RunLog:
                 "time": time.time(),
                 "config": config,
                 "model": model,
+                "tokenizer_hash": tokenizer_hash,
                 "plan": self.plan.as_dict(),
                 "runtime": describe_runtime(self.runtime),
             }

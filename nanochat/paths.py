@@ -96,8 +96,16 @@ def run_dir(stage: str, tag: str) -> Path:
     return base_dir() / "runs" / f"{stage}-{checked_name(tag, '--tag')}"
 
 
-def report_dir() -> Path:
-    return base_dir() / "report"
+def report_dir(tag: str = "default") -> Path:
+    """Where measurements lie and the report of the tag `default`; other tags' in a folder each."""
+    folder = base_dir() / "report"
+    return folder if tag == "default" else folder / checked_name(tag, "--tag")
+
+
+def tok_eval_path(tokenizer: str = "default") -> Path:
+    """What was measured of the default tokenizer, or of the one that was given a name."""
+    name = "" if tokenizer == "default" else "-" + checked_name(tokenizer, "the tokenizer's name")
+    return report_dir() / f"tok_eval{name}.json"
 
 
 def eval_bundle_dir() -> Path:

@@ -269,7 +269,7 @@ class Stage:
         self.first_step = self.state.step
         self._started = self._counted = time.monotonic()
         runtime.watch_signals()
-        self.log.start(to_dict(cfg), to_dict(model.config), self.state)
+        self.log.start(to_dict(cfg), to_dict(model.config), self.state, tokenizer.hash)
 
     def _restore(self, newest: Path, meta: dict[str, Any]) -> None:
         check_tokenizer(meta, self.tokenizer, newest)

@@ -5,6 +5,8 @@ self-contained report/report.html. It can be run at any time; what is not there 
 
 Example:
     python -m scripts.report
+
+With --tag NAME the two files are about the runs of that name, and lie in report/NAME.
 """
 
 from dataclasses import dataclass

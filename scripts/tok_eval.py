@@ -5,7 +5,8 @@ Example:
 
 More bytes per token mean fewer tokens for the same text. GPT-2's and GPT-4's vocabularies are used
 if tiktoken has them in its cache (`TIKTOKEN_CACHE_DIR`), or may fetch them (`--online`). The result
-is written to `report/tok_eval.json` under `NANOCHAT_BASE_DIR`.
+is written to `report/tok_eval.json` under `NANOCHAT_BASE_DIR`, that of a tokenizer with a name to
+`report/tok_eval-NAME.json`.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any] | None:
         "round_trip": True,
         "rows": rows,
     }
-    paths.atomic_write(paths.report_dir() / "tok_eval.json", json.dumps(result, indent=2) + "\n")
+    paths.atomic_write(paths.tok_eval_path(cfg.tokenizer), json.dumps(result, indent=2) + "\n")
 
     table = Table(title="bytes per token")
     table.add_column("text")

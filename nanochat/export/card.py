@@ -130,12 +130,12 @@ def _cell(kind: str, result: Mapping[str, Any]) -> str:
 
 
 def _bytes_per_token(meta: Mapping[str, Any]) -> dict[str, float]:
-    """Bytes per token by text, if this checkpoint's tokenizer was evaluated last."""
-    with suppress(OSError, ValueError):
-        text = (paths.report_dir() / "tok_eval.json").read_text(encoding="utf-8")
-        known = json.loads(text)
-        if known.get("tokenizer_hash") == meta.get("tokenizer_hash"):
-            return {row["text"]: row["bytes_per_token"]["nanochat"] for row in known["rows"]}
+    """Bytes per token by text, if this checkpoint's tokenizer was evaluated."""
+    for path in sorted(paths.report_dir().glob("tok_eval*.json")):
+        with suppress(OSError, ValueError):
+            known = json.loads(path.read_text(encoding="utf-8"))
+            if known.get("tokenizer_hash") == meta.get("tokenizer_hash"):
+                return {row["text"]: row["bytes_per_token"]["nanochat"] for row in known["rows"]}
     return {}
 
 

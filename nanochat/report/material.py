@@ -152,12 +152,22 @@ def collect(tag: str | None = None, price_per_hour: float | None = None) -> Mate
     for path in sorted(paths.report_dir().glob(f"eval_*-{tag or '*'}.json")):
         measured = [one for one in _read_record(path, []) if one["kind"] == "long_context"]
         long_evaluations += [one["result"] | one["settings"] for one in to_show(measured)]
-    tokenizer = None
-    if (paths.report_dir() / "tok_eval.json").is_file():
-        tokenizer = _read_json(paths.report_dir() / "tok_eval.json", missing)
-    else:
-        missing.append("the tokenizer's evaluation (python -m scripts.tok_eval)")
+    tokenizer = _tokenizer_evaluation(runs, missing)
     return Material(runs, evaluations, tokenizer, missing, price_per_hour, long_evaluations)
+
+
+def _tokenizer_evaluation(runs: dict[str, StageRun], missing: list[str]) -> Record | None:
+    """What tok_eval wrote of the runs' tokenizer; runs of earlier versions do not say which."""
+    used = {run.start.get("tokenizer_hash") for run in runs.values()} - {None}
+    found = sorted(paths.report_dir().glob("tok_eval*.json"))
+    if not used:
+        found = [path for path in found if path == paths.tok_eval_path()]
+    for path in found:
+        measured = _read_json(path, missing)
+        if measured is not None and (not used or measured.get("tokenizer_hash") in used):
+            return measured
+    missing.append("the tokenizer's evaluation (python -m scripts.tok_eval)")
+    return None
 
 
 def _read_record(path: Path, missing: list[str]) -> list[Measurement]:

@@ -48,7 +48,8 @@ def write_report(tag: str | None = None, price_per_hour: float | None = None) ->
         known = sorted(p.parent.name for p in (paths.base_dir() / "runs").glob("*/metrics.jsonl"))
         raise UserError(f"--tag {tag}: no run of that name; there are {', '.join(known) or 'none'}")
     sections = compose(material)
-    markdown, page = paths.report_dir() / "report.md", paths.report_dir() / "report.html"
+    folder = paths.report_dir(tag or "default")
+    markdown, page = folder / "report.md", folder / "report.html"
     paths.atomic_write(markdown, to_markdown(sections))
     paths.atomic_write(page, to_html(sections))
     return markdown, page

@@ -532,6 +532,18 @@ def test_eval_without_the_others(
         assert row["bytes_per_token"]["nanochat"] == row["bytes"] / row["tokens"]["nanochat"]
 
 
+def test_every_named_tokenizer_has_its_evaluation(tmp_path: Path) -> None:
+    train()
+    train(name="other", vocab_size=280)
+    saved = {}
+    for name, file in (("default", "tok_eval.json"), ("other", "tok_eval-other.json")):
+        tok_eval.main(tok_eval.Config("tiny", tokenizer=name, max_chars=500), RUNTIME)
+        saved[name] = tmp_path / "base" / "report" / file
+    hashes = {name: json.loads(path.read_text())["tokenizer_hash"] for name, path in saved.items()}
+    assert hashes == {name: Tokenizer.named(name).hash for name in hashes}
+    assert len(set(hashes.values())) == 2
+
+
 def test_eval_beside_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

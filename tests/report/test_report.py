@@ -488,6 +488,25 @@ def test_the_tag_chooses_the_run(base: Path) -> None:
         report.write_report(price_per_hour=-1)
 
 
+def test_every_tag_has_its_report_with_its_tokenizer(base: Path) -> None:
+    for tag, name in (("default", ""), ("novels", "-novels")):
+        first = {**start(), "tag": tag, "tokenizer_hash": tag}
+        write_run(base, f"base-{tag}", [first, train(1, 2.0)])
+        (base / "report").mkdir(exist_ok=True)
+        path = base / "report" / f"tok_eval{name}.json"
+        row = {"text": f"text of {tag}", "bytes": 9, "bytes_per_token": {"nanochat": 4.0}}
+        path.write_text(json.dumps({"tokenizer_hash": tag, "rows": [row]}))
+    first = report.write_report("default")
+    assert first == (base / "report" / "report.md", base / "report" / "report.html")
+    before = first[1].read_text()
+    second = report.write_report("novels")
+    assert second == tuple(base / "report" / "novels" / path.name for path in first)
+    assert first[1].read_text() == before
+    for path, wanted, other in ((first[0], "default", "novels"), (second[0], "novels", "default")):
+        assert f"text of {wanted}" in path.read_text()
+        assert f"text of {other}" not in path.read_text()
+
+
 def test_machines_that_differ_are_told_apart(base: Path) -> None:
     write_run(base, "base-x", [start(device="H100", world_size=8), train(1, 2.0)])
     write_run(base, "mid-x", [start("mid", world_size=1), train(1, 2.0)])

@@ -5,11 +5,11 @@ import signal
 import sys
 
 if not os.environ.get("NANOCHAT_TRACEBACK"):
-    # Read when torch is imported. A rank that lost another one says so in a line of its own; torch
-    # logs pages of C++ frames beside it.
+    # torch reads this variable when it is imported. Without it, torch logs pages of C++ frames
+    # beside the one line that reports a lost rank.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # `python -m scripts.NAME`: until `launch` has the say, Ctrl-C ends the program without a
-    # traceback from within an import.
+    # With `python -m scripts.NAME`, Ctrl-C during imports ends the program without a traceback;
+    # later `launch` handles it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""Evaluate a model on text: bits per byte, samples, and the CORE metric where its bundle is.
+"""Evaluate a model on text: bits per byte, samples, and the CORE metric.
 
 Examples:
     python -m scripts.base_eval --source base
@@ -7,11 +7,11 @@ Examples:
     python -m scripts.base_eval --hf PATH         the CORE metric of any Hugging Face causal LM
 
 CORE (arXiv 2406.11794, in the variant of nanochat's base_eval) needs its task files in
-NANOCHAT_BASE_DIR/eval_bundle or `--bundle`; with `--core yes` and with `--hf` they are downloaded
-where they are missing.
+NANOCHAT_BASE_DIR/eval_bundle or `--bundle`. With `--core yes` and with `--hf`, missing task files
+are downloaded.
 
-Results go to report/eval_<stage>-<tag>.json under NANOCHAT_BASE_DIR, each with all that says what
-was measured: a quick look never takes the place of a longer one.
+Results are written to report/eval_<stage>-<tag>.json under NANOCHAT_BASE_DIR, each with its
+settings: a quick look never replaces a longer measurement.
 """
 
 import hashlib
@@ -40,17 +40,17 @@ class Core:
     """The CORE metric."""
 
     core: Literal["auto", "yes", "no"] = "auto"
-    """Whether to measure CORE; auto: where its task files are."""
+    """Measure CORE; auto: if its task files are there."""
     bundle: Path | None = None
-    """CORE's task files; default: NANOCHAT_BASE_DIR/eval_bundle."""
+    """Folder of CORE's task files; default: NANOCHAT_BASE_DIR/eval_bundle."""
     bundle_url: str = BUNDLE_URL
-    """Where they are downloaded from."""
+    """Address to download CORE's task files from."""
     max_per_task: int | None = None
-    """A quick look at CORE: at most so many items of each task."""
+    """Largest number of items per CORE task, for a quick look; default: all."""
     hf: str | None = None
     """Measure CORE of this Hugging Face model instead (a folder or a hub id)."""
     trust_remote_code: bool = False
-    """Run the code that the model of --hf brings along; our own exports don't need it."""
+    """Run the code in the folder of the --hf model; our own exports do not need it."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,17 @@ class Config:
     corpus: str = "climbmix"
     """Corpus for bits per byte."""
     eval_tokens: int = 2**20
-    """Tokens of each split that are measured, at least one row."""
+    """Tokens of each split to measure; at least one row is used."""
     text: Path | None = None
-    """A file of held-out text: measure its bits per byte and the perplexity of its words."""
+    """File of held-out text: measure its bits per byte and the perplexity of its words."""
     batch_size: int = 16
     """Rows computed at once."""
     resume: bool = False
-    """Keep what an earlier run of this command has measured on this checkpoint."""
+    """Keep the results that an earlier run of this command has for this checkpoint."""
 
 
 def main(cfg: Config, runtime: Runtime) -> list[record.Measurement]:
-    """Returns the measurements that were asked for, new and kept ones."""
+    """Returns the requested measurements, new and kept ones."""
     bundle = core_bundle(cfg.metric, runtime)
     if cfg.metric.hf:
         if bundle is None:
@@ -136,7 +136,7 @@ def main(cfg: Config, runtime: Runtime) -> list[record.Measurement]:
             assert bundle is not None
             result = evaluate_core(model, tokenizer, bundle, runtime, cfg.metric.max_per_task)
             runtime.print(describe_core(result))
-        if runtime.is_main:  # each as soon as it is known
+        if runtime.is_main:  # each result is written as soon as it is known
             answers[kind, name] = record.record(meta, kind, name, settings, result)
     return list(runtime.broadcast_object(answers).values())
 
@@ -148,7 +148,7 @@ def with_interval(result: dict[str, Any], name: str) -> str:
 
 
 def core_bundle(cfg: Core, runtime: Runtime) -> Path | None:
-    """The folder of CORE's task files; None where CORE is not to be measured."""
+    """Folder of CORE's task files; None if CORE is not to be measured."""
     if cfg.core == "no":
         return None
     if cfg.bundle is not None:
@@ -166,7 +166,8 @@ def core_bundle(cfg: Core, runtime: Runtime) -> Path | None:
 def questions(
     cfg: Config, bundle: Path | None, tokenizer: Tokenizer, meta: dict[str, Any], runtime: Runtime
 ) -> dict[tuple[str, str], dict[str, Any]]:
-    """(kind, name) of what is to be measured -> all that its result depends on beside the model."""
+    """Settings of each measurement to make, by (kind, name): all that its result depends on beside
+    the model."""
     dtype = str(runtime.dtype)
     shape = {"context_length": meta["model_config"]["context_length"], "dtype": dtype}
     asked: dict[tuple[str, str], dict[str, Any]] = {}

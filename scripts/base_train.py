@@ -1,7 +1,7 @@
 """Pretrain a base model on text.
 
-Needs the encoded corpus (scripts.tok_encode). scripts.plan shows with the same flags what a run
-will do, and take.
+The corpus must be encoded first (scripts.tok_encode). scripts.plan takes the same flags and shows
+the steps, the memory and the time of a run.
 
 Examples:
     python -m scripts.base_train --depth 4 --context-length 256 --corpus bbe --num-steps 400
@@ -23,7 +23,7 @@ from nanochat.train import train_step
 
 
 def main(cfg: BaseConfig, runtime: Runtime) -> Stage | OpenRun:
-    """Returns the stage, or the open run where nothing is left to do."""
+    """Returns the stage, or the open run if nothing is left to do."""
     seed_everything(cfg.run.seed)
     with open_run("base", cfg, runtime) as run:
         if run.finished:
@@ -50,7 +50,7 @@ def main(cfg: BaseConfig, runtime: Runtime) -> Stage | OpenRun:
         loader.resume(plan.phase(max(0, stage.first_step - 1)), run.loader_state)
 
         for step in range(stage.first_step, plan.num_steps + 1):
-            phase = plan.phase(max(0, step - 1))  # rows as long as those of the step before
+            phase = plan.phase(max(0, step - 1))  # rows as in the step before
             if stage.save_due(step, cfg.saving.save_every):
                 stage.save(loader.state_dict(), loader.consumed)
             if runtime.stop_requested:

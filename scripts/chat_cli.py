@@ -1,7 +1,7 @@
 """Talk to a model on the command line.
 
-Without a terminal the prompt is read from standard input, and only the answer goes to standard
-output.
+Without a terminal, the prompt is read from standard input, and only the answer is written to
+standard output.
 
 Examples:
     python -m scripts.chat_cli
@@ -43,22 +43,22 @@ from nanochat.runtime import Runtime
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn."""
+    """Sampling of answers."""
 
     temperature: float = 0.6
-    """0 always takes the most likely token."""
+    """Sampling temperature; 0 always takes the most likely token."""
     top_k: int = 50
     """Sample among the k most likely tokens; 0 = all."""
     top_p: float = 1.0
     """Sample among the most likely tokens that together have this probability."""
     min_p: float = 0.0
-    """Sample among tokens at least this fraction as likely as the most likely one."""
+    """Sample among tokens whose probability is at least this fraction of the highest one."""
     repetition_penalty: float = 1.0
-    """Above 1, tokens that were already used get less likely."""
+    """Make tokens that were already used less likely, if above 1."""
     max_tokens: int = 512
     """Longest answer, in tokens."""
     seed: int | None = None
-    """The same seed gives the same answers; default: other ones each time."""
+    """Seed of sampling; the same seed gives the same answers. Default: a new one each time."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ PIECES = re.compile(
     "\n|[^\\S\n]+|[\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef]"
     "|[^\\s\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef]+"
 )
-"""Line ends, spaces, single Chinese, Japanese or Korean characters, and words."""
+"""Pattern of line ends, spaces, single Chinese, Japanese or Korean characters, and words."""
 
 
 class Printer:
-    """Writes an answer as it comes; tool calls as [call -> output] in a style of their own.
+    """Writes an answer as it comes; tool calls are shown as [call -> output] in another style.
 
-    On a terminal, lines are broken between words, so a word appears when it is whole.
+    On a terminal, lines are broken between words, so a word appears when it is complete.
     """
 
     def __init__(self, console: Console, show_tools: bool):
@@ -99,7 +99,7 @@ class Printer:
         self._word: list[tuple[str, str | None]] = []
 
     def show(self, kind: str, text: str) -> None:
-        """A piece of a text, python or python_output part."""
+        """Write a piece of a text, python or python_output part."""
         if self.show_tools:
             if kind == "python_output" and self._type == "python":
                 self._write(" -> ", "dim")
@@ -148,7 +148,7 @@ class Printer:
                 self._word.append((piece, style))
 
     def _print_word(self) -> None:
-        """Print the word that is held back, on the next line where this one has no room."""
+        """Print the word that was held back, on the next line if this one has no room."""
         if not self._word:
             return
         width = sum(cell_len(text) for text, _ in self._word)
@@ -174,7 +174,7 @@ class Printer:
 
 @contextmanager
 def stoppable() -> Iterator[threading.Event]:
-    """Within the block Ctrl-C sets the event instead of raising, so no step is torn apart."""
+    """Make Ctrl-C set the event within the block, so that no step is interrupted."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -202,7 +202,7 @@ class Chat:
         self.set_system(cfg.system)
 
     def load_model(self, source: str, step: int | None = None) -> None:
-        """Talk to this model; where that raises, the one before stays."""
+        """Load another model; if that raises an error, the present one stays."""
         model, tokenizer, meta = load_model(source, self.runtime, step=step)
         tools, decoding = self.cfg.tools, self.cfg.decoding
         tool = python_tool(tools.sandbox) if tools.python_tool else tools.tools
@@ -223,7 +223,7 @@ class Chat:
             self.say("(a base model takes no system message; it only continues text)")
 
     def answer(self, text: str, show_tools: bool) -> Completion:
-        """Answer `text`, printing on the way; what was said so far stays if Ctrl-C stops it."""
+        """Answer `text` and print the answer as it comes; Ctrl-C keeps the part so far."""
         text = as_prompt(text)
         if not text.strip():
             raise UserError("the prompt is empty; write something")
@@ -257,7 +257,7 @@ class Chat:
         return completion
 
     def read(self, text: str) -> list[int]:
-        """The prompt's tokens. A base model knows no chat: it continues the text instead."""
+        """Encode the prompt; for a base model it is the plain text, which the model continues."""
         limit = self.engine.context_length - min(
             self.params.max_tokens, self.engine.context_length // 2
         )
@@ -278,7 +278,7 @@ class Chat:
         self.err.print(text, style="dim", markup=False, highlight=False, soft_wrap=wrap)
 
     def command(self, line: str) -> bool:
-        """Obey a line that begins with a slash; False to leave."""
+        """Run a line that begins with a slash; returns False to leave the chat."""
         name, _, argument = line.partition(" ")
         command = COMMANDS.get(ALIASES.get(name, name))
         if command is None:
@@ -316,7 +316,7 @@ class Chat:
             raise
 
     def take_back(self) -> str:
-        """Remove the last thing that was asked, and what came after it; returns its text."""
+        """Remove the last user message and everything after it; returns its text."""
         asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         text = self.asked
         if asked:
@@ -381,14 +381,14 @@ class Chat:
 
 @dataclass(frozen=True)
 class Command:
-    """A line that begins with a slash."""
+    """A command of the chat, which begins with a slash."""
 
     usage: str
-    """The line; an argument in brackets may be left out."""
+    """Form of the line; an argument in brackets may be left out."""
     text: str
-    """What `/help` says about it."""
+    """Description in `/help`."""
     run: Callable[[Chat, str], None] | None
-    """Called with the argument; None leaves the program."""
+    """Function to call with the argument; None leaves the program."""
 
     @property
     def needs_argument(self) -> bool:
@@ -428,7 +428,7 @@ Tab completes commands, files and models. Ctrl-C stops an answer."""
 
 
 def plain(message: dict[str, Any]) -> str:
-    """The message's text, without tool calls."""
+    """Text of a message, without tool calls."""
     return "".join(part["text"] for part in parts(message) if part["type"] == "text")
 
 
@@ -438,12 +438,12 @@ def shortened(text: str, limit: int = 60) -> str:
 
 
 def as_prompt(text: str) -> str:
-    """The text without what its way here added: the line ends of echo, a byte order mark."""
+    """Remove what shells and editors add to a text: the last line end, a byte order mark."""
     return text.removeprefix("\ufeff").strip("\r\n")
 
 
 def read_message(read: Callable[[str], str]) -> tuple[str, bool]:
-    """One message from the keyboard, and whether it is a command.
+    """Read one message from the keyboard, and tell whether it is a command.
 
     A message is a line, pasted lines, lines joined by a closing \\, or a \"\"\" block.
     """
@@ -463,7 +463,7 @@ def read_message(read: Callable[[str], str]) -> tuple[str, bool]:
 
 
 def completions(before: str, word: str) -> list[str]:
-    """What a word can become that begins like this, `before` being the line up to it."""
+    """List completions of `word`; `before` is the line up to it."""
     command = before.strip()
     if not command:
         return [name + " " for name in COMMANDS if name.startswith(word)] if word[:1] == "/" else []
@@ -479,7 +479,7 @@ def completions(before: str, word: str) -> list[str]:
 
 @contextmanager
 def line_editing() -> Iterator[None]:
-    """History kept between sessions, completion and whole pastes, where readline is there."""
+    """Keep a history, complete words and accept pasted lines, if readline is installed."""
     try:
         import readline
     except ImportError:  # Windows
@@ -495,7 +495,7 @@ def line_editing() -> Iterator[None]:
 
     readline.set_completer_delims(" ")
     readline.set_completer(complete)
-    if "libedit" in (readline.__doc__ or ""):  # macOS; it knows no bracketed paste
+    if "libedit" in (readline.__doc__ or ""):  # on macOS, without bracketed paste
         readline.parse_and_bind("bind ^I rl_complete")
     else:
         readline.parse_and_bind("tab: complete")
@@ -512,7 +512,7 @@ def line_editing() -> Iterator[None]:
 
 
 def talk(chat: Chat) -> None:
-    """The interactive loop."""
+    """Run the interactive loop."""
     chat.say(f"{chat.description()}. /help lists the commands.")
     with line_editing():
         while True:
@@ -528,7 +528,7 @@ def talk(chat: Chat) -> None:
                 text, is_command = read_message(read)
             except EOFError:
                 chat.out.print()
-                if begun:  # a block that was not finished
+                if begun:  # the block is not finished
                     chat.say("(left out; Ctrl-D again leaves)")
                     continue
                 return
@@ -548,7 +548,7 @@ def talk(chat: Chat) -> None:
 
 
 class Output(Console):
-    """Standard output, whose reader may leave."""
+    """Standard output, whose reader may close it."""
 
     def on_broken_pipe(self) -> None:
         """Raises BrokenPipeError again; rich would end the program with status 1."""
@@ -558,7 +558,7 @@ class Output(Console):
 def main(cfg: Config, runtime: Runtime) -> Completion | None:
     """Returns the answer to --prompt."""
     for stream in (sys.stdin, sys.stdout):
-        if hasattr(stream, "reconfigure"):  # never a traceback over somebody's locale
+        if hasattr(stream, "reconfigure"):  # an encoding without a character causes no error
             stream.reconfigure(errors="replace")
     out, err = Output(), Console(stderr=True)
     interactive = cfg.prompt is None and sys.stdin is not None and sys.stdin.isatty()
@@ -573,7 +573,7 @@ def main(cfg: Config, runtime: Runtime) -> Completion | None:
             return chat.answer(text, show_tools=out.is_terminal)
         talk(chat)
     except BrokenPipeError:
-        # The reader has seen enough (`| head -1`); keep the interpreter's exit from complaining.
+        # The reader has closed the pipe (`| head -1`); this avoids an error when Python exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return None
 

@@ -1,12 +1,13 @@
 """Measure a chat model on tasks.
 
-Categorical tasks are answered by the most likely option, generative ones by decoding, with the
-calculator. Without --task all tasks that have answers to check are measured.
+In categorical tasks (multiple choice), the most likely option is the answer. In generative tasks,
+the model decodes an answer and may call the calculator. Without --task, all tasks whose answers can
+be checked are measured.
 
-Results go to report/eval_<stage>-<tag>.json under NANOCHAT_BASE_DIR, each as soon as its task is
-done, with all that says what was measured: a quick look never takes the place of a whole test.
-Every problem with its answers is a line of a file in report/problems. With --resume a task that has
-been measured on this checkpoint with these settings is not measured again.
+Results are written to report/eval_<stage>-<tag>.json under NANOCHAT_BASE_DIR, each with its
+settings and as soon as its task is done: a quick look never replaces a whole test. Every problem
+with its answers is a line of a file in report/problems. With --resume, a task that was measured on
+this checkpoint with these settings is not measured again.
 
 Examples:
     python -m scripts.chat_eval --source sft --task spellingbee --max-problems 100
@@ -44,25 +45,26 @@ from tasks.common import Conversation, Task
 from tasks.registry import EVALUATED, build, corpus_options
 
 MAX_EXCHANGES = 10
-"""Conversations that are recorded of a task whose rows have a kind."""
+"""Number of conversations to record for a task whose rows have a kind."""
 
 
 @dataclass(frozen=True)
 class Answering:
-    """How the answers of generative tasks are drawn."""
+    """Sampling of answers in generative tasks."""
 
     num_samples: int = 1
-    """Answers drawn to each problem of a generative task; the accuracy is their mean."""
+    """Answers sampled to each problem of a generative task; the accuracy is their mean."""
     temperature: float = 0.0
-    """Of sampling; 0 takes the most likely token."""
+    """Sampling temperature; 0 takes the most likely token."""
     top_k: int = 0
     """Sample among the k most likely tokens; 0 = all."""
     max_tokens: int = 512
     """Longest answer, in tokens."""
     seed: int = 1337
-    """Of sampling."""
+    """Seed of sampling."""
     pass_at: tuple[int, ...] = (1, 10, 100)
-    """Also estimate the chance that one of k answers is right, for each k up to --num-samples."""
+    """Also estimate the probability that one of k answers is right, for each k up to
+    --num-samples."""
 
 
 @dataclass(frozen=True)
@@ -78,31 +80,33 @@ class Config:
     split: str = "test"
     """Split of the tasks."""
     max_problems: int | None = None
-    """At most so many problems of each task, evenly spread over it; default: all."""
+    """Largest number of problems per task, evenly spread over it; default: all."""
     shots: int = 0
-    """Solved examples before each problem, as 5 of the subject for mmlu or 8 for gsm8k."""
+    """Number of solved examples before each problem, e.g. 5 for mmlu or 8 for gsm8k."""
     batch_size: int = 32
     """Problems (categorical) or samples (generative) computed at once."""
     show: int = 0
-    """Print so many problems of each task with the answers and the verdicts."""
+    """Number of problems per task to print, with answers and verdicts."""
     against: str | None = None
-    """Compare with this checkpoint, measured before with the same settings: McNemar's test."""
+    """Compare with this checkpoint by McNemar's test; it must have been measured before with the
+    same settings."""
     resume: bool = False
-    """Keep what an earlier run of this command has measured on this checkpoint."""
+    """Keep the results that an earlier run of this command has for this checkpoint."""
 
 
 @dataclass
 class Answers:
-    """What one rank found out about its problems of a task."""
+    """Answers to one rank's problems of a task, and their verdicts."""
 
     problems: list[dict[str, Any]] = field(default_factory=list)
-    """One of each problem: "problem" (its number in the task), "right" (how many of its samples
-    are), "truncated" (its prompt was cut, or lost examples, to fit the context), "answers", ..."""
+    """Results of the problems: "problem" (its number in the task), "right" (number of right
+    samples), "truncated" (the prompt was cut or lost examples to fit the context), "answers",
+    ..."""
     shown: list[str] = field(default_factory=list)
 
 
 def main(cfg: Config, runtime: Runtime) -> dict[str, record.Measurement]:
-    """Returns the measurement of each task that was asked for, new or kept."""
+    """Returns the measurement of each requested task, new or kept."""
     drawn = cfg.answering
     for name, value, least in (
         ("max-problems", cfg.max_problems, 1),
@@ -172,7 +176,7 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, record.Measurement]:
 
 
 def compared(results: Mapping[str, record.Measurement], source: str) -> list[str]:
-    """A line for each task: how its problems were answered by this checkpoint and by another."""
+    """Write a line per task that compares this checkpoint's answers with another's."""
     other = read_meta(find(source, None))
     known = record.of_checkpoint(other)
     name = f"{other['stage']}/{other['tag']} step {other['step']}"
@@ -193,7 +197,7 @@ def compared(results: Mapping[str, record.Measurement], source: str) -> list[str
 def settings_of(
     task: Task, examples: Sequence[Conversation], cfg: Config, runtime: Runtime
 ) -> dict[str, Any]:
-    """What a result depends on, beside the model."""
+    """All that a result depends on beside the model."""
     chosen = chosen_problems(task, cfg)
     digest = hashlib.sha256(f"{type(task).__name__} {task.VERSION}".encode())
     for conversation in (*examples, *(task[i] for i in chosen)):
@@ -219,19 +223,19 @@ def settings_of(
 
 
 def chosen_problems(task: Task, cfg: Config) -> list[int]:
-    """Spread over the task: many are sorted by subject."""
+    """Choose problems evenly spread over the task, since many tasks are sorted by subject."""
     count = min(len(task), cfg.max_problems or len(task))
     return [k * len(task) // count for k in range(count)]
 
 
 def has_estimates(result: Mapping[str, Any], drawn: Answering) -> bool:
-    """Whether pass@k was recorded for each k that is asked for now."""
+    """True if pass@k was recorded for each k that is requested now."""
     wanted = {str(k) for k in drawn.pass_at if k <= result.get("samples", 0)}
     return wanted <= set(result.get("pass_at", {}))
 
 
 def load_examples(spec: str, task: Task, shots: int, **options: Any) -> list[Conversation]:
-    """Solved rows to show before a problem: the first ones, of each subject if there are any."""
+    """Load solved rows to show before a problem: the first ones, or the first of each subject."""
     if shots == 0:
         return []
     try:
@@ -267,9 +271,9 @@ def render_prompt(
     limit: int,
     system: SystemStyle,
 ) -> tuple[list[int], bool]:
-    """The prompt with the last examples that fit into `limit` tokens; whether any was left out.
+    """Render the prompt with the last examples that fit into `limit` tokens.
 
-    Without examples it may be longer than that.
+    Also tells whether an example was left out. Without examples it may be longer than `limit`.
     """
     shown = examples_for(conversation, examples)
     for left_out in range(len(shown) + 1):
@@ -282,7 +286,7 @@ def render_prompt(
 
 
 def check_task(task: Task, spec: str) -> None:
-    """A UserError for what cannot be measured."""
+    """Raise UserError for a task that cannot be measured."""
     if len(task) == 0:
         raise UserError(f"{spec}: the split '{task.split}' is empty; choose another --split")
     if task.eval_type == "generative" and type(task).evaluate is Task.evaluate:
@@ -300,10 +304,10 @@ def evaluate_task(
     system: SystemStyle = "tokens",
     examples: Sequence[Conversation] = (),
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(result, its problems in order) of a task over all ranks, the same on every rank.
+    """Measure a task over all ranks; returns (result, its problems in order) on every rank.
 
-    Problem i and its samples have random streams of their own, so the result depends neither on
-    the batch size nor on the number of ranks (up to the rounding of matrix products).
+    Problem i and its samples have random streams of their own. The result therefore depends neither
+    on the batch size nor on the number of ranks (up to the rounding of matrix products).
     """
     label = label or task.name
     check_task(task, label)
@@ -372,7 +376,7 @@ def _answer_categorical(
     """Choose the most likely of each problem's options."""
     answers = Answers()
     scorer = GPTScorer(model)
-    # Cheap to know for all problems without encoding them.
+    # This is known for all problems without encoding them.
     lengths = [
         sum(
             len(str(message["content"]))
@@ -427,17 +431,17 @@ def _answer_categorical(
 
 
 def _known(conversation: Conversation) -> dict[str, Any]:
-    """What is known of a problem: its answer and its subject, if it has them."""
+    """Answer and subject of a problem, if it has them."""
     return {
         key: conversation[key] for key in ("answer", "subject", "kind") if conversation.get(key)
     }
 
 
 def encode_options(tokenizer: Tokenizer, letters: Sequence[str]) -> list[list[int]]:
-    """The options as the assistant would write them.
+    """Encode the options as the assistant would write them.
 
-    If one has several tokens, each ends with `<|assistant_end|>`: what is compared are then whole
-    answers, and a short one is not favoured over a longer one that begins with it.
+    If an option has several tokens, all end with `<|assistant_end|>`. Whole answers are compared
+    then, and a short one has no advantage over a longer one that begins with it.
     """
     options = [tokenizer.encode(letter) for letter in letters]
     if max(len(option) for option in options) > 1:
@@ -449,7 +453,7 @@ def encode_options(tokenizer: Tokenizer, letters: Sequence[str]) -> list[list[in
 def _crop_chat(
     prompt: list[int], options: list[list[int]], context_length: int
 ) -> tuple[list[int], list[list[int]], bool]:
-    """`crop`, but `<|bos|>` stays where there is room: no conversation was ever seen without it."""
+    """Crop as `crop` does, but keep `<|bos|>` if there is room, as in every trained row."""
     short, fitting, cut = crop(prompt, options, context_length)
     if cut and len(short) > 1:
         short = [prompt[0], *short[1:]]
@@ -467,7 +471,7 @@ def _answer_generative(
     examples: Sequence[Conversation],
     bar: Bar | None,
 ) -> Answers:
-    """Decode answers and judge them, in threads: judging may run programs."""
+    """Decode answers and judge them; judging is in threads, since it may run programs."""
     answers = Answers()
     drawn = cfg.answering
     params = SamplingParams(
@@ -478,7 +482,7 @@ def _answer_generative(
     )
     engine = Engine(model, tokenizer, max_slots=cfg.batch_size)
     mine = range(len(chosen))[runtime.rank :: runtime.world_size]
-    # A longer prompt is cut, to leave the answer a quarter of the context (or all it may have).
+    # A longer prompt is cut, so that the answer has a quarter of the context (or --max-tokens).
     room = min(drawn.max_tokens, max(1, engine.context_length // 4))
     limit = max(1, engine.context_length - room)
     conversations: dict[int, Conversation] = {}
@@ -492,7 +496,7 @@ def _answer_generative(
             prompt = [prompt[0], *prompt[len(prompt) - limit + 1 :]] if limit > 1 else prompt[-1:]
         prompts[k] = prompt
     requests: dict[Request, int] = {}
-    # The longest first: prompts that are read side by side are then of similar length.
+    # The longest prompts come first, so that prompts read together have similar lengths.
     for k in sorted(mine, key=lambda k: (-len(prompts[k]), k)):
         requests[engine.submit(prompts[k], params, drawn.num_samples, index=chosen[k])] = k
 
@@ -542,16 +546,16 @@ def _answer_generative(
 
 
 def majority(votes: Sequence[Any], right: Sequence[bool]) -> bool:
-    """Whether the answer that most samples gave is right; of equally many the first one given.
+    """True if the answer that most samples gave is right; among equals, the first one counts.
 
-    votes: what each sample answered, None for nothing.
+    votes: answer of each sample, or None.
     """
     counts = Counter(vote for vote in votes if vote is not None)
     return bool(counts) and right[votes.index(counts.most_common(1)[0][0])]
 
 
 def _in_turn(kinds: Sequence[str]) -> list[int]:
-    """Places in an order that takes one of each kind, then another of each.
+    """Order places so that one of each kind comes first, then another of each.
 
     >>> _in_turn(["a", "a", "a", "b"])
     [0, 3, 1, 2]
@@ -565,7 +569,7 @@ def _in_turn(kinds: Sequence[str]) -> list[int]:
 
 
 def _exchange(row: Conversation, problem: dict[str, Any]) -> dict[str, Any]:
-    """A conversation without its reference, and what was answered first."""
+    """Make a record of a conversation without its reference, and of the first answer."""
     said = list(row["messages"])
     if said[-1]["role"] == "assistant":
         said.pop()
@@ -578,7 +582,7 @@ def _exchange(row: Conversation, problem: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shown(task: Task, index: int, conversation: Conversation, answers: list[str]) -> str:
-    """A problem for the console; under torchrun rank 0 shows its own ones."""
+    """Format a problem for the console; under torchrun rank 0 shows its own problems."""
     messages = list(conversation["messages"])
     if messages[-1]["role"] == "assistant":
         messages.pop()

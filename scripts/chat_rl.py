@@ -1,11 +1,11 @@
 """Reinforce a chat model on tasks with rewards.
 
-Every step samples `--group-size` answers to each of `--prompts-per-step` prompts, calculator calls
-included, and makes those likelier that got more reward than the others to the same prompt
-(nanochat/rl/rollouts.py has the algorithm). What is held out of the tasks' train split is answered
-on the way; the test split is for `scripts.chat_eval --source rl`.
+Every step samples `--group-size` answers to each of `--prompts-per-step` prompts; the model may
+call the calculator. Answers with more reward than the others to the same prompt become more likely
+(nanochat/rl/rollouts.py has the algorithm). Problems held out from the tasks' train split are
+answered from time to time; the test split is for `scripts.chat_eval --source rl`.
 
-With `--algo dpo` it learns from pairs of a better and a worse answer instead
+With `--algo dpo` the model learns from pairs of a better and a worse answer instead
 (nanochat/rl/dpo.py).
 
 Examples:
@@ -32,13 +32,13 @@ from tasks.views import TaskMixture, TaskSlice
 
 
 def main(cfg: RlConfig, runtime: Runtime) -> Stage | OpenRun:
-    """Returns the stage, or the open run where nothing is left to do."""
+    """Returns the stage, or the open run if nothing is left to do."""
     seed_everything(cfg.run.seed)
     with open_run("rl", cfg, runtime) as run:
         check_config(cfg)
         if run.finished:
             return run
-        start = load_start(run, cfg)  # what training begins from, and is compared with
+        start = load_start(run, cfg)  # the model that training starts from
         cfg = replace(cfg, system=start.system)
         run = replace(run, cfg=cfg)
         method: PolicyGradient | PreferencePairs
@@ -71,7 +71,7 @@ def main(cfg: RlConfig, runtime: Runtime) -> Stage | OpenRun:
 
 
 def open_tasks(cfg: RlConfig, tokenizer: Tokenizer) -> tuple[TaskMixture, list[Task]]:
-    """What to train on, and what is held out of each task; all of it has rewards."""
+    """Open the tasks to train on, and the held-out part of each; all must have rewards."""
     if not cfg.mix:
         raise UserError("--mix names no task")
     mixture, halves = build_mixture(cfg.mix, cfg.run.seed, **corpus_options(cfg.mix, tokenizer))
@@ -82,7 +82,7 @@ def open_tasks(cfg: RlConfig, tokenizer: Tokenizer) -> tuple[TaskMixture, list[T
             raise UserError(f"{train.name} has only {len(train)} rows, too few to hold any out")
         count = max(1, cfg.evaluating.eval_problems // len(cfg.mix))
         if train.VAL_BY_CONTENT and isinstance(held, TaskSlice) and held.split == "val":
-            held = held.task  # it can be had in any size
+            held = held.task  # a generated task has any size
         count = min(count, len(held))
         step = len(held) // count
         held_out.append(TaskSlice(held, 0, step * count, step))
@@ -90,7 +90,7 @@ def open_tasks(cfg: RlConfig, tokenizer: Tokenizer) -> tuple[TaskMixture, list[T
 
 
 def check_rewards(task: Task) -> None:
-    """UserError for a task without rewards, before anything is computed."""
+    """Raise UserError for a task without rewards, before anything is computed."""
     checked_reward(task.reward(task[0], ""), task.where(0))
 
 

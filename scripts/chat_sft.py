@@ -1,6 +1,6 @@
 """Instruction-tune a mid-trained model.
 
-The same conversations as in mid-training, or others, but only what the assistant says is trained
+The conversations may be those of mid-training. Only the assistant's tokens are trained
 (`--prompt-weight 0`), and the learning rate falls to zero over the whole run.
 
 Examples:
@@ -22,12 +22,12 @@ from tasks.sources import chat_sources
 
 
 def main(cfg: SftConfig, runtime: Runtime) -> Stage | OpenRun:
-    """Returns the stage, or the open run where nothing is left to do."""
+    """Returns the stage, or the open run if nothing is left to do."""
     seed_everything(cfg.run.seed)
     with open_run("sft", cfg, runtime) as run:
         if run.finished:
             return run
-        model, tokenizer, source = open_model(run)  # its own, or what it starts from
+        model, tokenizer, source = open_model(run)  # of the run, or of --source
 
         T = model.config.context_length
         sources, held_out = runtime.in_turns(lambda: chat_sources(cfg, tokenizer, T, runtime))
@@ -42,7 +42,7 @@ def main(cfg: SftConfig, runtime: Runtime) -> Stage | OpenRun:
         )
         if len(sources) > 1:
             runtime.print(describe_mixture(sources, plan.tokens))
-        stage = Stage(run, model, tokenizer, plan, source)  # restored where it goes on
+        stage = Stage(run, model, tokenizer, plan, source)  # restored if it is resumed
         rows = plan.phase(0)
         loader.resume(rows, run.loader_state)
 

@@ -1,8 +1,8 @@
 """Serve models in the browser and with OpenAI's HTTP interface.
 
 The page is at http://127.0.0.1:8000; any OpenAI client works with base URL
-http://127.0.0.1:8000/v1. To be reached from other machines it takes `--host 0.0.0.0`, and then
-better an `--api-key` too.
+http://127.0.0.1:8000/v1. With `--host 0.0.0.0`, other machines can reach the server; use an
+`--api-key` then.
 
 Examples:
     python -m scripts.chat_web
@@ -32,23 +32,23 @@ from tasks.registry import examples
 
 @dataclass(frozen=True)
 class Access:
-    """Where the server listens, and who may ask."""
+    """Address of the server, and access to it."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for all of this machine's."""
+    """Address to listen on; 0.0.0.0 for all addresses of this machine."""
     port: int = 8000
     """Port to listen on."""
     api_key: str | None = None
-    """Ask clients for this key."""
+    """Key that clients must send."""
     cors: tuple[str, ...] = ()
     """Origins whose pages may call this server, such as https://example.org; * for any."""
     allow_host: tuple[str, ...] = ()
-    """Further names this server is reached by (through a proxy), when it listens on 127.0.0.1."""
+    """Further names of this server (through a proxy), if it listens on 127.0.0.1."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a request gets that does not say otherwise."""
+    """Defaults for requests that leave these fields out."""
 
     temperature: float = 0.6
     """Sampling temperature; 0 always takes the most likely token."""
@@ -60,12 +60,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Load:
-    """How much the server does at once."""
+    """Amount of work at once."""
 
     max_slots: int = 32
     """Samples decoded at once."""
     max_queue: int = 128
-    """Samples that may wait; beyond that clients are told to come back later (429)."""
+    """Samples that may wait; further requests are refused with status 429."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,11 @@ class Config:
     decoding: Decoding = field(default_factory=Decoding)
     run: Computing = field(default_factory=Computing)
     source: tuple[str, ...] = ("sft",)
-    """Models to offer, the first by default: stages, stage/tag, or checkpoint folders."""
+    """Models to offer: stages, stage/tag, or checkpoint folders. The first one is the default."""
 
 
 def check(cfg: Config) -> None:
-    """UserError for values that make no sense: no client is to blame for them later."""
+    """Raise UserError for impossible values, so that no client gets an error for them later."""
     SamplingParams(**vars(cfg.answer))
     if cfg.load.max_queue < 0:
         raise UserError(f"--max-queue {cfg.load.max_queue} must be at least 0 (0 lets nobody wait)")
@@ -90,7 +90,7 @@ def check(cfg: Config) -> None:
 
 
 def load(cfg: Config, runtime: Runtime) -> list[Served]:
-    """The models to offer."""
+    """Load the models to offer."""
     if not cfg.source:
         raise UserError("--source needs at least one model")
     tools = cfg.tools
@@ -113,13 +113,13 @@ def load(cfg: Config, runtime: Runtime) -> list[Served]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket; UserError names the remedy where that is not possible."""
+    """Bind a socket; UserError with a remedy if that is not possible."""
     if not 0 <= port < 65536:
         raise UserError(f"cannot listen on port {port}; choose a --port from 0 (any) to 65535")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family)
-        if os.name == "posix":  # elsewhere it would take a port that is in use
+        if os.name == "posix":  # on Windows it would take a port in use
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
@@ -130,11 +130,11 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def leave_a_processor(runtime: Runtime) -> None:
-    """For the thread that talks to the clients.
+    """Leave one processor to the thread that talks to the clients.
 
-    The threads of a product wait for each other: where every processor has one and a client is
-    served meanwhile, each product waits for the scheduler. Measured with 2 cores and 4 layers, one
-    client got 80 tokens a second with 2 threads and 280 with 1.
+    The threads of a matrix product wait for each other. If every processor has one and the clients'
+    thread needs a processor too, each product waits for the scheduler. With 2 cores and 4 layers,
+    one client got 80 tokens a second with 2 threads and 280 with 1.
     """
     if runtime.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
@@ -167,7 +167,7 @@ def serve(cfg: Config, runtime: Runtime, models: Sequence[Served], listener: soc
 
 def main(cfg: Config, runtime: Runtime) -> None:
     check(cfg)
-    # First the port: to hear that it is taken should not take as long as loading a model.
+    # The port comes first, so that the error of a taken port does not wait for loading a model.
     listener = listen(cfg.access.host, cfg.access.port)
     serve(cfg, runtime, load(cfg, runtime), listener)
 

@@ -5,16 +5,16 @@ Examples:
     python -m scripts.decontaminate --corpus climbmix --drop
 
 A document is contaminated if it has 13 consecutive words in common with a question or an answer
-(as in arXiv 2005.14165): lower case, without punctuation. Questions with options are looked for as
-the model is asked, as other texts list them, and as the data set's row has them. A question of 8 to
-12 words, options included, is looked for as a whole. The report's "covered" counts the questions
-that have 8 words as the model is asked: a document that holds one is found. Memory holds the
-evaluation tasks' words, whatever the size of the corpus. The report goes to
+(as in arXiv 2005.14165); case and punctuation are ignored. Questions with options are searched for
+in three forms: as the model is asked, as other texts list them, and as the data set's row has them.
+A question of 8 to 12 words, options included, is searched for as a whole. The report's "covered"
+counts the questions that have 8 words as the model is asked; a document with one of them is always
+found. Memory holds the evaluation tasks' words only. The report is written to
 report/decontamination-<store>.json under NANOCHAT_BASE_DIR.
 
-What is read, and with --drop rewritten, is the encoded corpus that training reads. Run it after
-scripts.tok_encode, and again where that has appended shards; deleting the store and encoding the
-corpus anew brings the dropped documents back.
+The script reads the encoded corpus that training reads, and rewrites it with --drop. Run it after
+scripts.tok_encode, and again after that has appended shards. To get the dropped documents back,
+delete the store and encode the corpus again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from nanochat.tokenizer import Tokenizer
 from tasks.common import Conversation, HubTask, Task
 from tasks.registry import build, corpus_options
 
-if TYPE_CHECKING:  # the processes that read need no torch, which takes seconds to import
+if TYPE_CHECKING:  # the worker processes need no torch, which takes seconds to import
     from nanochat.eval.core import CoreTask
     from nanochat.runtime import Runtime
 
@@ -46,21 +46,21 @@ if TYPE_CHECKING:  # the processes that read need no torch, which takes seconds 
 @dataclass(frozen=True)
 class Config:
     corpus: tuple[str, ...] = ("climbmix",)
-    """Encoded corpora to look through."""
+    """Encoded corpora to search."""
     store: tuple[Path, ...] = ()
-    """Token stores to look through instead, those of conversations too."""
+    """Token stores to search instead, of text or conversations."""
     task: tuple[str, ...] = ("arc:easy", "arc:challenge", "mmlu", "gsm8k", "humaneval")
-    """Evaluation tasks; generated ones have nothing to leak. `--task` alone means none."""
+    """Evaluation tasks; `--task` alone means none. Generated tasks cannot leak."""
     split: str = "test"
     """Split of the tasks."""
     bundle: Path | None = None
-    """CORE's task files; default: NANOCHAT_BASE_DIR/eval_bundle, skipped where it is missing."""
+    """Folder of CORE's task files; default: NANOCHAT_BASE_DIR/eval_bundle, if it exists."""
     ngram: int = 13
-    """Consecutive words that make a match."""
+    """Number of consecutive words that make a match."""
     drop: bool = False
     """Write the stores anew without the documents found."""
     workers: int = 0
-    """Processes; 0: one for each CPU."""
+    """Number of processes; 0: one per CPU."""
 
 
 def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
@@ -119,10 +119,8 @@ def evaluation_items(cfg: Config, runtime: Runtime, **options: Any) -> Iterator[
 
 
 def task_items(task: Task, label: str) -> Iterator[Item]:
-    """Problems with options in every form of `choice_forms`; else the messages without tool calls.
-
-    The rows of a data set besides, as JSON and field by field.
-    """
+    """Yield a task's problems: options in every form of `choice_forms`, else messages without tool
+    calls, and the rows of a data set as JSON and field by field."""
     for i in range(len(task)):
         conversation = task[i]
         if "choices" in conversation:
@@ -142,7 +140,8 @@ def task_items(task: Task, label: str) -> Iterator[Item]:
 
 
 def choice_forms(conversation: Conversation) -> list[str]:
-    """A question with its options: as the model is asked; lettered; bare; and its right answer."""
+    """Write a question with its options as the model is asked, with letters, and without; also the
+    question with its right answer."""
     question, letters = conversation["question"], conversation["letters"]
     options = list(zip(letters, conversation["choices"], strict=True))
     return [
@@ -154,7 +153,7 @@ def choice_forms(conversation: Conversation) -> list[str]:
 
 
 def core_items(task: CoreTask) -> Iterator[Item]:
-    """Question and right answer as one text, other answers on their own."""
+    """Yield question and right answer as one text, and other answers alone."""
     for i, item in enumerate(task.items):
         if task.kind == "multiple_choice":
             choices = list(item["choices"])

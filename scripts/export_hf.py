@@ -1,8 +1,9 @@
 """Export a model for transformers.
 
-Models trained with --portable become transformers' own `nanochat` type; the others carry their
-code along and are loaded with trust_remote_code=True. The result is loaded with transformers and
-compared with the checkpoint, logit by logit, before the folder gets its name. Needs the extra `hf`.
+Models trained with --portable become transformers' own `nanochat` type. The folders of other models
+contain their code, and they are loaded with trust_remote_code=True. Before the folder gets its
+name, it is loaded with transformers and compared with the checkpoint, logit by logit. This script
+needs the extra `hf`.
 
 Example:
     python -m scripts.export_hf --source sft --out my-model
@@ -27,21 +28,22 @@ class Config:
     step: int | None = None
     """The checkpoint's step; default: the newest."""
     out: Path | None = None
-    """Folder to write; default: NANOCHAT_BASE_DIR/export/<stage>-<tag>, with -mlx for that."""
+    """Folder to write; default: NANOCHAT_BASE_DIR/export/<stage>-<tag>, with -mlx for mlx."""
     weights: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the saved weights; float32 is exact."""
+    """Dtype of the saved weights; float32 is exact."""
     names: Literal["transformers", "mlx"] = "transformers"
-    """Whose names the tensors get. mlx: for mlx-lm on Apple silicon; needs a --portable model."""
+    """Names of the tensors: transformers', or those of mlx-lm on Apple silicon (--portable models
+    only)."""
     check: bool = True
-    """Load what was written and compare it with the checkpoint."""
+    """Load the written folder and compare it with the checkpoint."""
     texts: int = 10_000
-    """Random texts on which the tokenizers are compared."""
+    """Number of random texts on which the tokenizers are compared."""
     device: Literal["cpu"] = "cpu"
-    """The comparison runs in float32 on the CPU."""
+    """Device of the comparison, which runs in float32."""
 
 
 def main(cfg: Config, runtime: Runtime) -> Path:
-    """Returns the folder written."""
+    """Returns the folder that was written."""
     try:
         import transformers
     except ImportError as error:

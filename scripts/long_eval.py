@@ -1,10 +1,11 @@
-"""What a model makes of a long context.
+"""Measure how well a model uses a long context.
 
-Loss by position, what the far context gains, bits per byte at the first and the present context,
-and a grid of hidden words (tasks/passkey.py) by depth and length. Written, with all that says what
-was measured, to report/eval_<stage>-<tag>.json, from which scripts.report draws.
+Measured are the loss by position, the gain from far context, bits per byte at the first and at the
+present context length, and the share of hidden words found (tasks/passkey.py) by depth and length.
+Results are written to report/eval_<stage>-<tag>.json with their settings; scripts.report shows
+them.
 
-A model whose context was never extended can be asked beyond it, its rotary base as it is.
+With --context-length a model can be measured beyond its context; its rotary base is not changed.
 
 Examples:
     python -m scripts.long_eval --source mid --corpus bbe
@@ -39,21 +40,21 @@ from tasks.passkey import FILLER, Haystack, Passkey, corpus_sentences
 
 @dataclass(frozen=True)
 class Passkeys:
-    """Words hidden in long texts."""
+    """Search for words hidden in long texts."""
 
     lengths: tuple[int, ...] = ()
-    """Lengths of the grid in tokens; default: an eighth, a quarter, half and all of the context,
+    """Lengths of the texts in tokens; default: an eighth, a quarter, half and all of the context,
     as far as question and answer fit."""
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """Where the word is hidden, from 0 (the beginning) to 1 (right before the question)."""
+    """Places of the hidden word, from 0 (the beginning) to 1 (right before the question)."""
     samples: int = 20
-    """Hidden words per cell of the grid; 0 leaves it out."""
+    """Number of hidden words per length and depth; 0 leaves this measurement out."""
     distractors: int = 2
-    """Other people's words in the text."""
+    """Number of other people's words in the text."""
     haystack: Literal["corpus", "filler"] = "corpus"
-    """What surrounds the words: the corpus, or the built-in sentences."""
+    """Text around the words: the corpus, or built-in sentences."""
     seed: int = 0
-    """Of the hidden words."""
+    """Seed of the hidden words."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,11 @@ class Config:
     corpus: str = "climbmix"
     """Corpus for the losses and for the text around the hidden words."""
     split: Literal["val", "train"] = "val"
-    """Its split."""
+    """Split of the corpus."""
     context_length: int | None = None
-    """Measure up to so many tokens, beyond the model's context with the rotary base it has."""
+    """Tokens up to which to measure, also beyond the model's context; default: its context."""
     eval_tokens: int = 2**18
-    """Tokens per measured loss, at most, but at least one row."""
+    """Largest number of tokens per measured loss; at least one row is used."""
     batch_size: int = 4
     """Rows computed at once."""
 
@@ -128,10 +129,10 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
 def passkey_grid(
     model: GPT, tokenizer: Tokenizer, haystack: Haystack, T: int, cfg: Passkeys, runtime: Runtime
 ) -> dict[str, Any]:
-    """Shares of hidden words that are found, by depth and length.
+    """Measure the shares of hidden words that are found, by depth and length.
 
-    "forced": each of the word's tokens is the most likely one after the text, the question, and the
-    true answer up to it. "generated": the answer that the model writes, greedily, ends with it.
+    A word is found "forced" if each of its tokens is the most likely one after text, question and
+    the true answer up to it. It is found "generated" if the model's greedy answer ends with it.
     """
     least = haystack.least(1, cfg.distractors)
     lengths = list(cfg.lengths) or [T // k for k in (8, 4, 2) if T // k >= least] + [T]
@@ -173,7 +174,7 @@ def passkey_grid(
 
 
 def split_at_answer(tokenizer: Tokenizer, row: Conversation) -> tuple[list[int], list[int]]:
-    """(everything before the hidden word in the answer, the tokens of the word)."""
+    """Split tokens into (everything before the hidden word of the answer, tokens of the word)."""
     answer = row["messages"][-1]["content"]
     ids = tokenizer.encode(answer)
     ends = np.cumsum(tokenizer.token_bytes()[ids])

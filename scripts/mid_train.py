@@ -1,8 +1,8 @@
 """Mid-train a base model on conversations and tasks.
 
-Every token is trained (`--prompt-weight 1`), in conversation format, while a share of the
-pretraining text is replayed (`--replay`): without it a small model forgets within minutes.
-`--context-length` extends the context, see `gpt.extend_context`.
+Every token is trained (`--prompt-weight 1`). A share of the tokens is pretraining text
+(`--replay`), since a small model would otherwise forget it within minutes. `--context-length`
+extends the context.
 
 Examples:
     python -m scripts.mid_train --corpus bbe --mix customjson:2 spellingbee:3000 arithmetic:3500
@@ -23,12 +23,12 @@ from tasks.sources import chat_sources
 
 
 def main(cfg: MidConfig, runtime: Runtime) -> Stage | OpenRun:
-    """Returns the stage, or the open run where nothing is left to do."""
+    """Returns the stage, or the open run if nothing is left to do."""
     seed_everything(cfg.run.seed)
     with open_run("mid", cfg, runtime) as run:
         if run.finished:
             return run
-        model, tokenizer, source = open_model(run)  # its own, or what it starts from
+        model, tokenizer, source = open_model(run)  # of the run, or of --source
 
         T = model.config.context_length
         sources, held_out = runtime.in_turns(lambda: chat_sources(cfg, tokenizer, T, runtime))
@@ -43,7 +43,7 @@ def main(cfg: MidConfig, runtime: Runtime) -> Stage | OpenRun:
         )
         if len(sources) > 1:
             runtime.print(describe_mixture(sources, plan.tokens))
-        stage = Stage(run, model, tokenizer, plan, source)  # restored where it goes on
+        stage = Stage(run, model, tokenizer, plan, source)  # restored if it is resumed
         rows = plan.phase(0)
         loader.resume(rows, run.loader_state)
 

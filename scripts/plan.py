@@ -1,19 +1,19 @@
-"""What a run would do, without a GPU and before anything starts.
+"""Plan a run: its steps, memory, time and cost. No GPU is needed, and nothing is started.
 
 Examples:
     python -m scripts.plan --depth 20 --gpus 8 --gpu h100
     python -m scripts.plan --depth 4 --context-length 256 --gpu cpu --num-steps 500
     python -m scripts.plan --stage sft --num-steps 800 --gpus 8
 
-Takes every flag of the stage's own script. Stages after base are planned for the checkpoint they
-start from, or for --depth where it is not there.
+The script takes every flag of the stage's own script. Stages after base are planned for the
+checkpoint that they start from, or for --depth if there is none yet.
 """
 
 import gc
 import sys
 
 if __name__ == "__main__":
-    gc.disable()  # a third of the time that torch and its compiler take to be imported
+    gc.disable()  # saves a third of the time for importing torch and its compiler
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -53,35 +53,35 @@ from nanochat.runtime import DTYPES, Runtime, single
 
 @dataclass(frozen=True)
 class Hardware:
-    """What it would run on."""
+    """Machine to plan for."""
 
     gpus: int = 8
-    """Ranks of the job."""
+    """Number of ranks of the job."""
     gpu: Literal[
         "cpu", "h100", "h200", "h800", "gh200", "b200", "mi300x", "a100", "a800", "l40s", "l4",
         "a10", "a10g", "5090", "4090", "3090", "t4", "v100",
     ] = "h100"  # fmt: skip
     """Kind of GPU; cpu plans for this machine."""
     gpu_memory: float | None = None
-    """GB per device, where it differs from the data sheet."""
+    """Memory per device in GB, if it differs from the data sheet."""
     mfu: float = 0.4
-    """Share of the peak that the run is expected to reach."""
+    """Expected share of the device's peak FLOPs."""
     price_per_hour: float | None = None
-    """US dollars for one device, for the cost; by default a rough one for its kind."""
+    """Price of one device per hour in US dollars; default: a rough one for its kind."""
     vocab_size: int = 65536
-    """Vocabulary of the tokenizer to come."""
+    """Vocabulary size, if there is no tokenizer yet."""
     print: str | None = None
-    """Print this one value only (num_shards, num_steps, hours, ...): for shell scripts."""
+    """Print only this value (num_shards, num_steps, hours, ...), for shell scripts."""
 
 
 @dataclass(frozen=True)
 class StartingModel:
-    """The model of a later stage whose checkpoint is not there."""
+    """Model of a later stage whose checkpoint does not exist yet."""
 
     depth: int = 20
-    """Its number of layers."""
+    """Number of layers of the model."""
     trained_context: int = 2048
-    """Tokens per row that it was pretrained with."""
+    """Tokens per row of its pretraining."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ CONFIGS: dict[str, type[AnyPlan]] = {"base": Config, "mid": MidPlan, "sft": SftP
 
 @dataclass(frozen=True)
 class Workload:
-    """What a stage's flags come to."""
+    """Plan and memory of a stage."""
 
     model: GPTConfig
     about_model: str
@@ -129,11 +129,11 @@ class Workload:
     duration: Duration
     learning: Learning
     other_memory: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Phase -> kind -> bytes, which take the place of what only learning needs."""
+    """Bytes by phase and kind, in phases that do not need the memory of optimizer steps."""
 
 
 def model_of(cfg: MidPlan | SftPlan | RlPlan) -> tuple[GPTConfig, str]:
-    """The model the stage starts from, and where that is known from."""
+    """Configuration of the model that the stage starts from, and its origin in words."""
     try:
         folder = find(cfg.source)
     except UserError:
@@ -146,10 +146,10 @@ def model_of(cfg: MidPlan | SftPlan | RlPlan) -> tuple[GPTConfig, str]:
 
 
 def sampling_memory(cfg: RlPlan, model: GPTConfig, dtype: torch.dtype) -> dict[str, dict[str, int]]:
-    """What rollouts and evaluations hold beside the model: at most, as answers end at any length.
+    """Estimate the largest memory of rollouts and evaluations beside the model, in bytes.
 
-    Their caches and their copy of the weights are freed before learning, the model that training
-    started from is read for an evaluation only. DPO has neither.
+    Their caches and their copy of the weights are freed before an optimizer step. The model that
+    training started from is loaded during an evaluation only. DPO needs neither.
     """
     if cfg.algo == "dpo":
         return {}
@@ -248,9 +248,9 @@ def main(cfg: AnyPlan, runtime: Runtime) -> dict[str, Any]:
 
 
 def _num_shards(cfg: Config, tokens: int) -> int | None:
-    """Shards of a named corpus that hold the run's tokens, with a tenth to spare.
+    """Number of shards of a named corpus that hold the run's tokens, and a tenth more.
 
-    None for what is not downloaded in shards of a known size: a path, bbe, a mixture.
+    None for corpora without shards of a known size: a path, bbe, a mixture.
     """
     source = None if cfg.mix else NAMED.get(cfg.corpus)
     if source is None:
@@ -295,7 +295,7 @@ def show(cfg: AnyPlan, plan: Plan, result: dict[str, Any], runtime: Runtime) -> 
 
 
 def stage_asked_for(argv: list[str]) -> str:
-    """The value of --stage: it decides which other flags there are."""
+    """Value of --stage, which decides which other flags there are."""
     stage = "base"
     for argument, following in zip(argv, [*argv[1:], ""], strict=False):
         name, equals, value = argument.partition("=")
@@ -305,5 +305,5 @@ def stage_asked_for(argv: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    # An unknown stage is told of by the parser.
+    # The parser reports an unknown stage.
     launch(main, CONFIGS.get(stage_asked_for(sys.argv[1:]), Config), __doc__)

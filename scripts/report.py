@@ -1,7 +1,8 @@
 """Write the report card.
 
-Gathers every stage's metrics and evaluations under NANOCHAT_BASE_DIR into report/report.md and a
-self-contained report/report.html. It can be run at any time; what is not there yet is named.
+The script writes every stage's metrics and evaluations under NANOCHAT_BASE_DIR into
+report/report.md and report/report.html, a page that needs no other file. It can be run at any time;
+the report lists what is missing.
 
 Example:
     python -m scripts.report
@@ -24,9 +25,9 @@ class Config:
     tag: str | None = None
     """Name of the runs to report; default: the newest run of each stage."""
     price_per_hour: float | None = None
-    """What the whole machine costs an hour, to work out what the training cost."""
+    """Price of the whole machine per hour, to compute the cost of training."""
     device: tyro.conf.Suppress[str] = "cpu"
-    """Nothing is computed."""
+    """Device that every script has; the report computes nothing."""
 
 
 def main(cfg: Config, runtime: Runtime) -> tuple[Path, Path] | None:

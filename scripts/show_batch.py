@@ -1,12 +1,12 @@
-"""Show what a model is trained on, token by token: real rows of the real loader.
+"""Show rows that a model is trained on, token by token, from the real loader.
 
 Examples:
     python -m scripts.show_batch --stage sft
     python -m scripts.show_batch --stage mid --task gsm8k --html gsm8k.html
 
-Tokens are coloured by their weight in the loss. Sources and settings are those that the checkpoint
-of this stage and tag was trained with, where there is one, else the stage's defaults; flags
-override either. A store that does not exist yet is built, which takes a while for large tasks.
+Colours show the tokens' loss weights. Sources and settings are those of the checkpoint of this
+stage and tag, or the stage's defaults if there is none; flags override them. A store that does not
+exist yet is built, which takes a while for large tasks.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ _CONFIGS = {"base": BaseConfig, "mid": MidConfig, "sft": SftConfig}
 
 @dataclass(frozen=True)
 class Settings:
-    """Instead of those of the stage's run."""
+    """Settings in place of those of the stage's run."""
 
     corpus: tuple[str, ...] = ()
     """Pretraining corpus, instead of the stage's; several by share for mid and sft."""
@@ -44,38 +44,38 @@ class Settings:
     replay: float | None = None
     """Share of replayed text, instead of the stage's."""
     prompt_weight: float | None = None
-    """Loss weight of what the assistant does not say, instead of the stage's."""
+    """Loss weight of tokens the assistant does not produce, instead of the stage's."""
     sequence_length: int | None = None
     """Tokens per row, instead of the model's context length."""
     seed: int | None = None
-    """Data order, instead of the stage's."""
+    """Seed of the data order, instead of the stage's."""
 
 
 @dataclass(frozen=True)
 class Config:
     settings: Settings = field(default_factory=Settings)
     stage: StageName = "sft"
-    """base, mid or sft."""
+    """Stage whose rows to show: base, mid or sft."""
     task: str | None = None
-    """Only this task, as in --mix: gsm8k, arc:easy, spellingbee:1000 (mid and sft)."""
+    """Show only this task, named as in --mix: gsm8k, arc:easy, spellingbee:1000 (mid and sft)."""
     tokenizer: str = "default"
-    """The tokenizer's name, given to scripts.tok_train."""
+    """Name that scripts.tok_train gave the tokenizer."""
     store: Path | None = None
-    """Only this token store."""
+    """Show only this token store."""
     split: Literal["train", "val"] = "train"
-    """train or val."""
+    """Split of the data."""
     rows: int = 3
     """Rows to show."""
     skip: int = 0
     """Rows to skip first."""
     html: Path | None = None
-    """Write a self-contained page instead of printing."""
+    """File for an HTML page, which is written instead of printing."""
     tag: str = "default"
-    """Take the settings of this run of the stage, where it has a checkpoint."""
+    """Tag of the run whose settings to take, if it has a checkpoint."""
 
 
 def stage_settings(cfg: Config) -> tuple[BaseConfig | MidConfig, int | None, str]:
-    """The stage's configuration, its context length if known, and where they come from."""
+    """Configuration of the stage, its context length if known, and their origin in words."""
     config_class = _CONFIGS[cfg.stage]
     newest = latest(paths.checkpoints_dir(cfg.stage, cfg.tag))
     stage: BaseConfig | MidConfig = config_class()
@@ -121,7 +121,7 @@ def stage_settings(cfg: Config) -> tuple[BaseConfig | MidConfig, int | None, str
 def choose_sources(
     cfg: Config, stage: BaseConfig | MidConfig, tokenizer: Tokenizer, sequence_length: int
 ) -> list[Source]:
-    """What the stage trains on, or the one store or task that was asked for."""
+    """Sources of the stage, or the one store or task that the flags name."""
     if cfg.store is not None and cfg.task is not None:
         raise UserError("--store and --task exclude each other; give one of them")
     prompt_weight = 1.0 if isinstance(stage, BaseConfig) else stage.prompt_weight
@@ -141,7 +141,7 @@ def choose_sources(
 
 
 def main(cfg: Config, runtime: Runtime) -> View | None:
-    """Returns what was shown (nothing on ranks other than 0)."""
+    """Returns the view that was shown (None on ranks other than 0)."""
     if not runtime.is_main:
         return None
     if cfg.rows < 1 or cfg.skip < 0:

@@ -1,10 +1,10 @@
-"""Encode a corpus into token stores, from which training reads.
+"""Encode a corpus into token stores, which training reads.
 
 Example:
     python -m scripts.tok_encode --corpus bbe
 
-Each shard is encoded on its own, by one process or several: an interrupted run goes on where it
-stopped, and shards that are downloaded later are appended by running it again.
+Several processes encode the shards. Run the command again to continue after an interruption, or to
+append shards that were downloaded later.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ class Config:
     corpus: str = "climbmix"
     """bbe, climbmix, fineweb-edu, a file or folder, or ORG/NAME[:COLUMN] of a downloaded one."""
     tokenizer: str = "default"
-    """Its name, given to scripts.tok_train."""
+    """Name that scripts.tok_train gave the tokenizer."""
     verify: bool = False
-    """Read the stores that are there, and stop where one is damaged."""
+    """Read the existing stores completely, and stop if one is damaged."""
     workers: int = 0
-    """Processes and threads together; 0: one for each CPU."""
+    """Number of processes and threads together; 0: one per CPU."""
     bad_rows: BadRows = "error"
-    """What to do with rows without usable text: stop, or leave them out and count them."""
+    """Stop at a row without usable text (error), or leave it out and count it (skip)."""
 
 
 def main(cfg: Config, runtime: Runtime) -> dict[Split, TokenStore]:
-    """Returns the stores by split (nothing on ranks other than 0, which have no part)."""
+    """Returns the stores by split (none on ranks other than 0, which do nothing)."""
     if not runtime.is_main:
         return {}
     if cfg.workers < 0:
@@ -48,7 +48,7 @@ def main(cfg: Config, runtime: Runtime) -> dict[Split, TokenStore]:
     for note in corpus.notes():
         runtime.print(note)
     stores: dict[Split, TokenStore] = {}
-    splits: tuple[Split, Split] = ("val", "train")  # the quick one first: it shows mistakes early
+    splits: tuple[Split, Split] = ("val", "train")  # the small one first: it shows mistakes early
     for split in splits:
         store = encode_split(corpus, split, tokenizer, cfg.workers or _cpus(), tell=runtime.print)
         stores[split] = store

@@ -1,4 +1,4 @@
-"""Measure the tokenizer: bytes per token beside GPT-2's and GPT-4's, and the way back to the text.
+"""Measure the tokenizer: its bytes per token beside GPT-2's and GPT-4's, and decoding to the text.
 
 Example:
     python -m scripts.tok_eval --corpus bbe
@@ -30,7 +30,7 @@ from nanochat.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from nanochat.runtime import Runtime
 
-# What the others are called here, and by tiktoken.
+# Names of the other tokenizers, here and in tiktoken.
 OTHERS = {"gpt-2": "gpt2", "gpt-4": "cl100k_base"}
 _DOWNLOAD_SECONDS = 20
 
@@ -71,13 +71,13 @@ class Config:
     corpus: str = "climbmix"
     """Corpus whose validation text is measured."""
     tokenizer: str = "default"
-    """Its name, given to scripts.tok_train."""
+    """Name that scripts.tok_train gave the tokenizer."""
     max_chars: int = 2_000_000
     """Characters of validation text, from the beginning."""
     online: bool = False
     """Let tiktoken download GPT-2's and GPT-4's vocabularies if they are not in its cache."""
     bad_rows: BadRows = "error"
-    """What to do with rows without usable text."""
+    """Stop at a row without usable text (error), or leave it out (skip)."""
 
 
 def main(cfg: Config, runtime: Runtime) -> dict[str, Any] | None:
@@ -160,7 +160,7 @@ def _beginning(documents: Iterator[str], max_chars: int) -> list[str]:
 def check_round_trip(tokenizer: Tokenizer, texts: list[str]) -> None:
     """Encode and decode `texts` and strings of random characters from all of Unicode.
 
-    Lone surrogates are no text: they come back as U+FFFD and are not among the characters.
+    Lone surrogates are not among the characters, since they are decoded as U+FFFD.
     """
     generator = random.Random(0)
     planes = [(0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)]
@@ -177,17 +177,17 @@ def check_round_trip(tokenizer: Tokenizer, texts: list[str]) -> None:
 
 
 def _load(name: str, online: bool) -> tiktoken.Encoding | None:
-    """One of tiktoken's encodings; None if it is neither in its cache nor to be had quickly."""
+    """Load one of tiktoken's encodings; None if it is not in the cache and cannot be downloaded."""
     with _downloads(online):
         try:
             return tiktoken.get_encoding(name)
-        except Exception:  # tiktoken raises what its HTTP client does
+        except Exception:  # tiktoken raises the errors of its HTTP client
             return None
 
 
 @contextmanager
 def _downloads(allowed: bool) -> Iterator[None]:
-    """tiktoken's own download waits without a limit: forbid it, or give it one."""
+    """Forbid tiktoken's downloads, or limit their time, which tiktoken does not."""
 
     def read_file(blobpath: str) -> bytes:
         if not allowed:

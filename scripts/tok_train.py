@@ -4,8 +4,8 @@ Examples:
     python -m scripts.tok_train --corpus bbe --vocab-size 4096
     python -m scripts.tok_train --corpus climbmix
 
-Running it again with the same settings keeps the tokenizer that is there. One that checkpoints were
-trained with is not replaced: the new one gets a --name, and base_train takes it by --tokenizer.
+With the same settings, an existing tokenizer is kept. A tokenizer that checkpoints were trained
+with is not replaced: give the new one a --name, and pass that to base_train with --tokenizer.
 """
 
 from __future__ import annotations
@@ -36,22 +36,21 @@ class Config:
     corpus: str = "climbmix"
     """bbe, climbmix, fineweb-edu, a file or folder, or ORG/NAME[:COLUMN] of a downloaded one."""
     vocab_size: int = 32768
-    """Tokens, special tokens included."""
+    """Number of tokens, special tokens included."""
     max_chars: int = 2_000_000_000
-    """Characters to train on, from the beginning of the corpus."""
+    """Number of characters to train on, from the beginning of the corpus."""
     doc_cap: int = 10_000
-    """Characters of a document that count, so that no long one dominates."""
+    """Number of characters to use of each document, so that long ones do not dominate."""
     bad_rows: BadRows = "error"
-    """What to do with rows without usable text."""
+    """Stop at a row without usable text (error), or leave it out (skip)."""
     name: str = "default"
     """Name of the tokenizer, for `--tokenizer` of tok_encode and base_train."""
     force: bool = False
-    """Train anew; models and stores of the tokenizer that is replaced go on finding it by its
-    hash."""
+    """Train anew and replace the tokenizer; its models and stores still find it by its hash."""
 
 
 class _Texts:
-    """The beginning of the training split, and afterwards what of it was read."""
+    """Texts from the beginning of the training split, and counts of what was read."""
 
     def __init__(self, cfg: Config, corpus: Corpus, shards: list[Shard], bar: Bar):
         self.cfg, self.corpus, self.shards, self.bar = cfg, corpus, shards, bar
@@ -68,7 +67,8 @@ class _Texts:
                 self.num_chars += len(text)
                 self.num_bytes += len(text.encode("utf-8", "surrogatepass"))
                 yield text
-                # Whichever ends first ends the reading.
+                # Reading ends at the limit of characters or at the end of the corpus, so the bar
+                # follows the one that comes first.
                 by_chars, by_bytes = (
                     self.num_chars / self.cfg.max_chars,
                     (before + position) / total,
@@ -80,7 +80,7 @@ class _Texts:
 
 
 def main(cfg: Config, runtime: Runtime) -> Tokenizer | None:
-    """Returns the tokenizer, trained or found (None on ranks other than 0, which have no part)."""
+    """Returns the tokenizer, trained or found (None on ranks other than 0, which do nothing)."""
     if not runtime.is_main:
         return None
     for name in ("max_chars", "doc_cap"):
@@ -165,15 +165,15 @@ def _train(
 def _existing(folder: Path) -> Tokenizer | None:
     try:
         return Tokenizer.load(folder)
-    except UserError:  # none, or a torn one: train
+    except UserError:  # there is none, or its files are incomplete
         return None
 
 
 def _same(old: Tokenizer, settings: dict[str, Any], shards: list[Shard]) -> bool:
-    """Whether `old` was trained with these settings on this text.
+    """True if `old` was trained with these settings on this text.
 
-    Shards that were added to the corpus since then don't count: a download that went on must not
-    change the tokenizer under a run.
+    Shards that were added to the corpus since then do not count, so that a continued download does
+    not change the tokenizer of a run.
     """
     if old.pattern != SPLIT_PATTERN or any(old.training.get(k) != v for k, v in settings.items()):
         return False
@@ -183,7 +183,7 @@ def _same(old: Tokenizer, settings: dict[str, Any], shards: list[Shard]) -> bool
 
 @contextmanager
 def _merges_shown(bar: Bar) -> Iterator[None]:
-    """Let the bar follow the merges, of which rustbpe only tells in its log."""
+    """Make the bar follow the merges, which rustbpe reports only in its log."""
 
     class Follow(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

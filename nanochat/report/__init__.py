@@ -1,1 +1,1 @@
-"""The report of a run, and views of its batches."""
+"""Report wing: the report of a run, and views of its batches."""

@@ -1,6 +1,6 @@
-"""Batches made visible, token by token, in the terminal and as a page.
+"""Views of batches, token by token, in the terminal and as a page.
 
-Tokens are coloured by their weight in the loss; document boundaries and padding are shown.
+Colours show the tokens' loss weights. Document boundaries and padding are shown too.
 """
 
 import html
@@ -21,7 +21,7 @@ Kind = Literal["trained", "partial", "prompt", "first"]
 
 @dataclass(frozen=True)
 class Token:
-    """One token slot. `weight` is its weight as a target of the token before it."""
+    """One token slot. `weight` is its loss weight as the target of the token before it."""
 
     id: int
     text: str
@@ -53,7 +53,7 @@ class ShownRow:
 
 @dataclass(frozen=True)
 class View:
-    """Rows and what they hold in all; a row of T positions has T + 1 token slots."""
+    """Rows and their totals; a row of T positions has T + 1 token slots."""
 
     title: str
     settings: str
@@ -79,7 +79,7 @@ class View:
                         counter["tokens"] += 1
 
     def totals(self) -> list[tuple[str, str]]:
-        """(name, value) of what all rows hold together."""
+        """List (name, value) of the totals over all rows."""
         slots = len(self.rows) * (self.sequence_length + 1)
         positions = len(self.rows) * self.sequence_length
         padding = sum(row.padding for row in self.rows)
@@ -103,7 +103,7 @@ def _percent(part: int, whole: int) -> str:
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token as it can be shown: invisible characters and half characters are spelled out."""
+    """Text of a token; invisible characters and half characters are written as escapes."""
     text = tokenizer.decode_bytes([token]).decode("utf-8", errors="backslashreplace")
     return "".join(
         c if c.isprintable() or c == "\n" else "→" if c == "\t" else f"\\u{{{ord(c):x}}}"
@@ -114,7 +114,7 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 def build_view(
     loader: DataLoader, tokenizer: Tokenizer, title: str, settings: str, first: int = 0
 ) -> View:
-    """The next micro-batch of the loader, which must be one `with_roles`.
+    """Build a view of the loader's next micro-batch; the loader must be `with_roles`.
 
     `first` is the number of its first row, for the headings.
     """
@@ -171,7 +171,7 @@ _MEANING: dict[Kind, str] = {
 
 
 def runs(tokens: list[Token]) -> list[tuple[Kind, list[Token]]]:
-    """Consecutive tokens of one kind."""
+    """Group consecutive tokens of one kind."""
     result: list[tuple[Kind, list[Token]]] = []
     for token in tokens:
         if not result or result[-1][0] != token.kind:
@@ -231,7 +231,7 @@ _COLUMNS = ("tokens", "share", "trained on")
 
 
 def table_rows(groups: dict[str, Counter[str]]) -> list[tuple[str, str, str, str]]:
-    """Name, tokens, share of all tokens, share trained on; the largest first."""
+    """List name, tokens, share of all tokens, share trained on; the largest group first."""
     total = sum(counter["tokens"] for counter in groups.values())
     return [
         (
@@ -282,7 +282,7 @@ ul.legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .
 
 
 def render_html(view: View) -> str:
-    """A page without scripts or links to anything outside; all text is escaped."""
+    """Write a page without scripts or links to other files; all text is escaped."""
 
     def table(caption: str, groups: dict[str, Counter[str]]) -> str:
         head = "".join(f'<th scope="col">{name}</th>' for name in (caption, *_COLUMNS))
@@ -321,7 +321,7 @@ def _row_html(number: int, row: ShownRow, sequence_length: int) -> str:
     for piece in row.pieces:
         parts.append(f'<h3>{html.escape(describe(piece))}</h3><div class="text">')
         for kind, tokens in runs(piece.tokens):
-            # The colours say nothing to a screen reader: each run says what it is.
+            # A screen reader does not read colours, so each group begins with its kind.
             parts.append(f'<span class="unseen">[{_MEANING[kind]}] </span><span class="{kind}">')
             for token in tokens:
                 title = f"id {token.id}, weight {token.weight:g}, {token.role}"

@@ -1,4 +1,4 @@
-"""What a report consists of, whatever the format, and numbers as people write them."""
+"""Blocks that a report consists of, independent of its format, and formatting of numbers."""
 
 import math
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ class Table:
     rows: list[list[str]]
     note: str = ""
     heat: bool = False
-    """Whether cells are shares from 0 to 1, to be coloured."""
+    """True if cells are shares from 0 to 1 that get a colour."""
 
 
 @dataclass(frozen=True)
 class Quote:
-    """Text from a model, shown as it is."""
+    """A text that a model wrote, shown unchanged."""
 
     label: str
     text: str
@@ -56,7 +56,7 @@ def as_mapping(value: Any) -> Record:
 
 
 def as_number(value: Any) -> float | None:
-    """A finite number, else None: files may hold NaN, null or anything."""
+    """Return a finite number as a float, else None; files may hold NaN, null or anything."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -66,7 +66,7 @@ def as_number(value: Any) -> float | None:
 
 
 def count_text(value: Any) -> str:
-    """12345678 -> 12.3 M"""
+    """Format a count: 12345678 -> 12.3 M."""
     number = as_number(value)
     if number is None:
         return ""

@@ -1,6 +1,6 @@
-"""What a report is made of: the runs' metrics and the evaluations' results, read from their files.
+"""Material of a report: metrics of runs and results of evaluations, read from their files.
 
-Whatever is missing or broken is named; everything that was read is data, of any type.
+Missing and broken files are listed in the report. Values that were read may have any type.
 """
 
 import json
@@ -22,7 +22,7 @@ STAGE_TITLES = {
 
 @dataclass
 class StageRun:
-    """A stage's run, as its metrics.jsonl tells it."""
+    """Records of a stage's run, from its metrics.jsonl."""
 
     stage: str
     tag: str
@@ -35,11 +35,11 @@ class StageRun:
     end: Record | None = None
     num_resumed: int = 0
     num_broken: int = 0
-    """Lines that are no records: a kill may leave a torn one."""
+    """Number of lines that are not records; a kill may leave an incomplete line."""
 
     @property
     def last(self) -> Record:
-        """The newest record that knows tokens and seconds."""
+        """Newest record with tokens and seconds."""
         if self.end is not None:
             return self.end
         return self.train[max(self.train)] if self.train else {}
@@ -49,9 +49,10 @@ class StageRun:
 
 
 def read_run(path: Path) -> StageRun:
-    """Read a metrics.jsonl. Of a step that was done twice the later record counts.
+    """Read a metrics.jsonl; if a step was done twice, the later record counts.
 
-    A start record at step s says the run went on from there: what came after s is forgotten.
+    A start record at step s means that the run was resumed from s, so earlier records of later
+    steps are dropped.
     """
     stage, _, tag = path.parent.name.partition("-")
     run = StageRun(stage, tag, path)
@@ -86,23 +87,23 @@ def read_run(path: Path) -> StageRun:
 
 @dataclass
 class Material:
-    """All that a report is made of."""
+    """All data that a report is made of."""
 
     runs: dict[str, StageRun]
-    """By stage, in the order of the stages."""
+    """Runs by stage, in the order of the stages."""
     evaluations: dict[str, list[Measurement]]
-    """By stage: of report/eval_<stage>-<tag>.json the run's last step that was measured."""
+    """Measurements by stage, of the run's last measured step (report/eval_<stage>-<tag>.json)."""
     tokenizer: Record | None
     missing: list[str]
     price_per_hour: float | None = None
     long_evaluations: list[Record] = field(default_factory=list)
-    """What scripts.long_eval measured, of all tags where none was chosen."""
+    """Results of scripts.long_eval; those of all tags, if none was chosen."""
 
 
 def collect(tag: str | None = None, price_per_hour: float | None = None) -> Material:
     """Find the runs and evaluations under NANOCHAT_BASE_DIR.
 
-    Of each stage the run named `tag`; without a tag, the one that was written last.
+    Each stage has the run named `tag`; without a tag, the run that was written last.
     """
     runs: dict[str, StageRun] = {}
     evaluations: dict[str, list[Measurement]] = {}

@@ -1,6 +1,6 @@
-"""A report's two formats: Markdown, and an HTML page that needs nothing from elsewhere.
+"""Formats of a report: Markdown, and an HTML page that needs no other file.
 
-Everything in the blocks is data: it is escaped, never markup.
+All content of blocks is escaped, so nothing in it can act as markup.
 """
 
 import html
@@ -13,7 +13,7 @@ from nanochat.report.skeleton import html_page
 
 
 def to_markdown(sections: Sequence[Section]) -> str:
-    """Tables and samples; of a plot its values along the run."""
+    """Write the report as Markdown; plots become tables of values along the run."""
     lines = ["# nanochat report", ""]
     for section in sections:
         lines += [f"## {_md(section.title)}", ""]
@@ -35,7 +35,7 @@ def to_markdown(sections: Sequence[Section]) -> str:
 
 
 def _md(text: str) -> str:
-    """Ordinary text on one line, whatever it holds. Underscores inside words need no care."""
+    """Escape text as one line of Markdown; underscores inside words need no escape."""
     flat = " ".join(text.split())
     return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(flat, quote=False))
 
@@ -47,7 +47,7 @@ def _md_table(table: Table) -> list[str]:
 
 
 def _plot_table(plots: Sequence[Plot]) -> Table:
-    """The curves at five places along the run; losses and the like smoothed."""
+    """Make a table of curves at five places along the run; noisy curves are smoothed."""
     head, rows = ["along the run", "0 %", "25 %", "50 %", "75 %", "100 %"], []
     for plot in plots:
         for name, _, values in plot.series:
@@ -97,7 +97,7 @@ pre { margin: 0; padding: .6rem .8rem; background: var(--panel); border: 1px sol
 
 
 def to_html(sections: Sequence[Section]) -> str:
-    """One page that needs nothing from elsewhere: style and plots are in it."""
+    """Write the report as one HTML page that contains its style and plots."""
     links, body = [], []
     for number, section in enumerate(sections):
         links.append(f'<a href="#s{number}">{html.escape(section.title.split(":")[0])}</a>')
@@ -129,12 +129,12 @@ _BESIDE = '<div class="beside">'
 
 
 def _stand_beside(previous: Table, table: Table) -> bool:
-    """Narrow lists, and grids of shares, stand side by side where there is room."""
+    """True for narrow lists and grids of shares, which may stand beside each other."""
     return (previous.heat and table.heat) or max(len(previous.head), len(table.head)) <= 2
 
 
 def _html_cell(cell: str) -> str:
-    """An interval behind a number goes onto a line of its own where the page is narrow."""
+    """Write a cell; on a narrow page, an interval after a number gets its own line."""
     value, space, interval = cell.partition(" (")
     if not (space and interval.endswith(")") and value[:1].isdigit()):
         return html.escape(cell).replace("_", "_<wbr>")
@@ -162,13 +162,13 @@ def _html_table(table: Table) -> str:
 
 
 def _heat(cell: str) -> str:
-    """A background, from none at 0 to the full colour at 1; pale enough for the text on it."""
+    """Background of a share: none at 0, full colour at 1, pale enough to read text on it."""
     share = float(cell) if re.fullmatch(r"[01]\.[0-9]+", cell) else 0.0
     return f"background: color-mix(in srgb, var(--c2) {60 * share:.0f}%, transparent)"
 
 
 def _figure(plot: Plot) -> str:
-    """The panel under its caption, which is the legend too: there it never covers a curve."""
+    """Write a plot under its caption, which is also the legend, so that it covers no curve."""
     ends = []
     for number, (label, _, values) in enumerate(plot.series):
         last = tick_text((smoothed(values) if plot.smooth else values)[-1])

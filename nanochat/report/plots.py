@@ -1,4 +1,4 @@
-"""A report's curves as <svg> elements: polylines, in the page's colours by CSS variables."""
+"""Curves of a report as <svg> elements: polylines in the page's colours (CSS variables)."""
 
 import html
 import math
@@ -10,17 +10,17 @@ from nanochat.report.blocks import Plot, tick_text
 NUM_COLORS = 8
 _MAX_POINTS = 400
 _MAX_TITLES = 40
-"""Points of a curve that say their value under the mouse, evenly spread; the last is among them."""
+"""Number of points of a curve that show their value under the mouse; the last is one of them."""
 _WIDTH, _HEIGHT = 340, 190
 _TOP, _RIGHT, _BOTTOM = 10, 14, 34
 
 
 def plot_svg(plot: Plot) -> str:
-    """The panel as an <svg> element with axes, and values as titles of points.
+    """Draw the plot as an <svg> element with axes, and values as titles of points.
 
     The curve of series i has the CSS variable --c<i> as its colour, i modulo NUM_COLORS.
     """
-    curves = []  # (number, steps, values, thin): what is drawn, the first at the back
+    curves = []  # (number, steps, values, thin), drawn in this order
     for number, (_, steps, values) in enumerate(plot.series):
         values = [max(-1e300, min(1e300, value)) for value in values]  # their sums are finite
         smooth = plot.smooth and len(values) >= 10
@@ -79,7 +79,7 @@ def plot_svg(plot: Plot) -> str:
 
 
 def _span(values: Sequence[float], share: float, least: float) -> tuple[float, float]:
-    """Ends of an axis: `share` beyond the values on either side, and never of length 0."""
+    """Ends of an axis, `share` of its length beyond the values on both sides; length above 0."""
     low, high = min(values), max(values)
     margin = share * (high - low) if high > low else least or 0.05 * abs(low) or 0.05
     return low - margin, high + margin
@@ -102,7 +102,7 @@ def _axis_number(value: float) -> str:
 
 
 def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float], list[float]]:
-    """At most _MAX_POINTS points: means of equal shares of the curve."""
+    """Reduce a curve to at most _MAX_POINTS points, means of equal parts of it."""
     if len(steps) <= _MAX_POINTS:
         return list(map(float, steps)), list(values)
     edges = [k * len(steps) // _MAX_POINTS for k in range(_MAX_POINTS + 1)]
@@ -114,9 +114,9 @@ def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[float],
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Mean over a fiftieth of the curve to either side: unlike a running average, without a lag.
+    """Smooth a curve by means over a fiftieth of it on both sides, which cause no lag.
 
-    A handful of points is left as it is.
+    A curve of few points is returned unchanged.
     """
     if len(values) < 10:
         return list(values)

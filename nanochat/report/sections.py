@@ -1,9 +1,8 @@
-"""The report card: what was trained on what machine, how it went, and what came out.
+"""Sections of the report card: machine and data, course of training, results.
 
-Reads `runs/<stage>-<tag>/metrics.jsonl` of every stage and the `report/*.json` of the evaluations
-(report_material); composes sections of blocks (report_blocks), which report_render writes as
-`report/report.md` and a self-contained `report/report.html`. Whatever is missing is named, and the
-rest is rendered.
+`material` reads `runs/<stage>-<tag>/metrics.jsonl` of every stage and the evaluations'
+`report/*.json`. This module composes sections of `blocks` from them, and `pages` writes these as
+`report/report.md` and `report/report.html`. The report lists what is missing.
 """
 
 import itertools
@@ -56,7 +55,7 @@ def write_report(tag: str | None = None, price_per_hour: float | None = None) ->
 
 
 def compose(material: Material) -> list[Section]:
-    """The report's content, for either format."""
+    """Compose the report's content for both formats."""
     sections = [*_first_contact(material), _summary(material)]
     if material.evaluations or any(run.evals for run in material.runs.values()):
         sections.append(_evaluations(material))
@@ -77,7 +76,7 @@ def compose(material: Material) -> list[Section]:
 
 
 def _first_contact(material: Material) -> list[Section]:
-    """What the last stage that was asked answers to first messages: exchanges, shares by kind."""
+    """Section on the last evaluated stage's answers to first messages, with shares by kind."""
     for stage in reversed(paths.STAGES):
         measured = material.evaluations.get(stage, [])
         found = [one["result"] for one in measured if one["name"] == "first_contact"]
@@ -176,19 +175,19 @@ def _state(run: StageRun) -> str:
 
 
 def _flops(run: StageRun) -> float | None:
-    """Of the tokens that were trained on, by the plan's FLOPs per token."""
+    """FLOPs of the run: tokens trained on times the plan's FLOPs per token."""
     planned, tokens = as_number(run.planned("flops")), as_number(run.planned("tokens"))
     done = as_number(run.last.get("tokens"))
     return planned * done / tokens if planned and tokens and done else None
 
 
 def _elapsed(run: StageRun) -> float:
-    """Seconds that the machine was in use, reading, evaluating and saving included if recorded."""
+    """Seconds of machine time; reading, evaluating and saving are included if recorded."""
     return as_number(run.last.get("elapsed_seconds")) or as_number(run.last.get("seconds")) or 0.0
 
 
 def _tokens_a_step(run: StageRun) -> float | None:
-    """As planned; of reinforcement learning the mean, since its plan knows only a bound."""
+    """Planned tokens per step; for reinforcement learning the mean, as its plan is a bound."""
     tokens, steps = as_number(run.last.get("tokens")), as_number(run.last.get("step"))
     if run.stage == "rl":
         return tokens / steps if tokens and steps else None
@@ -201,14 +200,14 @@ def _speed(run: StageRun) -> float | None:
 
 
 def _peak_memory(run: StageRun) -> float | None:
-    """Over all processes of a resumed run, of which each counts from its own start."""
+    """Peak memory over all processes of a resumed run, each of which counts from its start."""
     values = [as_number(record.get("memory_bytes")) or 0 for record in run.train.values()]
     values.append(as_number(run.last.get("peak_memory_bytes")) or 0)
     return max(values) or None
 
 
 def _merged(values: dict[str, Any]) -> str:
-    """One value if all stages agree, else each stage's."""
+    """Format one value if all stages agree, else the value of each stage."""
     texts = {stage: plain_text(value) for stage, value in values.items() if value is not None}
     if len(set(texts.values())) == 1:
         return next(iter(texts.values()))
@@ -240,7 +239,7 @@ def _evaluations(material: Material) -> Section:
     measured = [
         (stage, one) for stage in stages for one in _tabled(material.evaluations.get(stage, []))
     ]
-    # A row is of one label: of equal settings, whatever the stage.
+    # A row has one label, and so equal settings, in all stages.
     by_label: dict[tuple[str, str], dict[str, Record]] = {}
     told = labels([one for _, one in measured])
     for (stage, one), label in zip(measured, told, strict=True):
@@ -285,7 +284,7 @@ def _evaluations(material: Material) -> Section:
 
 
 def _measure(key: str) -> str:
-    """How a field of the eval records is called: `loss_tool_call` -> "loss, tool call"."""
+    """Name of a field of the eval records: `loss_tool_call` -> "loss, tool call"."""
     if key.startswith("bpb"):
         return f"validation bpb{key[3:].replace('_', ', ', 1)}"
     if key == "loss_masked":
@@ -302,7 +301,7 @@ def _measure(key: str) -> str:
 
 
 _TABLED = ("bpb", "text", "core", "task", "chat_core")
-"""Kinds of measurements in the table of all, in its order."""
+"""Kinds of measurements in the main table, in its order."""
 
 
 def _tabled(measured: list[Measurement]) -> list[Measurement]:
@@ -335,7 +334,7 @@ def _core_tasks(title: str, core: Record) -> Table:
 
 
 def _by_subject(label: str, results: dict[str, Record]) -> list[Block]:
-    """A table of a task's subjects, if it has any."""
+    """Make a table of a task's subjects, if it has any."""
     subjects = {stage: as_mapping(result.get("by_subject")) for stage, result in results.items()}
     names = sorted({str(name) for known in subjects.values() for name in known})
     rows = []
@@ -351,7 +350,7 @@ def _by_subject(label: str, results: dict[str, Record]) -> list[Block]:
 
 
 def _paired(material: Material, stages: Sequence[str]) -> list[Block]:
-    """McNemar's test between each two stages that answered the same problems."""
+    """Compare each two stages that answered the same problems, by McNemar's test."""
     rows = []
     tasks = {
         stage: [one for one in material.evaluations.get(stage, []) if one["kind"] == "task"]
@@ -416,7 +415,7 @@ _PANELS = {
     "tokens_per_second": ("tokens a second", 1.0, False, True),
     "memory_bytes": ("memory, GiB", 2.0**-30, False, True),
     "mfu": ("share of the device's peak FLOPs", 1.0, False, True),
-    # Of reinforcement learning.
+    # Fields of reinforcement learning.
     "reward": ("reward of rollouts", 1.0, True, False),
     "length": ("answer length in rollouts, tokens", 1.0, True, True),
     "truncated": ("share of rollouts cut off", 1.0, False, True),
@@ -438,7 +437,7 @@ _NO_PANEL |= {"rollout_seconds"}
 
 
 _EVAL_PANELS = (
-    # title, beginnings of the measures that have one scale
+    # title, prefixes of the measures with one scale
     ("held-out problems answered rightly", ("pass@",)),
     ("held-out reward", ("reward",)),
     ("held-out answer length, tokens", ("length",)),
@@ -471,7 +470,7 @@ def stage_section(run: StageRun, measured: list[Measurement]) -> Section:
         for name in measures
         if name not in ("kind", "step") and (points := _points(run.evals, name, 1.0))[0]
     ]
-    bpb = [series for series in held_out if series[0].startswith("bpb")]  # of a mixture several
+    bpb = [series for series in held_out if series[0].startswith("bpb")]  # several for a mixture
     others = [series for series in held_out if series not in bpb]
     if len(bpb) == 1:
         bpb = [("", *bpb[0][1:])]
@@ -524,7 +523,7 @@ def stage_section(run: StageRun, measured: list[Measurement]) -> Section:
 
 def _sample(label: str, sample: Record) -> Quote:
     prompt, text = (
-        # Control characters, which a young model likes to write, have no place in a page.
+        # A model at an early step may write control characters, which a page must not contain.
         re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", str(sample.get(key) or ""))
         for key in ("prompt", "text")
     )
@@ -541,7 +540,7 @@ def _points(records: dict[int, Record], name: str, factor: float) -> tuple[list[
 
 
 def long_context_section(records: list[Record]) -> Section:
-    """Models beside each other: what their context is and costs, and what they find in it."""
+    """Section that compares models by context: its length, its gain, and hidden words found."""
     names = [f"{record.get('stage')}/{record.get('tag')}" for record in records]
     rows: dict[str, list[str]] = {}
 

@@ -1,4 +1,4 @@
-"""The frame of every page written here: an HTML head, colours for light and dark, basic style."""
+"""Skeleton of every HTML page: head, colours for light and dark mode, basic style."""
 
 import html
 
@@ -27,7 +27,7 @@ tr > :first-child { text-align: left; padding-left: 0; }
 
 
 def html_page(title: str, style: str, body: str) -> str:
-    """A whole page that needs nothing from elsewhere.
+    """Write a whole page that needs no other file.
 
     `title` is text and is escaped; `style` is CSS beyond the frame's, which defines the colours
     --ink, --soft, --page, --panel, --line and --c0 to --c7; `body` is HTML below the heading.

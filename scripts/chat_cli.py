@@ -34,6 +34,7 @@ from nanochat.checkpoint_manager import load_model, system_style
 from nanochat.cli import launch
 from nanochat.config import Computing, Decoding, Tools
 from nanochat.conversation import parts, validate
+from nanochat.data.files import parse_json
 from nanochat.errors import UserError
 from nanochat.infer.decoder import Decoder
 from nanochat.infer.engine import Completion, Engine, SamplingParams, python_tool, truncate_chat
@@ -359,11 +360,9 @@ class Chat:
     def load(self, file: str) -> None:
         path = user_path(file)
         try:
-            conversation = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(
-                f"{path} is not JSON ({error}); /save writes what /load reads"
-            ) from None
+            conversation = parse_json(path.read_bytes(), first=True)
+        except UserError as error:
+            raise UserError(f"{path}: {error}; /save writes what /load reads") from None
         validate(conversation, str(path))
         self.messages = list(conversation["messages"])
         self.asked = ""

@@ -16,6 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from nanochat.data.files import parse_json
 from nanochat.errors import UserError
 from tasks.asking import Ways, ask
 from tasks.common import Conversation, Task, check_generated, digest, row_random
@@ -37,9 +38,9 @@ def read_intents(path: str | Path = INTENTS) -> list[Intent]:
     if not path.is_file():
         raise UserError(f"{path} is not a file; give a .json with name, maker and intents")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+        values = parse_json(path.read_bytes(), first=True)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     if not isinstance(values, dict) or not isinstance(values.get("name"), str):
         raise UserError(f'{path}: needs a \'name\', such as {{"name": "Marvin"}}')
     intents = values.get("intents") or json.loads(INTENTS.read_text(encoding="utf-8"))["intents"]

@@ -24,7 +24,6 @@ A bundle is a folder with `core.yaml` (the tasks), `eval_meta_data.csv` (the ran
 """
 
 import csv
-import json
 import math
 import random
 import time
@@ -37,6 +36,7 @@ from typing import Any, Protocol
 import torch
 import yaml
 
+from nanochat.data.files import parse_json
 from nanochat.errors import UserError
 from nanochat.eval.options import GPTScorer, Ids, Scored, Scorer, crop, length_blocks
 from nanochat.eval.results import task_result, wilson_interval
@@ -308,7 +308,7 @@ def load_bundle(bundle: Path) -> tuple[list[CoreTask], list[str]]:
             f"{error.filename} is missing; a bundle folder holds core.yaml, eval_meta_data.csv "
             "and eval_data/"
         ) from error
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{bundle}: cannot read the list of tasks ({error!r})") from error
     tasks, missing = [], []
     for entry in entries:
@@ -356,14 +356,14 @@ def load_bundle(bundle: Path) -> tuple[list[CoreTask], list[str]]:
 
 def _read_items(path: Path, kind: str) -> list[dict[str, Any]]:
     items = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                item = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path} line {number} is not JSON ({error})") from error
+                item = parse_json(line, first=number == 1)
+            except UserError as error:
+                raise UserError(f"{path} line {number}: {error}") from None
             for name, wanted in _FIELDS[kind].items():
                 if not isinstance(item, dict) or not isinstance(item.get(name), wanted):
                     raise UserError(f"{path} line {number}: '{name}' must be a {wanted.__name__}")

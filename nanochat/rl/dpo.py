@@ -23,6 +23,7 @@ import torch
 
 from nanochat import conversation, paths
 from nanochat.config import RlConfig
+from nanochat.data.files import parse_json
 from nanochat.data.order import MixtureOrder
 from nanochat.data.store import StoreWriter, TokenStore
 from nanochat.errors import UserError
@@ -46,9 +47,9 @@ def encode_pair(
     Raises UserError for a line that is not a pair, and for one longer than `max_tokens`.
     """
     try:
-        pair = json.loads(line)
-    except (ValueError, RecursionError) as error:  # wrong UTF-8 is a ValueError too
-        raise UserError(f"{where}: not JSON ({error}); write one object per line") from None
+        pair = parse_json(line, first=True)
+    except UserError as error:
+        raise UserError(f"{where}: {error}; write one JSON object per line") from None
     if not isinstance(pair, dict) or not {"messages", "chosen", "rejected"} <= pair.keys():
         shown = str(pair)[:60]
         raise UserError(f"{where}: expected an object with messages, chosen, rejected; got {shown}")

@@ -286,7 +286,9 @@ def test_bad_bundles_are_explained(tmp_path: Path) -> None:
     file = bundle / "eval_data/some/schema.jsonl"
     good = file.read_text()
     file.write_text(good + '{"context_options": [\n')
-    fails(bundle, r"schema.jsonl line 4 is not JSON")
+    fails(bundle, r"schema.jsonl line 4: not valid JSON")
+    file.write_bytes(good.encode() + b'{"context_options": ["caf\xe9\n')
+    fails(bundle, r"schema.jsonl line 4: byte 0xe9 at offset 25 is not UTF-8")
     file.write_text(good + '{"context_options": ["a", "b"], "gold": 1}\n')
     fails(bundle, r"schema.jsonl line 4: 'continuation' must be a str")
     file.write_text(good + '{"context_options": ["a"], "continuation": "b", "gold": 1}\n')

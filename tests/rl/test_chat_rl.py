@@ -675,7 +675,8 @@ def test_the_reference_is_computed_once_per_start_and_file(folder: Path) -> None
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2: not JSON"),
+        ("{", "line 2: not valid JSON"),
+        ('{"chosen": "caf\xe9', "line 2: byte 0xe9 at offset 15 is not UTF-8"),
         ("[1]", "line 2: expected an object with messages, chosen, rejected"),
         ({"messages": [], "chosen": "a", "rejected": "b"}, "line 2: 'messages' is empty"),
         ({"chosen": "a", "rejected": "b"}, "line 2: expected an object"),
@@ -692,7 +693,7 @@ def test_bad_pairs_name_their_line_or_are_skipped(folder: Path, line: Any, messa
             line = {"messages": [{"role": "user", "content": "who"}], **line}
         line = json.dumps(line)
     first, *rest = path.read_text().splitlines()
-    path.write_text("\n".join([first, line, *rest]))
+    path.write_bytes("\n".join([first, line, *rest]).encode("latin-1"))
     with pytest.raises(UserError, match=message):
         run(folder, cfg)
     run(folder, tiny_runs.changed(cfg, preferences={"bad_rows": "skip"}))  # type: ignore[type-var]

@@ -205,13 +205,16 @@ def test_mistakes_do_not_end_the_session(
 ) -> None:
     use(monkeypatch, scripted(ANSWER))
     (tmp_path / "torn.json").write_text('{"messages": [')
+    latin = '{"messages": [{"role": "user", "content": "é"}]}'.encode("latin-1")
+    (tmp_path / "latin.json").write_bytes(latin)
     (tmp_path / "wrong.json").write_text('{"messages": [{"role": "robot", "content": "hi"}]}')
     mistakes = {
         "/nonsense": "unknown command",
         "/save": "usage",
         "/save x": "nothing to save",
         f"/load {tmp_path}/none.json": "none.json",
-        f"/load {tmp_path}/torn.json": "not JSON",
+        f"/load {tmp_path}/torn.json": "not valid JSON",
+        f"/load {tmp_path}/latin.json": "byte 0xe9 at offset 43 is not UTF-8",
         f"/load {tmp_path}/wrong.json": "robot",
         "/temp hot": "not a number",
         "/temp -1": "temperature -1.0 must be",

@@ -171,7 +171,8 @@ def test_an_identity_of_ones_own(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not JSON"),
+        ("{", "me.json: not valid JSON"),
+        ('{"name": "Ren\xe9"}', "me.json: byte 0xe9 at offset 13 is not UTF-8"),
         ("[]", "needs a 'name'"),
         ('{"name": "A", "intents": {"x": {"ask": ["?a"]}}}', "intent 'x' needs 'answer'"),
         ('{"name": "A", "intents": {"x": {"ask": "?a", "answer": ["b"]}}}', "needs 'ask', a list"),
@@ -179,7 +180,7 @@ def test_an_identity_of_ones_own(tmp_path: Path):
     ],
 )
 def test_identity_files_that_are_none(tmp_path: Path, text: str, message: str):
-    (tmp_path / "me.json").write_text(text)
+    (tmp_path / "me.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=message):
         read_intents(tmp_path / "me.json")
     with pytest.raises(UserError, match="is not a file"):

@@ -365,8 +365,8 @@ class MidConfig:
         "simplespelling:0.5",
         "spellingbee:0.5",
     )
-    """Tasks as NAME[:OPTION...][:PASSES], e.g. arc:easy, spellingbee:3000:0.5. PASSES is the number
-    of passes over the task per epoch, 1 by default."""
+    """Tasks as NAME[:OPTION...][:WEIGHT], e.g. arc:easy, spellingbee:3000:0.5. The mixture weight
+    is the number of passes over the task per epoch, 1 by default."""
     replay: float = 0.2
     """Share of the tokens that is replayed pretraining text."""
     prompt_weight: float = 1.0
@@ -471,7 +471,7 @@ class RlConfig:
     source: str = "sft"
     """Checkpoint to start from: a stage, stage/tag, or a checkpoint folder."""
     mix: tuple[str, ...] = ("gsm8k",)
-    """Tasks with rewards as NAME[:OPTION...][:PASSES]; PASSES is passes per epoch."""
+    """Tasks with rewards as NAME[:OPTION...][:WEIGHT]; the mixture weight is passes per epoch."""
     num_steps: int | None = None
     """Number of optimizer steps; default: that of --epochs."""
     epochs: int = 1

@@ -1,1 +1,1 @@
-"""Datasets of conversations, for training and for evaluation."""
+"""Tasks: data sets of conversations for training and evaluation."""

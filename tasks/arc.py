@@ -27,7 +27,7 @@ class ARC(HubTask):
             raise UserError(f"{where}: {len(texts)} options but {len(labels)} labels")
         if key not in labels:
             raise UserError(f"{where}: the answer '{key}' is none of the labels {labels}")
-        # Some exams label with 1 to 4: the options are lettered anew, by position.
+        # Some exams use the labels 1 to 4, so all options get letters by their position.
         question = field(row, "question", str, where)
         return choice_conversation(question, texts, labels.index(key), where)
 

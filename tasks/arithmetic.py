@@ -1,13 +1,13 @@
-"""Sums: word problems of one to three steps in GSM8K's part format, and plain ones (level 0).
+"""Arithmetic: generated word problems of one to three steps, and plain sums (level 0).
 
-What is to be learned is to read a problem: which numbers matter, which operation each sentence
-means, and in what order. The sums are the calculator's: the model copies numbers into a call, the
-engine inserts the result, and the next step goes on from it.
+The model learns to read a problem: which numbers matter, which operation each sentence means, and
+in what order. The calculator computes: the model copies numbers into a call, the engine inserts the
+result, and the next step starts from it.
 
 Level 0 has no story: `17+25=`, `What is 12 times 30?` (`tasks/sums.py`).
 
-A problem's *skeleton* is what happens in it and its numbers. The skeleton's hash decides the split,
-so no held-out problem is a training problem with other people, things or phrasing.
+A problem's *skeleton* is its events and its numbers. The skeleton's hash decides the split, so no
+held-out problem is a training problem with other people, things or phrasing.
 """
 
 from dataclasses import dataclass
@@ -49,11 +49,11 @@ HOLDERS = ("boxes", "bags", "baskets", "rooms", "carts", "drawers", "houses")
 @dataclass(frozen=True)
 class Level:
     steps: tuple[int, int]
-    """Fewest and most calls of the calculator."""
+    """Smallest and largest number of calls of the calculator."""
     largest: int
-    """Bound of the numbers that are told, those below excepted."""
+    """Largest number in the text, apart from factors and divisors."""
     factor: int
-    """Bound of what is multiplied or divided by."""
+    """Largest factor or divisor."""
     distractor: float
     """Probability of a sentence with a number that does not matter."""
 
@@ -67,14 +67,14 @@ LEVELS = {
 
 @dataclass
 class Problem:
-    """A problem while it is written, sentence by sentence."""
+    """A problem that is being written, sentence by sentence."""
 
     random: Random
     level: Level
     skeleton: list[object] = default(default_factory=list)
     sentences: list[str] = default(default_factory=list)
     steps: list[tuple[str, str, int, str]] = default(default_factory=list)
-    """(what is done, expression, result, unit) per call of the calculator."""
+    """Calls of the calculator: (operation in words, expression, result, unit) of each."""
     total: int = 0
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class Problem:
         self.things, self.others = self.random.sample(THINGS, 2)
 
     def number(self, low: int, high: int) -> int:
-        """A number to be told. Each count of digits is as likely as the others."""
+        """Draw a number for the text; each number of digits is equally likely."""
         digits = self.random.randint(len(str(low)), len(str(high)))
         value = self.random.randint(max(low, 10 ** (digits - 1)), min(high, 10**digits - 1))
         self.skeleton.append(value)
@@ -92,22 +92,22 @@ class Problem:
         return self.number(2, self.level.largest)
 
     def fewer(self) -> int:
-        """A number that leaves at least 2 of a total of at least 4: "1 apples" never comes up."""
+        """Draw a number to subtract that leaves at least 2, so that "1 apples" never occurs."""
         return self.number(2, min(self.total - 2, self.level.largest))
 
     def divisor(self) -> int | None:
-        """A number the total can be shared by, if there is one."""
+        """Draw a number that divides the total; None if there is none."""
         largest = min(self.level.factor, self.total - 1)
         divisors = [n for n in range(2, largest + 1) if self.total % n == 0]
         return self.random.choice(divisors) if divisors else None
 
     def tell(self, *ways: str) -> None:
-        """Add a sentence in one of the given ways; only its first letter is made a capital."""
+        """Add a sentence, worded in one of the given ways; its first letter becomes a capital."""
         sentence = self.random.choice(ways)
         self.sentences.append(sentence[0].upper() + sentence[1:])
 
     def compute(self, what: str, sign: str, number: int, unit: str | None = None) -> None:
-        """One step: the total becomes `total sign number`."""
+        """Add one step: the total becomes `total sign number`."""
         expression = f"{self.total}{sign}{number}"
         results = {
             "+": self.total + number,
@@ -120,10 +120,10 @@ class Problem:
 
 
 def make_problem(random: Random, level: Level) -> Problem:
-    """An opening, changes, a question: together as many steps as the level wants."""
+    """Write a problem: an opening, changes and a question, with the level's number of steps."""
     p = Problem(random, level)
     steps = random.randint(*level.steps)
-    # Each kind of opening and of closing takes no step or one.
+    # Each kind of opening and of closing has no step or one.
     opening = random.choice(("has", "has", "groups", "together"))
     p.skeleton.append(opening)
     open_problem(p, opening)
@@ -177,7 +177,7 @@ def distract(p: Problem) -> None:
 
 
 def change(p: Problem) -> None:
-    """One more thing happens to the total."""
+    """Write a sentence that changes the total by one step."""
     who, things = p.who, p.things
     divisor = p.divisor()
     kinds = ["gain"]
@@ -223,7 +223,7 @@ def change(p: Problem) -> None:
 
 
 def ask(p: Problem, kind: str) -> None:
-    """The question; all but the plain "count" take a last step, "sell" if theirs is impossible."""
+    """Write the question. All kinds but "count" add a last step; "sell" replaces an impossible one."""
     who, things = p.who, p.things
     divisor = p.divisor()
     if (kind == "compare" and p.total < 4) or (kind == "pack" and divisor is None):
@@ -262,11 +262,11 @@ def ask(p: Problem, kind: str) -> None:
 
 
 class Arithmetic(Task):
-    """Row i of a split: a pure function of (seed, level, split, i).
+    """Arithmetic problems; row i of a split is a pure function of (seed, level, split, i).
 
-    Level 0 has plain sums up to 1,000, in signs or words, asked in all ways (`tasks/asking.py`).
-    Level 1 has 1-2 steps and numbers up to 99, level 2 has 1-3 steps and numbers up to 999, level 3
-    has 2-3 steps, numbers up to 9999 and often one that does not matter.
+    Level 0 has plain sums up to 1,000, in signs or words, asked in many ways (`tasks/asking.py`).
+    Level 1 has 1-2 steps and numbers up to 99. Level 2 has 1-3 steps and numbers up to 999. Level 3
+    has 2-3 steps, numbers up to 9999, and often a number that does not matter.
     """
 
     VAL_BY_CONTENT = True
@@ -310,7 +310,7 @@ class Arithmetic(Task):
         }
 
     def plain_sum(self, random: Random) -> Conversation:
-        """The call's hash decides the split, whatever words ask for it."""
+        """Make a row of level 0; the hash of the call decides the split, whatever the wording."""
         shape, said, call = draw_sum(random, self.split)
         check = {"sum": call}
         return {

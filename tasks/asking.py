@@ -1,19 +1,18 @@
-"""Ways of asking: a small grammar of messages that all generated tasks share.
+"""Asking: a small grammar of user messages that all generated tasks share.
 
-People ask for one thing in thousands of ways. A *pattern* gives the core of a message, with groups
-of alternatives; the rest of the grammar is the same for every task: openers, politeness, closers,
-marks at the end or none, capitals or none, a slip of the finger.
+People ask for one thing in thousands of ways. A *pattern* is the core of a message, with groups of
+alternatives. The rest of the grammar is the same for every task: openers, polite words, closers,
+punctuation at the end or none, capitals or none, a typing mistake.
 
     "!spell (the word|) {word}"   ->  Please spell the word "house".   could you spell house   ...
 
-The first character says what may stand around the core: `!` a request ("spell it": *could you*
-fits before it), `?` a question (*hey,* fits), `.` a fragment ("2+2": nothing need end it).
-A pattern that begins with none of them is a whole message, left as it is.
+The first character tells what may stand around the core: `!` is a request ("spell it", after which
+*could you* fits before it), `?` a question (*hey,* fits), `.` a fragment ("2+2", which needs no
+punctuation). A pattern that begins with none of these is a whole message and is not changed.
 
-Patterns come in two lists, for training and held out. Rows of the split test are asked in the
-held-out ways only, with held-out openers and closers among the others: no way of asking that is
-tested was ever trained. Messages of `tasks/data/first_contact.jsonl` are never asked in training
-either, however they come about.
+There are patterns for training and held-out patterns. Rows of the split test use held-out patterns
+only, with held-out openers and closers among the others, so no tested wording was ever trained.
+Messages of `tasks/data/first_contact.jsonl` are never asked in training either.
 """
 
 import json
@@ -33,7 +32,7 @@ class Ways:
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
-    """Asked in the split test only."""
+    """Patterns of the split test only."""
 
     def of(self, split: str) -> tuple[str, ...]:
         return self.held_out if split == "test" else self.train
@@ -65,7 +64,7 @@ _VALUE = re.compile(r"(\{\w+\})")
 
 
 def expand(pattern: str, random: Random) -> str:
-    """One choice of each group of alternatives, from the inside out.
+    """Choose one of each group of alternatives, from the inside out.
 
     >>> expand("spell (the (word|)|) {word}", Random(1)).endswith("{word}")
     True
@@ -83,10 +82,10 @@ def ask(
     values: Mapping[str, str] | None = None,
     kept: Mapping[str, str] | None = None,
 ) -> str:
-    """A message that asks for what `ways` ask for; values take the message's case, `kept` do not.
+    """Draw a message of one of the `ways`; values take the message's case, `kept` values do not.
 
-    A message that first contact asks is drawn again (20 times: a file of one's own may know only
-    that one).
+    A message that is in first contact is drawn again, at most 20 times, since a user's own file may
+    have only that one.
     """
     message = ""
     for _ in range(20):
@@ -142,14 +141,14 @@ def _draw(random: Random, split: str, parts: Ways) -> str:
 
 
 def _fill(text: str, values: Mapping[str, str]) -> str:
-    """The text with its values, which may hold braces of their own."""
+    """Fill in the values, which may contain braces themselves."""
     return "".join(
         values[part[1:-1]] if _VALUE.fullmatch(part) else part for part in _VALUE.split(text)
     )
 
 
 def slip(text: str, random: Random) -> str:
-    """The text with a letter of one of its longer words left out, doubled or exchanged.
+    """Make a typing mistake: leave out, double or exchange a letter of one of the longer words.
 
     Values in braces stay as they are.
 
@@ -168,7 +167,7 @@ def slip(text: str, random: Random) -> str:
 
 
 def normal(message: str) -> str:
-    """The message without case, quotes and marks at the end: equal for equal questions.
+    """Normalise a message: no case, no quotes, no punctuation at the end.
 
     >>> normal('Spell "House".'), normal("2 + 2 =")
     ('spell house', '2 + 2 =')
@@ -179,10 +178,10 @@ def normal(message: str) -> str:
 
 @lru_cache(maxsize=1)
 def reserved() -> frozenset[str]:
-    """The messages of first contact that open a conversation and end it, in normal form.
+    """Messages of first contact that are a whole conversation, in normal form; never trained on.
 
-    They are never trained on. A conversation of several turns is not either, though each of its
-    messages may be: nobody can ask without saying thanks.
+    The conversations of several turns are not trained on either, but each of their messages may be,
+    such as a thank-you.
     """
     if not FIRST_CONTACT.is_file():
         return frozenset()

@@ -1,7 +1,7 @@
-"""What every task shares: the `Task` interface, loading from the hub, judging answers.
+"""Task, the base class of all tasks; loading from the hub; judging of answers.
 
 A task is a sequence of conversations (the schema of `nanochat.conversation`) that can judge an
-answer. Next to `messages` a conversation may carry what its task needs for that: `answer`,
+answer. Beside `messages`, a conversation may have keys that its task needs for this: `answer`,
 `letters`, `words`.
 """
 
@@ -33,20 +33,20 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 class Task(ABC):
     """A named split of conversations.
 
-    Subclasses give `__len__`, `row` and `settings`, and override `evaluate` where an answer can be
-    checked. `eval_type` says how: "categorical" tasks have one right letter among
-    `conversation["letters"]`, "generative" ones are answered freely.
+    Subclasses implement `__len__`, `row` and `settings`, and override `evaluate` if answers can be
+    checked. `eval_type` is then "categorical" (one right letter among `conversation["letters"]`) or
+    "generative" (a free answer).
     """
 
     eval_type: EvalType = "generative"
     VERSION: ClassVar[int] = 1
-    """Raise it when the same settings begin to give other rows: stores are then rebuilt."""
+    """Version of the rows; raise it when the same settings give other rows, to rebuild stores."""
     VAL_BY_CONTENT: ClassVar[bool] = False
-    """Whether there is a split val with nothing in it that is in train."""
+    """True if there is a split val that shares no content with train."""
     BY_KIND: ClassVar[bool] = False
-    """Whether rows have a `kind`, by which results are told as well, with some of the answers."""
+    """True if rows have a `kind`; results are then reported by kind, with some of the answers."""
     EXAMPLES: ClassVar[str] = "train"
-    """The split whose rows are shown as solved examples before a problem."""
+    """Split whose rows are shown as solved examples before a problem."""
 
     def __init__(self, name: str, split: str):
         self.name = name
@@ -57,14 +57,14 @@ class Task(ABC):
 
     @abstractmethod
     def row(self, index: int) -> Conversation:
-        """The conversation at 0 <= index < len(self); UserError where the data do not fit."""
+        """Make the conversation at 0 <= index < len(self); UserError if the data do not fit."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What determines the rows, besides name, split and VERSION; JSON values."""
+        """Settings that determine the rows, beside name, split and VERSION; JSON values."""
 
     def __getitem__(self, index: int) -> Conversation:
-        """The conversation, known to fit the schema. Raises IndexError, or UserError if not."""
+        """Return a validated conversation; raises IndexError, or UserError if it is not valid."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}/{self.split} has {len(self)} rows, no row {index}")
         conversation = self.row(index)
@@ -75,17 +75,17 @@ class Task(ABC):
         return (self[index] for index in range(len(self)))
 
     def where(self, index: int) -> str:
-        """The row's name in error messages: `gsm8k/train row 17`."""
+        """Name of a row in error messages: `gsm8k/train row 17`."""
         return f"{self.name}/{self.split} row {index}"
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether `completion` answers the conversation's last user message rightly."""
+        """True if `completion` is a right answer to the conversation's last user message."""
         if self.eval_type == "categorical":
             return bool(completion.strip() == conversation["answer"])
         raise UserError(f"{self.name} has no check for answers; evaluate its loss instead")
 
     def reward(self, conversation: Conversation, completion: str) -> float:
-        """What reinforcement learning maximises: 1.0 for a right answer, else 0.0."""
+        """Reward for reinforcement learning: 1.0 for a right answer, else 0.0."""
         if self.eval_type == "categorical" or type(self).evaluate is Task.evaluate:
             raise UserError(
                 f"{self.name} has no rewards; use a generative task with checked answers, "
@@ -94,15 +94,15 @@ class Task(ABC):
         return float(self.evaluate(conversation, completion))
 
     def well_formed(self, conversation: Conversation, completion: str) -> bool:
-        """Whether there is an answer in `completion` that can be judged, right or wrong."""
+        """True if `completion` has an answer that can be judged, right or wrong."""
         return bool(completion.strip())
 
     def vote(self, conversation: Conversation, completion: str) -> Hashable | None:
-        """What `completion` answers, to be counted in a majority vote; None for nothing."""
+        """Answer in `completion`, for a majority vote; None if there is none."""
         return None
 
     def fingerprint(self) -> str:
-        """Of name, split, settings, data and code version: the rows are equal where it is."""
+        """Digest of name, split, settings, data and code version; equal digests, equal rows."""
         identity = [type(self).__name__, self.VERSION, self.name, self.split, self.settings()]
         return digest(json.dumps(identity, sort_keys=True))
 
@@ -129,13 +129,13 @@ class HubTask(Task):
 
 
 def load_hub(repo_id: str, config: str | None, split: str, where: str) -> tuple[Any, str]:
-    """A `datasets.Dataset` and its fingerprint, from `NANOCHAT_HUB_DIR/<repo_id>` or the hub.
+    """Load a `datasets.Dataset` and its fingerprint from `NANOCHAT_HUB_DIR/<repo_id>` or the hub.
 
-    A folder needs the files of the wanted split only. The prepared copy lies under
-    NANOCHAT_BASE_DIR, like every artifact, unless HF_HOME or HF_DATASETS_CACHE say otherwise.
-    Raises UserError when the data set cannot be had or has no rows.
+    A folder needs the files of this split only. The prepared copy lies under NANOCHAT_BASE_DIR,
+    like every artifact, unless HF_HOME or HF_DATASETS_CACHE name another place. Raises UserError if
+    the data set cannot be loaded or has no rows.
     """
-    import datasets  # takes seconds to import, and the tasks that generate their rows need it not
+    import datasets  # takes seconds to import, and generated tasks do not need it
 
     source = hub_source(repo_id)
     cache: Path | None = base_dir() / "datasets"
@@ -143,15 +143,15 @@ def load_hub(repo_id: str, config: str | None, split: str, where: str) -> tuple[
     arguments: dict[str, Any] = {"path": source, "name": config}
     hidden = datasets.are_progress_bars_disabled()
     if source != repo_id:
-        # `datasets` 5.2 does not see that a file of such a folder changed and would serve the old
-        # rows: the prepared copy is kept per state of the folder.
+        # `datasets` 5.2 does not notice that a file of such a folder has changed, and would return
+        # the old rows. So each state of the folder has a prepared copy of its own.
         state = _folder_state(Path(source))
         cache = base_dir() / "datasets" / state
-        # It also wants the files of every split that the README names, used or not.
+        # `datasets` would also need the files of every split that the README names.
         files = _split_files(Path(source), config, split, where)
         kind = {".jsonl": "json"}.get(files[0].suffix, files[0].suffix[1:])
         arguments = {"path": kind, "data_files": {split: [str(file) for file in files]}}
-        datasets.disable_progress_bars()  # a folder is read in no time
+        datasets.disable_progress_bars()  # reading a folder is quick
     elif os.environ.get("HF_HOME") or os.environ.get("HF_DATASETS_CACHE"):
         cache = None
     try:
@@ -180,9 +180,9 @@ def load_hub(repo_id: str, config: str | None, split: str, where: str) -> tuple[
 
 
 def _split_files(folder: Path, config: str | None, split: str, where: str) -> list[Path]:
-    """The files of one split in a copy of a data set's repository, sorted; never empty.
+    """List the files of one split in a copy of a data set's repository, sorted; never empty.
 
-    The README's list of files decides where it has the config, else their names do: a part of the
+    If the README has a list of files for the config, that decides. Else the names do: a part of the
     path, or the beginning of the file's name, is the split (`main/test-00000-of-00001.parquet`).
     """
     patterns = _card_patterns(folder, config).get(split, [])
@@ -216,7 +216,7 @@ def _split_files(folder: Path, config: str | None, split: str, where: str) -> li
 
 
 def _card_patterns(folder: Path, config: str | None) -> dict[str, list[str]]:
-    """Patterns of each split's files, by the settings on top of the data set's README."""
+    """Patterns of each split's files, from the settings at the top of the data set's README."""
     import yaml
 
     try:
@@ -227,7 +227,7 @@ def _card_patterns(folder: Path, config: str | None) -> dict[str, list[str]]:
             entry["split"]: [entry["path"]] if isinstance(entry["path"], str) else entry["path"]
             for entry in files
         }
-    # Whatever else a README says or lacks: the files' names decide.
+    # If the README lacks them, the files' names decide.
     except (OSError, ValueError, LookupError, TypeError, StopIteration, yaml.YAMLError):
         return {}
 
@@ -239,7 +239,7 @@ def _folder_state(folder: Path) -> str:
 
 
 def field(row: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
-    """`row[key]`, or a UserError that says what is wrong with it. Blank strings are wrong too."""
+    """Return `row[key]`; UserError if it is missing, of another type or a blank string."""
     if key not in row:
         raise UserError(f"{where}: has no field '{key}', only {', '.join(map(str, row))}")
     value = row[key]
@@ -256,12 +256,12 @@ def field(row: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
 def choice_conversation(
     question: str, choices: Sequence[str], answer: int, where: str
 ) -> Conversation:
-    """A question with lettered options, answered with the right option's letter and nothing else.
+    """Make a question with lettered options; the answer is the right option's letter only.
 
-    The letter follows its option, so that at the answer's position attention has to find the right
-    option and copy what comes next. `->` has two characters for the split pattern's sake: a single
-    mark before a letter would be merged with it (`=A`), a space too (` A`), and neither is the
-    token `A` that the answer begins with.
+    The letter follows its option. To answer, attention has to find the right option and copy the
+    token after it. `->` has two characters because of the split pattern: a single mark or a space
+    before a letter would be one token with it (`=A`, ` A`), which is not the token `A` of the
+    answer.
     """
     if not 2 <= len(choices) <= len(LETTERS):
         raise UserError(f"{where}: has {len(choices)} options, expected 2 to {len(LETTERS)}")
@@ -296,9 +296,9 @@ _MAX_DIGITS = 100
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The first number in `text`, exactly; None if there is none.
+    """Read the first number in `text` exactly; None if there is none.
 
-    A currency or percent sign is a unit and is dropped, like any word after the number.
+    A currency or percent sign is dropped, like any word after the number.
 
     >>> [str(parse_number(t)) for t in ("10.0", "$1,234.50", "-3", "50%", "42.", "none")]
     ['10', '2469/2', '-3', '50', '42', 'None']
@@ -316,26 +316,26 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def final_answer(completion: str) -> Fraction | None:
-    """The number behind the last `####`, on the same line."""
+    """Read the number after the last `####`, on the same line."""
     _, marker, tail = completion.rpartition("####")
     return parse_number(tail.split("\n")[0]) if marker else None
 
 
 def same_number(answer: Fraction | None, expected: Fraction | None) -> bool:
-    """Equal up to the noise of binary floats (0.30000000000000004); None equals nothing."""
+    """True if both are equal up to the rounding of floats (0.30000000000000004); None never is."""
     if answer is None or expected is None:
         return False
     return abs(answer - expected) <= Fraction(1, 10**12) * max(Fraction(1), abs(expected))
 
 
-# Rows that are made, not loaded
+# Generated rows
 
 
 def row_random(*key: object) -> random.Random:
-    """The generator of one row: equal keys give equal numbers on every machine.
+    """Make the random generator of one row; equal keys give equal numbers on every machine.
 
-    The key is seeded as text, which is hashed whole: integer seeds drop their sign, so that
-    `random.seed(-1)` gives the numbers of `random.seed(1)`.
+    The seed is the key as text. An integer seed would lose its sign: `random.seed(-1)` gives the
+    same numbers as `random.seed(1)`.
     """
     return random.Random(repr(key))
 

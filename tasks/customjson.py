@@ -1,4 +1,4 @@
-"""Conversations of your own, in this project's format or another (`tasks.formats`)."""
+"""CustomJSON: your own conversations, in this project's format or another (`tasks.formats`)."""
 
 import json
 from collections.abc import Iterator
@@ -19,17 +19,16 @@ _MARK = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
 
 
 class CustomJSON(Task):
-    """The rows of `path`, by default the project's own identity conversations.
+    """Conversations of the file `path`, by default the project's own identity conversations.
 
-    A row is a line, or an object of the one list that the file holds; `.gz` and `.zst` are read
-    too. `tasks.formats` converts ShareGPT, Alpaca, OASST trees and OpenAI's tool calls.
+    A row is a line, or an object of the list that the file holds. Files may end in `.gz` or `.zst`.
+    `tasks.formats` converts ShareGPT, Alpaca, OASST trees and OpenAI's tool calls. Blank lines are
+    not rows. There is only a train split; `TaskSlice` holds rows out.
 
-    Rows are read when asked for: memory is 24 bytes each (a compressed file is held as a whole, and
-    so is one that ends its lines with carriage returns).
-    Blank lines are no rows. A row that is not a conversation raises UserError with its number; with
-    bad_rows="skip" the whole file is checked at the start, `skipped` counts such rows and
-    `first_skipped` says what the first was. There is only a train split: hold rows out with
-    `TaskSlice`.
+    Rows are read when they are needed, and use 24 bytes of memory each. A compressed file, and one
+    with carriage returns as line ends, is kept in memory as a whole. A row that is not a
+    conversation raises UserError with its number. With bad_rows="skip" the whole file is checked at
+    the start, `skipped` counts such rows, and `first_skipped` describes the first one.
     """
 
     VERSION = 2
@@ -68,7 +67,7 @@ class CustomJSON(Task):
         self._rows = np.array(places, dtype=np.int64)
 
     def _places(self) -> Iterator[tuple[int, int, int]]:
-        """(number, start, stop) of each row; lines are numbered from 1, a list's objects from 0."""
+        """Yield (number, start, stop) of each row; lines count from 1, a list's objects from 0."""
         first = True
         position = 0
         for number, line in enumerate(self._lines(), start=1):
@@ -130,13 +129,13 @@ class CustomJSON(Task):
 
 
 def _begins_list(line: bytes) -> bool:
-    """Whether a file with this first line is one list of rows: no line in it is a row."""
+    """True if a file with this first line is one list of rows, not a row per line."""
     text = line.removeprefix(_MARK).strip()
     if not text.startswith(b"["):
         return False
     try:
         return not is_messages(parse_json(text))
-    except UserError:  # it goes on in the next line
+    except UserError:  # the value continues on the next line
         return True
 
 

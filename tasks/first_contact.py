@@ -1,11 +1,11 @@
-"""First contact: what people type before they know what a small model can do.
+"""First contact: messages that people type before they know what a small model can do.
 
-Messages of `tasks/data/first_contact.jsonl`, by kind: identity, greetings, sums, spelling,
-counting, passages, unknown and follow-ups. None is ever trained on (`tasks.asking.reserved`), each
-has a check that reads all that an answer claims (`tasks/judges.py`). Names, nouns and openings in
-braces are filled in from the corpus, so the same messages measure a model of any text.
+`tasks/data/first_contact.jsonl` has messages by kind: identity, greetings, sums, spelling,
+counting, passages, unknown and follow-ups. None is ever trained on (`tasks.asking.reserved`). Each
+has a check that reads everything that an answer claims (`tasks/judges.py`). Names, nouns and
+openings in braces are filled in from the corpus, so the same messages test a model of any text.
 
-This is a test, not a list to tune to: a line of it that fails points at a way of asking.
+Do not tune training data to these messages. A message that fails shows a wording that is missing.
 """
 
 import json
@@ -22,11 +22,11 @@ from tasks.passages import index_of, known_texts, pairs_of
 
 _SUBJECT = re.compile(r"\{(name|noun)\}")
 FAMOUS = 25
-"""Names and nouns that are asked about are among so many of the most frequent."""
+"""Number of the most frequent names and nouns among which the messages choose."""
 
 
 class FirstContact(Task):
-    """Row i: line i of the messages, filled in from `corpus_texts`. There is only a test split."""
+    """Messages of first contact; row i is line i, filled in from `corpus_texts`; split test only."""
 
     BY_KIND = True
 
@@ -64,14 +64,14 @@ class FirstContact(Task):
         return {"messages": messages, "check": check, "kind": line["kind"]}
 
     def _values(self, random: Random) -> dict[str, str]:
-        """What stands for the words in braces."""
+        """Draw values for the words in braces."""
         name = random.choice(self.index.names[:FAMOUS] or self.index.nouns[:FAMOUS] or [""])
         noun = random.choice(self.index.nouns[:FAMOUS] or self.index.names[:FAMOUS] or [""])
         opening, _ = self.index.opening(random)
         return {"{name}": name, "{noun}": noun, "{opening}": opening}
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the last message is answered as a person would accept."""
+        """True if the last answer is one that a person would accept."""
         return judge(conversation["check"], completion, pairs_of(self.texts))
 
 

@@ -1,10 +1,10 @@
-"""Conversations of two to four turns, in which a turn may only be understood by those before.
+"""Follow-ups: conversations of two to four turns in which a turn may need those before it.
 
     Spell water.      > w a t e r             How many e are in people?   > ... #### 2
     and river?        > r i v e r             and p?                      > ... #### 2
     count the r       > ... #### 2            spell it                    > p e o p l e
 
-Topics change as well: any question of the other tasks may come next, then thanks.
+Topics change too: a question of any other task may come next, then thanks.
 """
 
 from collections.abc import Sequence
@@ -81,7 +81,10 @@ CLOSING = ("thanks", "thanks", "praise", "bye", "limits", "who", "blame")
 
 
 class FollowUps(Task):
-    """Row i of a split: a pure function of (corpus_texts, words, identity, seed, split, i)."""
+    """Conversations of several turns.
+
+    Row i of a split is a pure function of (corpus_texts, words, identity, seed, split, i).
+    """
 
     VAL_BY_CONTENT = True
 
@@ -124,11 +127,11 @@ class FollowUps(Task):
         return {"messages": messages, "check": check}
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the last answer is right."""
+        """True if the last answer is right."""
         return judge(conversation["check"], completion, pairs_of(self.texts))
 
     def opening(self, random: Random) -> tuple[str, Content, Check]:
-        """(question, answer, check) of a turn that needs none before it."""
+        """Draw (question, answer, check) of a turn that needs no turn before it."""
         kind = random.choice(("spell", "count", "sum", "passage", "unknown", "hello"))
         if kind == "spell":
             return self.spelling(random.choice(self.words), random)
@@ -149,7 +152,7 @@ class FollowUps(Task):
         return self.intent(random.choice(("hello", "how", "abilities")), random)
 
     def next(self, random: Random, check: Check) -> tuple[str, Content, Check]:
-        """A turn after one that had this check."""
+        """Draw a turn that follows one with this check."""
         kind = random.random()
         if kind < 0.15:
             return self.intent(random.choice(CLOSING), random)
@@ -180,7 +183,7 @@ class FollowUps(Task):
         return _answered(question, {"spell": [word]})
 
     def after_word(self, random: Random, check: Check) -> tuple[str, Content, Check]:
-        """The same of another word, another letter of it, or its letters."""
+        """Ask for the same of another word, for another letter of it, or for its letters."""
         word = check["count"] if "count" in check else check["spell"][-1]
         kind = random.random()
         if kind < 0.45:
@@ -200,7 +203,7 @@ class FollowUps(Task):
         return _answered(question, {"count": word, "letter": letter})
 
     def after_passage(self, random: Random, check: Check) -> tuple[str, Content, Check]:
-        """More about the subject, another one, or its letters."""
+        """Ask for more about the subject, for another subject, or for its letters."""
         subject, kind = check.get("about"), random.random()
         if subject and subject.islower() and split_of(subject) == self.split and kind < 0.2:
             return _answered(ask(random, self.split, SPELL_IT), {"spell": [subject]})
@@ -215,7 +218,7 @@ class FollowUps(Task):
         return question, self.index.passage(other, random), {"about": other}
 
     def intent(self, name: str, random: Random) -> tuple[str, Content, Check]:
-        """Small talk; a file of one's own may lack this intent."""
+        """Draw small talk; a user's own file may lack this intent."""
         intent = self.intents.get(name) or random.choice(list(self.intents.values()))
         answer = random.choice(intent.answers)
         return ask_intent(intent, random, self.split), answer, {"says": list(intent.answers)}

@@ -1,12 +1,13 @@
-"""Conversations as others write them, converted to the schema of `nanochat.conversation`.
+"""Formats of conversations, and their conversion to the schema of `nanochat.conversation`.
 
-`FORMATS` lists what is recognised, `OTHERS` what is recognised and cannot be converted. Nothing is
-guessed: what has no place in the schema is an error, or named here.
+`FORMATS` lists the formats that are converted, `OTHERS` those that are recognised but cannot be
+converted. Nothing is guessed: a field that has no place in the schema is an error, apart from
+these:
 
-- A tool call becomes a `python` part that spells the call (`get_weather(city='Paris')`), and the
-  tool's answer the `python_output` part behind it. The definitions in `tools` are not shown to the
-  model.
-- Of an OASST tree the best-ranked reply is taken at each turn.
+- A tool call becomes a `python` part with the call as Python (`get_weather(city='Paris')`). The
+  tool's answer becomes the `python_output` part after it. The model does not see the definitions in
+  `tools`.
+- At each turn of an OASST tree, the best-ranked reply is taken.
 """
 
 import json
@@ -20,13 +21,13 @@ from nanochat.errors import UserError
 Row = Any  # a value of JSON
 Messages = list[dict[str, Any]]
 
-# Source code is passed as it is to functions of these names, which take nothing else.
+# Functions of these names take source code as their only argument.
 _PYTHON = {"python", "calculator", "code_interpreter"}
 _CODE = {"code", "expression", "input", "source"}
 
 
 class Format(NamedTuple):
-    """A way to write a conversation: its name, how it is recognised, what it becomes."""
+    """A format of conversations: its name, how it is recognised, how it is converted."""
 
     name: str
     fits: Callable[[Row], bool]
@@ -34,9 +35,9 @@ class Format(NamedTuple):
 
 
 def convert(row: Row) -> tuple[str, dict[str, Any]]:
-    """The name of a row's format and the conversation, not yet validated.
+    """Convert a row; returns the name of its format and the conversation, not yet validated.
 
-    Raises UserError, without the row's place, where the format is unknown or cannot be converted.
+    Raises UserError, without the row's place, if the format is unknown or cannot be converted.
     """
     for form in FORMATS:
         if form.fits(row):
@@ -50,7 +51,7 @@ def convert(row: Row) -> tuple[str, dict[str, Any]]:
                 raise UserError(
                     f"this looks like {form.name}, but cannot be read ({error!r}); mend or drop it"
                 ) from None
-            # What a task of one's own keeps beside its messages stays there.
+            # Keys that a task needs beside the messages are kept.
             rest = row if isinstance(row, dict) and "messages" in row else {}
             return form.name, {**rest, "messages": messages}
     for name, fits, remedy in OTHERS:
@@ -83,7 +84,7 @@ def _is_text(row: Row, *keys: str) -> bool:
 
 
 def _is_list(value: Row, *keys: str) -> bool:
-    """Whether it is a list of objects, the first with all these keys."""
+    """True for a list of objects, the first of which has all these keys."""
     return (
         isinstance(value, list)
         and bool(value)
@@ -93,7 +94,7 @@ def _is_list(value: Row, *keys: str) -> bool:
 
 
 def is_messages(value: Row) -> bool:
-    """Whether it is a bare list of messages, of OpenAI's kind or ShareGPT's."""
+    """True for a list of messages, as OpenAI or ShareGPT write them."""
     return _is_list(value, "role") or _is_list(value, "from", "value")
 
 
@@ -101,7 +102,7 @@ def is_messages(value: Row) -> bool:
 
 
 def _openai(messages: Row) -> Messages:
-    """Messages of the schema; a tool's answer, and what follows it, joins the turn that called."""
+    """Convert messages; a tool's answer, and the text after it, join the message with the call."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         return messages  # type: ignore[no-any-return]  # validate says what is wrong
     out: Messages = []
@@ -147,16 +148,16 @@ def _text(content: Row) -> str:
 
 
 def _parts(content: Row) -> list[Any]:
-    """The parts of a message that may say nothing but its calls."""
+    """List the parts of a message, which may have calls only."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}] if content else []
     return list(content or [])
 
 
 def _calls(message: Mapping[str, Any], number: int) -> list[tuple[str, str]]:
-    """(id, source) of each call in a message."""
+    """List (id, source) of each call in a message."""
     calls = message.get("tool_calls") or []
-    if message.get("function_call"):  # as it was written before there were several
+    if message.get("function_call"):  # the older form, with one call
         calls = [{"function": message["function_call"]}]
     try:
         return [
@@ -171,7 +172,7 @@ def _calls(message: Mapping[str, Any], number: int) -> list[tuple[str, str]]:
 
 
 def _source(function: Mapping[str, Any]) -> str:
-    """The call as Python: `get_weather(city='Paris')`."""
+    """Write a call as Python: `get_weather(city='Paris')`."""
     name, arguments = function["name"], function.get("arguments") or {}
     if isinstance(arguments, str):
         arguments = json.loads(arguments)
@@ -275,7 +276,7 @@ def _oasst(row: Row) -> Messages:
         replies.sort(key=lambda reply: (reply.get("rank") is None, reply.get("rank") or 0))
         node = replies[0] if replies else None
     while messages and messages[-1]["role"] == "user":
-        messages.pop()  # nobody answered
+        messages.pop()  # the last message has no answer
     if not messages:
         raise UserError("nobody has answered the tree's prompt; leave it out")
     return messages

@@ -44,8 +44,8 @@ def solution_parts(solution: str) -> list[dict[str, str]]:
     """Turn calculator annotations into tool calls.
 
     `48/2 = <<48/2=24>>24 clips` becomes the text `48/2 = `, the call `48/2`, its output `24` and
-    the text `24 clips`: the number stays in the text, for the output is not shown to the reader.
-    The output is what the engine will insert when the model makes the same call.
+    the text `24 clips`. The number stays in the text, because the reader does not see the output.
+    The output is written as the calculator writes it.
     """
     parts: list[dict[str, str]] = []
     pieces = _ANNOTATION.split(solution)
@@ -57,14 +57,14 @@ def solution_parts(solution: str) -> list[dict[str, str]]:
                 parts.append({"type": "text", "text": piece})
             continue
         expression, *results = (side.strip() for side in piece.split("="))
-        if expression and results:  # else it says nothing to compute: drop it
+        if expression and results:  # an empty annotation is dropped
             parts.append({"type": "python", "text": expression})
             parts.append({"type": "python_output", "text": _as_calculated(expression, results[-1])})
     return parts
 
 
 def _as_calculated(expression: str, result: str) -> str:
-    """The result as the calculator tool writes it (`.5` is `0.5`), if it finds the same number."""
+    """Write the result as the calculator does (`.5` is `0.5`), if it computes the same number."""
     try:
         calculated = calculate(expression)
     except CalculatorError:

@@ -18,9 +18,10 @@ _FUTURE = re.compile(r"^from __future__ import .*\n", re.MULTILINE)
 class HumanEval(HubTask):
     """`openai/openai_humaneval`, 164 problems in the split test; no training data.
 
-    `evaluate` runs what the model wrote, in the sandbox (`nanochat.tools.sandbox`).
-    sandbox="strict" refuses to where the system lacks a layer of it. Draw several samples for
-    `pass_at_k`. The tests run beside the answer, which can therefore cheat: docs/sandbox.md.
+    `evaluate` runs the model's program in the sandbox (`nanochat.tools.sandbox`). With
+    sandbox="strict" it raises UserError if the system lacks a layer of the sandbox. `pass_at_k`
+    needs several samples. The tests run in the same process as the answer, which could therefore
+    cheat (docs/sandbox.md).
     """
 
     def __init__(
@@ -57,11 +58,11 @@ class HumanEval(HubTask):
 
 
 def build_program(conversation: Conversation, completion: str) -> str:
-    """The function as the model wrote it, between what the prompt has before it and the tests.
+    """Build the program to run: the prompt's imports, the model's function, and the tests.
 
-    Taken from the last fenced block that defines the function, with the definitions of the blocks
-    before it; else from the definitions among the unfenced text. Where nothing defines it, the
-    first block, or the text, is the body that follows the prompt.
+    The function comes from the last fenced block that defines it, with the definitions of the
+    blocks before; else from the definitions in the unfenced text. If nothing defines it, the first
+    block, or the text, is taken as the body that follows the prompt.
     """
     prompt, entry_point = conversation["prompt"], conversation["entry_point"]
     name = re.escape(entry_point)
@@ -86,18 +87,18 @@ def build_program(conversation: Conversation, completion: str) -> str:
 
 
 def _program(code: str, conversation: Conversation) -> str:
-    future = "".join(_FUTURE.findall(code))  # Python wants it first
+    future = "".join(_FUTURE.findall(code))  # Python requires it first
     code = future + _FUTURE.sub("", code)
     return f"{code}\n\n{conversation['test']}\n\ncheck({conversation['entry_point']})\n"
 
 
 def _definitions(text: str) -> str:
-    """The functions, classes, imports and names that a text defines, without the prose around them.
+    """Extract the functions, classes, imports and names that a text defines, without its prose.
 
-    A definition is a line that begins like one and the lines indented deeper that follow it.
+    A definition is a line that begins like one, with the more deeply indented lines after it.
     """
     kept: list[str] = []
-    indent: int | None = None  # of the definition that goes on
+    indent: int | None = None  # that of the present definition
     for line in text.splitlines():
         depth = len(line) - len(line.lstrip())
         if not line.strip():
@@ -112,7 +113,7 @@ def _definitions(text: str) -> str:
 
 
 def _body(text: str) -> str:
-    """The body of a function, indented by four spaces, from a text that begins with it.
+    """Extract a function's body, indented by four spaces, from a text that begins with it.
 
     >>> _body("y = 2 * x\\nreturn y\\n")
     '    y = 2 * x\\n    return y'
@@ -125,7 +126,7 @@ def _body(text: str) -> str:
             lines[0] = "    " + lines[0]  # only the first line has lost its indentation
         else:
             lines = ["    " + line for line in lines]
-    # What is not indented comes after the body: prose, or other functions.
+    # Lines without indentation are after the body: prose, or other functions.
     end = next((i for i, line in enumerate(lines) if line.strip() and line[0] != " "), len(lines))
     return "\n".join([*lines[:end], _definitions("\n".join(lines[end:]))]).rstrip()
 

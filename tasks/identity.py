@@ -1,13 +1,13 @@
-"""Who the model is, what it can do, and small talk: intents times ways of asking.
+"""Identity: who the model is, what it can do, and small talk.
 
 `tasks/data/identity.json` has a name, a maker and *intents*. An intent has patterns that ask for it
-(`tasks/asking.py`; `held_out` ones are asked in the split test only) and answers, in which `{name}`
-and `{maker}` are filled in. A file of one's own needs no more than
+(`tasks/asking.py`; `held_out` ones are in the split test only) and answers, in which `{name}` and
+`{maker}` are filled in. A user's own file needs only
 
     {"name": "Marvin", "maker": "the people at Example",
      "intents": {"who": {"ask": ["?who are you"], "answer": ["I am {name}."]}}}
 
-and `intents` may be left out: those of the project are then asked with the new name and maker.
+and `intents` may be left out; the project's intents are then used with the new name and maker.
 """
 
 import json
@@ -33,7 +33,7 @@ class Intent:
 
 
 def read_intents(path: str | Path = INTENTS) -> list[Intent]:
-    """The intents of a file, name and maker filled in. Raises UserError where it does not fit."""
+    """Read a file's intents and fill in name and maker; UserError if the file does not fit."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"{path} is not a file; give a .json with name, maker and intents")
@@ -73,9 +73,10 @@ def _filled(answer: str, told: dict[str, str], path: Path) -> str:
 
 
 class Identity(Task):
-    """Row i of a split: a pure function of (file, seed, split, i).
+    """Questions about the model; row i of a split is a pure function of (file, seed, split, i).
 
-    `path`: a .json of intents. Each intent comes about equally often, with any of its answers.
+    `path`: a .json file of intents. All intents are about equally frequent, with any of their
+    answers.
     """
 
     VAL_BY_CONTENT = True
@@ -106,7 +107,7 @@ class Identity(Task):
         }
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Right: one of the intent's answers."""
+        """True if the completion is one of the intent's answers."""
         (intent,) = (one for one in self.intents if one.name == conversation["intent"])
         return completion.strip() in intent.answers
 

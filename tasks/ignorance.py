@@ -1,12 +1,12 @@
-"""Questions that a small model cannot answer, and honest answers to them.
+"""Ignorance: questions that a small model cannot answer, and honest answers to them.
 
     What is the capital of France?   > I do not know that. I can spell words, count letters, ...
 
-Subjects are what the corpus does not hold: those of the lists below whose words are not all in it,
-and names made of parts that no corpus has. The questions stand beside ones that the model can
-answer (*Who was Moses?* and *Who was Napoleon?*, *Spell stone.* and *What rhymes with stone?*,
-*17 times 3* and *17 miles in feet*), so that neither not knowing swallows the skills nor the
-skills the not knowing. A subject's hash decides its split.
+Subjects are not in the corpus: those of the lists below with a word that the corpus lacks, and
+made-up names. The questions resemble ones that the model can answer (*Who was Moses?* and *Who was
+Napoleon?*, *Spell stone.* and *What rhymes with stone?*, *17 times 3* and *17 miles in feet*). The
+model therefore learns to tell what it can answer from what it cannot. A subject's hash decides its
+split.
 """
 
 import re
@@ -253,10 +253,10 @@ _NOUN = re.compile(r"[^\W\d_]+")
 
 
 class Ignorance(Task):
-    """Row i of a split: a pure function of (corpus_texts, words, seed, split, i).
+    """Questions without an answer; row i is a function of (corpus_texts, words, seed, split, i).
 
-    `corpus_texts` decide which subjects are left out, since they may well be answered; `words` are
-    those of the spelling tasks.
+    Subjects in `corpus_texts` are left out, since the model may know them. `words` are those of the
+    spelling tasks.
     """
 
     VAL_BY_CONTENT = True
@@ -297,13 +297,13 @@ class Ignorance(Task):
         }
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Right: says that it does not know, and what it can do."""
+        """True if the completion says that the model does not know, and what it can do."""
         return judge(conversation["check"], completion)
 
 
 @lru_cache(maxsize=4)
 def unheard(texts: tuple[str, ...], split: str) -> dict[str, list[str]]:
-    """The subjects of a split that have a word which the texts never use."""
+    """Subjects of a split with a word that the texts never use."""
     heard = {word.lower() for text in texts for word in set(_NOUN.findall(text))}
 
     def strange(subject: str) -> bool:
@@ -319,7 +319,7 @@ def unheard(texts: tuple[str, ...], split: str) -> dict[str, list[str]]:
 def draw_unknown(
     subjects: dict[str, list[str]], words: Sequence[str], random: Random, split: str
 ) -> tuple[str, str]:
-    """(question, answer)."""
+    """Draw (question, answer)."""
     kind = random.choice((*subjects, "person", "word", "number", "now", "now"))
     values = {"n": str(random.randint(2, 1000)), "two": f"{random.randint(0, 99):02}"}
     if kind in subjects:
@@ -332,12 +332,12 @@ def draw_unknown(
 
 
 def draw_answer(random: Random) -> str:
-    """One of several ways to say that it does not know, and what it can do."""
+    """Draw an answer that says that the model does not know, and what it can do."""
     return f"{random.choice(SAID)} {random.choice(OFFERED)}"
 
 
 def made_up_person(random: Random, split: str) -> str:
-    """A name such as `Doctor Whitcroft` or `Kowski`; its hash decides the split."""
+    """Make up a name such as `Doctor Whitcroft` or `Kowski`; its hash decides the split."""
     titles, first, second = _PERSON_PARTS
     while True:
         name = random.choice(first) + random.choice(second)

@@ -1,17 +1,17 @@
-"""What an answer claims, and whether all of it is so: the judges that the chat's tasks share.
+"""Judges of answers that the chat's tasks share; they check everything that an answer claims.
 
-A *check* is a dictionary with one key that names what was asked, and what belongs to it:
+A *check* is a dictionary. One key names what was asked:
 
-    {"spell": ["water"]}                  letters one by one, a line a word
-    {"count": "water", "letter": "e"}     spelled, counted up, and the number
-    {"sum": "2+2"}                        the calculator's result is the last number that is said
-    {"about": "Moses"}                    sentences of the corpus' kind that name the subject
-    {"continue": "In the beginning"}      sentences of the corpus' kind, not the opening again
+    {"spell": ["water"]}                  letters one by one, one line per word
+    {"count": "water", "letter": "e"}     the word spelled, the letter counted, and the number
+    {"sum": "2+2"}                        the calculator's result is the last number
+    {"about": "Moses"}                    sentences like the corpus's that name the subject
+    {"continue": "In the beginning"}      sentences like the corpus's, without the opening
     {"unknown": "the capital of France"}  says that it does not know, and what it can do
-    {"says": ["nanochat"]}                one of these, in whatever case
+    {"says": ["nanochat"]}                one of these, in upper or lower case
 
-`judge` reads an answer against its check, `reference` writes the answer that is trained on where
-the check alone determines it.
+`judge` compares an answer with its check. `reference` writes the answer to train on, for checks
+that determine it.
 """
 
 import re
@@ -36,7 +36,7 @@ _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 
 
 class WordPairs:
-    """The pairs of neighbouring words of a corpus: what tells its kind of sentence.
+    """Pairs of neighbouring words of a corpus, by which sentences like the corpus's are recognised.
 
     >>> WordPairs(["In the house. The house of God."]).share("the house of wax")
     0.666...
@@ -49,7 +49,7 @@ class WordPairs:
             self.pairs.update(pairwise(found))
 
     def share(self, text: str) -> float:
-        """The share of the text's pairs that the corpus has; 0 of a single word."""
+        """Share of the text's pairs that the corpus has; 0 for a single word."""
         found = words(text)
         pairs = list(pairwise(found))
         return sum(pair in self.pairs for pair in pairs) / len(pairs) if pairs else 0.0
@@ -60,7 +60,7 @@ def words(text: str) -> list[str]:
 
 
 def judge(check: Check, completion: str, pairs: WordPairs | None = None) -> bool:
-    """Whether the answer is right in all that it claims; `pairs` of the corpus for its passages."""
+    """True if everything that the answer claims is right; passages need the corpus's `pairs`."""
     if "spell" in check:
         return spelled_letters(completion) == [list(word.lower()) for word in check["spell"]]
     if "count" in check:
@@ -79,7 +79,7 @@ def judge(check: Check, completion: str, pairs: WordPairs | None = None) -> bool
 
 
 def reference(check: Check) -> Content:
-    """The answer that spelling, counting and sums have."""
+    """Write the answer to a check of spelling, counting or sums."""
     if "spell" in check:
         return "\n".join(" ".join(word.lower()) for word in check["spell"])
     if "count" in check:
@@ -103,7 +103,7 @@ def reference(check: Check) -> Content:
 
 
 def spelled_letters(completion: str) -> list[list[str]]:
-    """The letters of each line.
+    """List the letters of each line.
 
     >>> spelled_letters("B-a-d.\\n o n e")
     [['b', 'a', 'd'], ['o', 'n', 'e']]
@@ -113,7 +113,7 @@ def spelled_letters(completion: str) -> list[list[str]]:
 
 
 def counted(completion: str, word: str, letter: str) -> bool:
-    """The word is spelled right on the first line, the letter counted up right and given right."""
+    """True if the first line spells the word, and the counting and the number are right."""
     lines, count = completion.strip().split("\n"), word.count(letter)
     steps = re.findall(r"(\w):(\d+)", lines[1].lower()) if len(lines) > 1 else []
     return (
@@ -124,7 +124,7 @@ def counted(completion: str, word: str, letter: str) -> bool:
 
 
 def count_up(letter: str, count: int) -> str:
-    """The count said one by one.
+    """Write the counting of a letter, one by one.
 
     >>> count_up("r", 3), count_up("x", 0)
     ('r:1 r:2 r:3', 'no x')
@@ -133,12 +133,12 @@ def count_up(letter: str, count: int) -> str:
 
 
 def names(text: str, subject: str) -> bool:
-    """Whether the text has the subject, as it is or in the plural."""
+    """True if the text has the subject, in the singular or plural."""
     return re.search(rf"\b{re.escape(subject)}(e?s)?\b", text, re.I) is not None
 
 
 def like_corpus(text: str, pairs: WordPairs | None) -> bool:
-    """Four words or more, most of whose neighbours are neighbours in the corpus too."""
+    """True for four words or more, most of whose neighbouring pairs are in the corpus too."""
     if len(words(text)) < 4 or UNKNOWING.search(text) or "nanochat" in text.lower():
         return False
     return pairs is None or pairs.share(text) >= 0.75

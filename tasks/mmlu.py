@@ -32,7 +32,7 @@ class MMLU(HubTask):
             field(row, "answer", int, where),
             where,
         )
-        # Blank for auxiliary_train, whose questions have no subject.
+        # The questions of auxiliary_train have no subject.
         return {**conversation, "subject": row.get("subject") or ""}
 
 

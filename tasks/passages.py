@@ -1,14 +1,13 @@
-"""Questions about what is in a corpus, answered by sentences of it.
+"""Passages: questions about subjects of a corpus, answered by its sentences.
 
     Who was Moses?            > Moses said to the people, Have no fear: ...
     Tell me about a king.     > And the king was angry ...
     Go on: In the beginning   > God made the heaven and the earth.
 
-Works with any corpus. Its *subjects* are found by counting: names are words with a capital inside
-of sentences that are never written small; nouns stand right after an article or the like, and at
-the end of what belongs to it (`the king.`, `a king of`). A sentence is about a subject that it
-names among its first words. A model learns here to say what it has read, not to know more: the
-answer is text of the kind it was pretrained on, about what it was asked.
+The task works with any corpus. Its *subjects* are found by counting. Names are words with a capital
+inside sentences that never occur in lower case. Nouns come right after an article or a similar
+word, and end the phrase (`the king.`, `a king of`). A sentence is about a subject if its first
+words name it. The model learns to repeat what it has read about a subject, not to know more.
 
 Each document belongs to one split by its hash, and so do the answers made of it.
 """
@@ -31,18 +30,18 @@ from tasks.judges import WordPairs, judge
 from tasks.spellingbee import noted_corpus
 
 MAX_CHARACTERS = 20_000_000
-"""Of a corpus; a web corpus has enough subjects in its first documents."""
+"""Largest number of characters to read of a corpus; its first documents have enough subjects."""
 MAX_SUBJECTS = 400
-"""Names, and as many nouns."""
+"""Largest number of names, and of nouns."""
 LEAST_SENTENCES = 8
-"""About a subject; one in ten thousand words is asked about at least."""
+"""Smallest number of sentences about a subject."""
 SHORTEST, LONGEST = 5, 30
-"""Words of a sentence that answers."""
+"""Smallest and largest number of words of a sentence in an answer."""
 FEW_DOCUMENTS = 100
 CUT = 80
-"""Characters of a piece of text that has no sentences."""
+"""Number of characters of a piece of a text without sentences."""
 FIRST_WORDS = 6
-"""A sentence about a subject names it among so many."""
+"""Number of first words of a sentence in which its subject must be named."""
 
 ABOUT = Ways(
     train=(
@@ -123,9 +122,9 @@ _NO_NOUNS = {
 
 @lru_cache(maxsize=2)
 def known_texts(tokenizer_hash: str | None = None) -> tuple[str, ...]:
-    """Training documents of the corpus that was noted for a tokenizer, else of the embedded one.
+    """Training documents of the corpus that was noted for a tokenizer, or of the embedded corpus.
 
-    They are decoded from its token store, so the corpus' own files need not be there any more.
+    They are decoded from the token store, so the corpus's own files are not needed.
     """
     corpus = noted_corpus(tokenizer_hash) if tokenizer_hash else None
     folder = stores_dir() / f"{corpus}-train"
@@ -136,7 +135,7 @@ def known_texts(tokenizer_hash: str | None = None) -> tuple[str, ...]:
 
 
 def store_texts(store: TokenStore, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """The documents of a store as text, up to MAX_CHARACTERS."""
+    """Decode the documents of a store, up to MAX_CHARACTERS."""
     texts, characters = [], 0
     for index in range(len(store)):
         texts.append(tokenizer.decode(store.ids(index, 1)))
@@ -147,12 +146,12 @@ def store_texts(store: TokenStore, tokenizer: Tokenizer) -> tuple[str, ...]:
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a document, white space made single."""
+    """Split a document into sentences; runs of white space become one space."""
     return [" ".join(part.split()) for part in SENTENCE_END.split(text) if part and part.strip()]
 
 
 def subjects(texts: Iterable[str]) -> tuple[list[str], list[str]]:
-    """(names, nouns) of the texts, the most frequent first.
+    """Find (names, nouns) of the texts, the most frequent first.
 
     >>> subjects(["Then Anna saw the fox. The fox saw Anna, and the fox ran."] * 9)
     (['Anna'], ['fox'])
@@ -177,9 +176,9 @@ def subjects(texts: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def documents_of(texts: Sequence[str], split: str) -> list[str]:
-    """The documents of a split; a corpus of few long ones is cut into pieces of ten sentences.
+    """List the documents of a split; few long ones are first cut into pieces of ten sentences.
 
-    Where the train split would get none at all (a page of text), it gets everything.
+    If the train split would be empty (a single page of text), it gets everything.
     """
     pieces = list(texts)
     if len(pieces) < FEW_DOCUMENTS:
@@ -190,7 +189,7 @@ def documents_of(texts: Sequence[str], split: str) -> list[str]:
 
 
 class PassageIndex:
-    """What a corpus says about which subject, and how its texts go on."""
+    """Index of a corpus: sentences by subject, and openings of sentences with their rest."""
 
     def __init__(self, texts: Sequence[str], split: str):
         self.texts = documents_of(texts, split)
@@ -198,7 +197,7 @@ class PassageIndex:
         wanted = {**dict.fromkeys(names, "name"), **dict.fromkeys(nouns, "noun")}
         self.about: dict[str, list[str]] = defaultdict(list)
         self.openings: list[tuple[str, str]] = []
-        """(the first words of a sentence, what comes after them)."""
+        """Pairs (first words of a sentence, the rest of it)."""
         for text in self.texts:
             found = sentences(text)
             for here, after in zip(found, [*found[1:], ""], strict=True):
@@ -222,11 +221,11 @@ class PassageIndex:
         self.nouns = [noun for noun in nouns if noun in known]
 
     def passage(self, subject: str, random: Random) -> str:
-        """Sentences about the subject."""
+        """Draw sentences about the subject."""
         return random.choice(self.about[subject])
 
     def opening(self, random: Random) -> tuple[str, str]:
-        """(The beginning of a sentence, the rest of it)."""
+        """Draw (beginning of a sentence, the rest of it)."""
         here, _ = random.choice(self.openings)
         parts = here.split()
         if len(parts) < 8:
@@ -246,10 +245,10 @@ def pairs_of(texts: tuple[str, ...]) -> WordPairs:
 
 
 class Passages(Task):
-    """Row i of a split: a pure function of (corpus_texts, seed, split, i).
+    """Questions about a corpus; row i of a split is a function of (corpus_texts, seed, split, i).
 
-    `corpus_texts` are training documents, by default those that the stages noted. A text without
-    names has questions about nouns only, and the other way round.
+    `corpus_texts` are training documents, by default those that the stages noted. Texts without
+    names give questions about nouns only, and texts without nouns about names only.
     """
 
     VAL_BY_CONTENT = True
@@ -291,16 +290,16 @@ class Passages(Task):
         }
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Right: words that stand side by side in the corpus too, naming what was asked about."""
+        """True for a text like the corpus's that names the subject."""
         return judge(conversation["check"], completion, pairs_of(self.texts))
 
 
 def draw_passage(
     index: PassageIndex, random: Random, split: str
 ) -> tuple[str, str, dict[str, str]]:
-    """(question, answer, check) about a name, about a noun, or going on from an opening.
+    """Draw (question, answer, check) about a name, about a noun, or continuing an opening.
 
-    Frequent subjects come more often: people ask about Moses, not about Zelophehad.
+    Frequent subjects are drawn more often, since people ask about Moses and not about Zelophehad.
     """
     kind = random.random()
     if kind < 0.45 and index.names:
@@ -320,7 +319,7 @@ def draw_passage(
 
 
 def _frequent(subjects: Sequence[str], random: Random) -> str:
-    """A subject; those at the head of the list come more often."""
+    """Draw a subject; those at the beginning of the list are drawn more often."""
     return subjects[int(len(subjects) * random.random() ** 1.7)]
 
 

@@ -1,4 +1,4 @@
-"""Find a password in a long text: needles at any depth and length, among distractors.
+"""Passkey: find a password in a long text, at any depth and length, among distractors.
 
     ... And the people of the town came out to him. Say to the captain silver lion. And in the
     morning he went up to the mountain ...
@@ -6,22 +6,21 @@
     What do you say to the captain?
     > Say to the captain silver lion.
 
-The text is consecutive sentences of a corpus, or built-in filler. To whom the password is said has
-to be read in the question, and by that it has to be found: `distractors` more sentences tell what
-to say to others.
+The text is consecutive sentences of a corpus, or built-in filler. A *needle* is the sentence with
+the password. `distractors` further sentences tell what to say to others, so the model has to use
+the listener in the question to find the needle.
 
 Two choices let small models learn this within minutes; without them a model of 4 layers had learned
-none of it after 300,000 tokens:
+nothing of it after 300,000 tokens:
 
-- **The wording.** What is the easiest to learn is to go on as after an earlier place that looks the
-  same ("induction", arXiv 2209.11895). So the answer repeats the needle, and the password comes
-  right after the only word that tells needles apart, which is seldom met in prose.
-- **Three of four training rows are short** (`short`), needles and questions with no text around.
-  Attention that does not know yet where to look is spread over all that is there, and what the
-  needle adds to it is lost in a long text.
+- **The wording.** The easiest skill to learn is to continue as after an earlier place that looks
+  the same ("induction", arXiv 2209.11895). So the answer repeats the needle. The password comes
+  right after the only word that differs between needles, which is rare in prose.
+- **Three of four training rows are short** (`short`): needles and questions without text around.
+  Untrained attention is spread over all tokens, and a needle's part in it is lost in a long text.
 
-Passwords are pairs of words drawn anew for every row; the pair's hash decides the split, so no pair
-that is tested was ever an answer in training.
+Passwords are pairs of words drawn anew for every row. The pair's hash decides the split, so no
+tested pair was ever an answer in training.
 """
 
 import re
@@ -83,7 +82,7 @@ FILLER = (
 QUESTION = "What do you say to the {listener}?"
 NEEDLE = "Say to the {listener} {key}."
 LONGEST_SENTENCE = 60
-"""Words; a list without a full stop would be a haystack by itself."""
+"""Largest number of words of a sentence; a long list without a full stop is left out."""
 MAX_SENTENCES = 20_000
 SHORT_NEEDLES = 4
 
@@ -91,9 +90,9 @@ _END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 
 
 def corpus_sentences(store: TokenStore, tokenizer: Tokenizer) -> list[str]:
-    """Sentences of a corpus's documents in order, at most MAX_SENTENCES of them.
+    """List sentences of a corpus in order, at most MAX_SENTENCES.
 
-    Documents are taken evenly from the whole store.
+    Their documents are taken evenly from the whole store.
     """
     count = min(len(store), MAX_SENTENCES // 20)
     sentences: list[str] = []
@@ -110,7 +109,7 @@ def corpus_sentences(store: TokenStore, tokenizer: Tokenizer) -> list[str]:
 
 
 class Haystack:
-    """Sentences to hide passwords between; lengths count tokens, or words without a tokenizer."""
+    """Text to hide passwords in; lengths are in tokens, or in words without a tokenizer."""
 
     def __init__(self, sentences: Sequence[str] = FILLER, tokenizer: Tokenizer | None = None):
         self.sentences = list(sentences)
@@ -121,7 +120,7 @@ class Haystack:
             self.sizes = list(map(len, tokenizer.encode_batch([f" {s}" for s in self.sentences])))
 
     def size(self, conversation: Conversation) -> int:
-        """The length of the whole conversation, its format tokens and answers included."""
+        """Length of the whole conversation, format tokens and answers included."""
         if self.tokenizer is not None:
             return len(self.tokenizer.render_conversation(conversation)[0])
         return sum(len(message["content"].split()) for message in conversation["messages"])
@@ -134,9 +133,10 @@ class Haystack:
         distractors: int = 0,
         split: str = "test",
     ) -> Conversation:
-        """One password hidden at each of the `depths`, from 0 (the beginning) to 1, then all asked.
+        """Make a conversation: a password hidden at each of the `depths`, then a question for each.
 
-        The text is as long as `length` allows to the sentence. Passwords and order are drawn.
+        A depth of 0 is the beginning, 1 the end. The text has as many sentences as `length` allows.
+        Passwords and the order of questions are random.
         """
         needles, count = len(depths), len(depths) + distractors
         if not all(0 <= depth <= 1 for depth in depths):
@@ -171,11 +171,11 @@ class Haystack:
             chosen.append((first + len(chosen)) % len(self.sizes))
             room -= size
         while self.size(made := make(chosen)) > length and chosen:
-            chosen.pop()  # tokens may join differently than sentence by sentence
+            chosen.pop()  # joined sentences may have more tokens than the sentences alone
         return made
 
     def least(self, needles: int, distractors: int) -> int:
-        """The length up to which needles, distractors and questions alone may come."""
+        """Upper bound of the length of needles, distractors and questions without text."""
         if needles < 1 or distractors < 0 or needles + distractors > len(LISTENERS):
             raise UserError(
                 f"{needles} needles and {distractors} distractors: there must be a needle, and "
@@ -192,7 +192,8 @@ class Haystack:
 
 
 def _dialogue(text: list[str], turns: list[tuple[str, str]]) -> list[dict[str, str]]:
-    """The text with the first question, then the others; turns are (listener, answer)."""
+    """Make messages: the text with the first question, then the others; turns are (listener,
+    answer)."""
     messages = []
     for turn, (listener, answer) in enumerate(turns):
         question = QUESTION.format(listener=listener)
@@ -212,14 +213,13 @@ def _draw_keys(random: Random, count: int, split: str) -> list[str]:
 
 
 class Passkey(Task):
-    """Row i of a split: a pure function of (seed, split, i) and the haystack.
+    """Passwords in long texts; row i of a split is a function of (seed, split, i) and the text.
 
-    1 to `needles` passwords are hidden, at drawn depths or all at `depth`, and asked one after the
-    other; 0 to `distractors` more are not asked. Rows are spread evenly over the doublings up to
-    `length` tokens, or words without a `tokenizer`, but for the share of `short` ones in the split
-    train.
-    mid_train hands in its tokenizer, its context as the length, and sentences of the replayed
-    corpus.
+    1 to `needles` passwords are hidden, at random depths or all at `depth`, and asked for one after
+    the other. 0 to `distractors` more are hidden and not asked for. The lengths of rows are spread
+    evenly over the doublings up to `length` tokens (words without a `tokenizer`), apart from the
+    share of `short` rows in the split train. mid_train passes its tokenizer, its context as the
+    length, and sentences of the replayed corpus.
     """
 
     VAL_BY_CONTENT = True
@@ -244,7 +244,7 @@ class Passkey(Task):
         self.short = _share("short", short)
         self.seed = seed
         self.haystack = Haystack(sentences, tokenizer)
-        # Tells at once where the settings do not fit.
+        # Settings that do not fit raise their error here.
         self.haystack.conversation(Random(0), length, [self.depth or 0.0] * needles, distractors)
 
     def __len__(self) -> int:
@@ -276,7 +276,7 @@ class Passkey(Task):
         return self.haystack.conversation(random, length, depths, distractors, self.split)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the sentence that was said ends with the password, or is it alone."""
+        """True if the answered sentence ends with the password, or is the password alone."""
         said = completion.strip().removesuffix(".")
         return f" {said}".endswith(f" {conversation['answer']}") and "." not in said
 

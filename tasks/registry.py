@@ -1,7 +1,8 @@
 """Tasks by name, as scripts take them: `--task arc:easy`, `--mix spellingbee:3000:0.5`.
 
 A spec is a name, then options separated by colons: `key=value`, or a bare value for the one option
-that the table below names. In a mixture the last part, if it is a number, is the weight.
+that the table below names. In a mixture, a number at the end is the mixture weight (passes per
+epoch).
 
     gsm8k    arc:challenge    arithmetic:2000:level=2    customjson:my/chats.jsonl
     --mix gsm8k:2    --mix arithmetic:2000:level=2:0.5
@@ -37,9 +38,9 @@ class Entry(NamedTuple):
 
     constructor: Callable[..., Task]
     bare: str | None = None
-    """The option that a bare value in a spec means."""
+    """Option that a value without `key=` in a spec means."""
     evaluated: tuple[str, ...] = ()
-    """The specs that `chat_eval` measures where none is named."""
+    """Specs that `chat_eval` measures without `--task`."""
 
 
 TASKS = {
@@ -68,15 +69,15 @@ EXAMPLES = {
     "gsm8k": "A baker makes 24 rolls and sells 3 bags of 5 rolls. How many rolls are left?",
     "smoltalk": "Write a short poem about the sea.",
 }
-"""A prompt for a person to try, where the task has one that anybody might ask."""
+"""Prompts for a person to try, by task."""
 MAX_WEIGHT = 100.0
 
 
 def build(spec: str, split: str, **options: Any) -> Task:
-    """The task of a spec; `options` are constructor arguments that the spec leaves open.
+    """Build the task of a spec; `options` are constructor arguments that the spec leaves open.
 
-    An option that the task does not take is an error in the spec and ignored in `options`, so that
-    a script can hand its word list to all tasks alike.
+    An option that the task does not take raises UserError in the spec, but is ignored in `options`,
+    so that a script can pass its word list to all tasks.
     """
     name = spec.partition(":")[0]
     if name not in TASKS:
@@ -86,13 +87,13 @@ def build(spec: str, split: str, **options: Any) -> Task:
 
 
 def takes(specs: Sequence[str], option: str) -> bool:
-    """Whether one of the tasks has this constructor argument: what nobody takes is not prepared."""
+    """True if one of the tasks has this constructor argument, so that it must be prepared."""
     entries = [TASKS[name] for spec in specs if (name := spec.partition(":")[0]) in TASKS]
     return any(option in inspect.signature(entry.constructor).parameters for entry in entries)
 
 
 def corpus_options(specs: Sequence[str], tokenizer: Tokenizer) -> dict[str, Any]:
-    """The arguments that these tasks leave to the tokenizer and the corpus it was used on."""
+    """Arguments of these tasks that come from the tokenizer and the corpus it was used on."""
     options: dict[str, Any] = {"tokenizer": tokenizer}
     if takes(specs, "words"):
         options["words"] = noted_words(tokenizer.hash)
@@ -102,11 +103,11 @@ def corpus_options(specs: Sequence[str], tokenizer: Tokenizer) -> dict[str, Any]
 
 
 def split_weight(spec: str) -> tuple[str, float]:
-    """`"arc:easy:2"` -> `("arc:easy", 2.0)`; without a number at the end the weight is 1."""
+    """Split off the mixture weight, 1 by default: `"arc:easy:2"` -> `("arc:easy", 2.0)`."""
     head, colon, tail = spec.rpartition(":")
     name, _, rest = spec.partition(":")
     if TASKS.get(name, (None, None))[1] == "path" and is_file(rest):
-        return spec, 1.0  # a number behind a colon may be the end of a file's name
+        return spec, 1.0  # a number after a colon may be the end of a file's name
     try:
         weight = float(tail)
     except ValueError:
@@ -122,16 +123,16 @@ def split_weight(spec: str) -> tuple[str, float]:
 
 
 def examples(specs: Sequence[str]) -> tuple[str, ...]:
-    """Prompts to try with a model that was trained on this mixture."""
+    """List prompts to try with a model that was trained on this mixture."""
     names = {spec.partition(":")[0] for spec in specs}
     return tuple(text for name, text in EXAMPLES.items() if name in names)
 
 
 def build_halves(spec: str, **options: Any) -> tuple[Task, Task | None]:
-    """A task's rows to train on, and rows to watch training by, none of them among the former.
+    """Build a task's rows to train on, and its held-out rows, which are not among them.
 
-    These are the split val where its content is disjoint from train's, else some of train's own
-    rows: a test split is for the end, and not every data set has a third one.
+    Held-out rows are the split val, if it shares no content with train, else some of train's rows.
+    The test split is not used, since it is for the final evaluation.
     """
     train = build(spec, "train", **options)
     if not train.VAL_BY_CONTENT:
@@ -146,7 +147,7 @@ def build_halves(spec: str, **options: Any) -> tuple[Task, Task | None]:
 def build_mixture(
     specs: Sequence[str], seed: int = 0, **options: Any
 ) -> tuple[TaskMixture, list[Task | None]]:
-    """What a stage's --mix names: the tasks to train on, and what is held out of each of them."""
+    """Build the tasks of a stage's --mix, and the held-out rows of each of them."""
     weighted = [split_weight(spec) for spec in specs]
     halves = [build_halves(name, **options) for name, _ in weighted]
     tasks = [(train, weight) for (train, _), (_, weight) in zip(halves, weighted, strict=True)]

@@ -4,7 +4,7 @@ from tasks.common import Conversation, HubTask, field
 
 
 class SmolTalk(HubTask):
-    """`HuggingFaceTB/smol-smoltalk`; splits train (460k rows) and test (24k). Nothing to score."""
+    """`HuggingFaceTB/smol-smoltalk`; splits train (460k rows) and test (24k). Not judged."""
 
     def __init__(self, split: str):
         super().__init__("smoltalk", split, "HuggingFaceTB/smol-smoltalk", None, split)

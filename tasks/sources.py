@@ -1,4 +1,4 @@
-"""Tasks and text as the sources of a training run."""
+"""Sources of the chat stages: tasks and replayed text."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -28,9 +28,9 @@ from tasks.spellingbee import noted_corpus, noted_words, write_words
 def task_sources(
     cfg: MidConfig, tokenizer: Tokenizer, sequence_length: int, split: str = "train"
 ) -> list[Source]:
-    """The tasks of `--mix`, each with its weight; the split val is what is held out of them.
+    """Build a source of each task of `--mix`; the split val has their held-out rows.
 
-    sequence_length: of the rows that they have to fit into, by `--long-conversations`.
+    sequence_length: length of the rows that conversations must fit (`--long-conversations`).
     """
     options: dict[str, Any] = {"tokenizer": tokenizer}
     if takes(cfg.mix, "words"):
@@ -55,14 +55,14 @@ def task_sources(
         except UserError:
             if split == "train" or (cfg.bad_rows == "error" and cfg.long_conversations != "drop"):
                 raise
-            continue  # all of the few rows held out are bad, or too long
+            continue  # all held-out rows are bad or too long
         note = f"{task.name}: {note}" if note else ""
         sources.append(Source(store, weight, cfg.prompt_weight, task.name, note))
     return sources
 
 
 def replayed(cfg: MidConfig, tokenizer: Tokenizer, split: str = "train") -> list[Source]:
-    """The pretraining corpora of `--corpus`, in the proportion of their shares."""
+    """Build sources of the pretraining corpora of `--corpus`, in the proportion of their shares."""
     single = len(cfg.corpus) == 1
     shares = {cfg.corpus[0]: Fraction(1)} if single else parse_shares(cfg.corpus, "--corpus")
     return text_sources(shares, tokenizer, split)
@@ -71,9 +71,9 @@ def replayed(cfg: MidConfig, tokenizer: Tokenizer, split: str = "train") -> list
 def build_sources(
     cfg: MidConfig, tokenizer: Tokenizer, sequence_length: int, split: str = "train"
 ) -> list[Source]:
-    """The tasks of `--mix`, and pretraining text as `--replay` of all targets.
+    """Build sources of the tasks of `--mix` and of text; `--replay` is the text's share of targets.
 
-    With `--context-length`, `--long-fraction` of all targets are of long documents alone.
+    With `--context-length`, `--long-fraction` is the share of targets in long documents.
     """
     sources = task_sources(cfg, tokenizer, sequence_length, split)
     if not 0 <= cfg.replay < 1:
@@ -98,7 +98,8 @@ def build_sources(
 def chat_sources(
     cfg: MidConfig, tokenizer: Tokenizer, sequence_length: int, runtime: Runtime
 ) -> tuple[list[Source], HeldOut]:
-    """What a chat stage trains on, and what it is measured on; builds stores, so in turns."""
+    """Build sources and held-out data of a chat stage; the ranks do it in turns, as stores are
+    built."""
     if runtime.is_main:
         note_words(cfg, tokenizer)
     sources = build_sources(cfg, tokenizer, sequence_length)
@@ -109,7 +110,7 @@ def chat_sources(
 
 
 def build_held_out(cfg: MidConfig, tokenizer: Tokenizer, sequence_length: int) -> HeldOut:
-    """Pretraining text, for what it may cost, and conversations, for what is learned."""
+    """Build held-out data: pretraining text, to see what is forgotten, and conversations."""
     conversations = task_sources(cfg, tokenizer, sequence_length, "val")
     return HeldOut(replayed(cfg, tokenizer, "val"), conversations)
 
@@ -125,8 +126,8 @@ def note_words(cfg: MidConfig, tokenizer: Tokenizer) -> None:
     if not takes(cfg.mix, "words"):
         return
     noted = None
-    with suppress(UserError):  # damaged
+    with suppress(UserError):  # the list is damaged
         noted = noted_corpus(tokenizer.hash)
     if noted is None:
-        with suppress(UserError):  # too few words: those of the embedded corpus stand in
+        with suppress(UserError):  # too few words: those of the embedded corpus are used
             write_words(open_corpus(name), tokenizer.hash)

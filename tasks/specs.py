@@ -1,4 +1,4 @@
-"""A task from its spec, and the rows that `python -m tasks.<name>` prints."""
+"""Construction of a task from its spec, and the command `python -m tasks.<name>`."""
 
 import argparse
 import inspect
@@ -14,10 +14,11 @@ from tasks.common import Task, show
 def construct(
     constructor: Callable[..., Task], bare: str | None, spec: str, split: str, **options: Any
 ) -> Task:
-    """The task of a spec, its name in front; `bare` is the option that a bare value means.
+    """Build the task of a spec, which begins with its name.
 
-    `options` are arguments that the spec leaves open; those that the task does not take are left
-    out. Raises UserError for an option in the spec that it does not take.
+    `bare` is the option that a value without `key=` means. `options` are arguments that the spec
+    leaves open; those that the task does not take are ignored. Raises UserError for an option in
+    the spec that the task does not take.
     """
     name, _, rest = spec.partition(":")
     known = list(inspect.signature(constructor).parameters)
@@ -46,7 +47,7 @@ def is_file(path: str) -> bool:
 
 
 def _option_parts(text: str, bare: str | None) -> list[str]:
-    """Split at colons, but not at those of an existing file, nor behind a Windows drive letter."""
+    """Split at colons, but not inside the name of a file, nor after a Windows drive letter."""
     parts: list[str] = []
     pieces = text.split(":") if text else []
     if bare == "path":
@@ -64,7 +65,7 @@ def _option_parts(text: str, bare: str | None) -> list[str]:
 
 
 def main(bare: str | None, **constructors: Callable[..., Task]) -> None:
-    """`python -m tasks.<name> [OPTION ...]`: print a few rows of each of a file's tasks."""
+    """Print a few rows of each of a file's tasks, for `python -m tasks.<name> [OPTION ...]`."""
     parser = argparse.ArgumentParser(description=f"Show rows of {', '.join(constructors)}.")
     parser.add_argument("option", nargs="*", help="what follows the name in a spec: easy, level=2")
     parser.add_argument("--split", help="default: train, where there is such a split")

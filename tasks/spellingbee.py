@@ -1,32 +1,32 @@
-"""Spelling words and counting their letters: what a model that reads tokens cannot simply see.
+"""Spelling bee: spelling words and counting their letters, which a model cannot see in tokens.
 
-The tokenizer hands the model pieces, not letters, so it must learn the letters of every piece.
-Words of the train and test split are disjoint, hence a held-out word can be spelled only if its
-*pieces* were learned from other words. Four choices make that possible:
+The model gets pieces of words, not letters, so it must learn the letters of every piece. Words of
+the train and test split are disjoint. A held-out word can therefore be spelled only if its *pieces*
+were learned from other words. Four choices make that possible:
 
-- **Held-out words stand in quotes in most prompts.** `Spell the word: banished` begins the word
-  with a space, and with their space most words are one token: 59 % of the embedded corpus' words at
-  vocabulary 4096. Nobody can say which letters an unseen token has. In `"wisdom"` there is no
-  space, so the word is cut into pieces that other words share (`w|isdom`; so are 97 %), for a quote
-  after a space is a piece of its own to the split pattern. One prompt in twelve leaves the quotes
-  out all the same, and an unseen token there counts against the model. People mostly leave them
-  out, so half of the prompts in training do: that is how these tokens are learned.
-- **Letters are answered as `b a n i s h e d`.** A space and a letter are a token of their own for
-  most letters, the others take two, whatever their neighbours are. `b-a-n` would take two tokens
-  for all letters, and of `ban` or `b,a,n` a tokenizer may merge parts again.
-- **Three of five training rows ask for several words**: more letters to learn from per token, since
+- **Held-out words are in quotes in most prompts.** In `Spell the word: banished` the word begins
+  with a space, and with their space most words are one token (59 % of the embedded corpus's words
+  at vocabulary 4096). The letters of a token that was never seen cannot be known. In `"wisdom"`
+  there is no space, so the word is cut into pieces that other words share (`w|isdom`; 97 % of
+  words). One held-out prompt in twelve still has no quotes, and an unseen token there counts as an
+  error. People mostly use no quotes, so half of the training prompts have none; the model learns
+  whole-word tokens from these.
+- **Letters are answered as `b a n i s h e d`.** A space and a letter are one token for most letters
+  and two for the others, whatever their neighbours are. `b-a-n` would take two tokens for each
+  letter, and a tokenizer may merge parts of `ban` or `b,a,n`.
+- **Three of five training rows ask for several words.** This gives more letters per token, since
   most of a single word's conversation is the prompt.
-- **A third of the training words are made up**, the beginning of one training word and the end of
-  another (`banthing`, `wiished`): pieces meet in ever new neighbourhoods, so that learning their
-  letters is less work than learning words by heart. What is tested are real words only.
+- **A third of the training words are made up** of the beginning of one training word and the end of
+  another (`banthing`, `wiished`). Pieces then occur in many combinations, so that learning their
+  letters is easier than learning words by heart. Only real words are tested.
 
-SpellingBee spells the word, counts its letter, then asks Python, whose output the engine inserts:
+SpellingBee spells the word, counts its letter, then calls Python, whose output the engine inserts:
 the answer is right if the call is. The call holds the word as it was just spelled,
-`"b a n i s h e d".count("a")`: letters that the model has produced a thousand times. Written as
+`"b a n i s h e d".count("a")`, in letters that the model has written a thousand times. In
 `"banished"` the word's pieces would have to be copied, and copying is learned token by token: a
-model that spelled 56 % of held-out words copied but 16 % of them into the call, putting pieces that
-it had often said in place of those it had never said. Quotes are double because the split pattern
-cuts `'s`, `'t`, `'d`, `'m` off as if they were contractions.
+model that spelled 56 % of held-out words copied only 16 % of them into the call, and replaced
+pieces that it had never written by frequent ones. Quotes are double because the split pattern cuts
+`'s`, `'t`, `'d`, `'m` off as if they were contractions.
 """
 
 import re
@@ -60,11 +60,11 @@ MIN_LETTERS, MAX_LETTERS = 3, 15
 MADE_UP_SHARE = 0.35
 LIST_SHARE = 0.6
 BARE_SHARE, BARE_SHARE_HELD_OUT = 0.55, 1 / 12
-"""Of single words, those that stand in no quotes: in the split train, and in the others."""
+"""Shares of single words without quotes: in the split train, and in the other splits."""
 MAX_WORDS = 8
 
-# {word} stands in quotes of any kind or in none, {plain} as it is. The whole messages among the
-# ways to train are as they were before there was a grammar (`tasks/asking.py`).
+# {word} has quotes of any kind or none, {plain} has none. Some training patterns are whole messages
+# that `tasks/asking.py` does not change.
 SPELLING = Ways(
     train=(
         *("Spell the word {word}.", "Spell the word: {word}", "Spell {word}.", "Spell {word}"),
@@ -97,7 +97,7 @@ SPELLING = Ways(
         *("!read out the letters of {word}", ".how {word} is spelled"),
     ),
 )
-# {words}: with commas between; {lines}: as they are, a line each. Only training asks for several.
+# {words}: separated by commas; {lines}: one per line. Only training rows ask for several words.
 LISTS = Ways(
     train=(
         "Spell {words}.",
@@ -117,7 +117,7 @@ LISTS = Ways(
     ),
     held_out=(),
 )
-# {letter} stands in quotes or in none.
+# {letter} has quotes or none.
 COUNTING = Ways(
     train=(
         *("How many {letter} are in {word}?", "How many {letter} are there in {word}?"),
@@ -156,12 +156,12 @@ COUNTING = Ways(
 
 
 class _WordTask(Task):
-    """Row i of a split: a prompt about a word, a pure function of (words, seed, split, i).
+    """Prompts about words; row i of a split is a pure function of (words, seed, split, i).
 
-    `words`: a .txt with a word per line, a .zip with such a file in it, the words themselves, or
+    `words`: a .txt file with a word per line, a .zip with such a file, the words themselves, or
     None for those of the embedded corpus (`corpus_options` gives those of the corpus that the
-    tokenizer was used on). A split goes through its words in a keyed order, pass after pass, each
-    pass in another one.
+    tokenizer was used on). A split goes through its words in a keyed order, which is another one in
+    each pass.
     """
 
     NAME: ClassVar[str]
@@ -198,7 +198,7 @@ class _WordTask(Task):
         return row_random(self.name, self.split, self.seed, index)
 
     def word(self, index: int, random: Random) -> str:
-        """The next word in the order, or in the train split a made-up one."""
+        """Return the next word in the order, or, in the train split, sometimes a made-up one."""
         if self.split == "train" and random.random() < MADE_UP_SHARE:
             return made_up_word(self.words, random)
         turn, place = divmod(index, len(self.words))
@@ -206,7 +206,7 @@ class _WordTask(Task):
 
 
 class SimpleSpelling(_WordTask):
-    """`Spell the word "banished".` -> `b a n i s h e d`, several words on a line each."""
+    """Spelling: `Spell the word "banished".` -> `b a n i s h e d`; several words, a line each."""
 
     NAME = "simplespelling"
 
@@ -226,7 +226,7 @@ class SimpleSpelling(_WordTask):
         }
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Right: each word's letters, one by one, on its own line; whatever marks and case."""
+        """True if each line has a word's letters, one by one; separators and case do not matter."""
         return judge({"spell": conversation["words"]}, completion)
 
     def well_formed(self, conversation: Conversation, completion: str) -> bool:
@@ -237,7 +237,7 @@ class SimpleSpelling(_WordTask):
 
 
 class SpellingBee(_WordTask):
-    """`How many "r" are in "strawberry"?` -> spelled, counted, checked by Python, `#### 3`."""
+    """Counting: `How many "r" are in "strawberry"?` -> spelled, counted, checked, `#### 3`."""
 
     NAME = "spellingbee"
 
@@ -259,11 +259,13 @@ class SpellingBee(_WordTask):
         }
 
     def letter(self, word: str, random: Random) -> str:
-        """Mostly the word's most frequent letter. Of letters taken at random three in four occur
-        just once, and "1" would be right 73 times in 100; so it is 47 times.
+        """Draw a letter, mostly the word's most frequent one.
+
+        Three in four random letters occur just once, and the answer "1" would be right 73 times in
+        100. With this choice it is right 47 times.
         """
         kind = random.random()
-        if kind < 0.2:  # of another word: most often this one does not have it
+        if kind < 0.2:  # a letter of another word, which this one mostly lacks
             return random.choice(random.choice(self.words))
         if kind < 0.35:
             return random.choice(word)
@@ -271,7 +273,7 @@ class SpellingBee(_WordTask):
         return random.choice([letter for letter in word if word.count(letter) == most])
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Right: the word is spelled right, counted up right, and the number is right."""
+        """True if the spelling, the counting and the number are right."""
         check = {"count": conversation["word"], "letter": conversation["letter"]}
         return judge(check, completion)
 
@@ -283,7 +285,7 @@ class SpellingBee(_WordTask):
 
 
 def made_up_word(words: Sequence[str], random: Random) -> str:
-    """The beginning of one word and the end of another, 3 to 15 letters, in no split but train."""
+    """Join the beginning of one word and the end of another: 3 to 15 letters, for training only."""
     while True:
         first, second = random.choice(words), random.choice(words)
         word = first[: random.randint(1, len(first))] + second[random.randrange(len(second)) :]
@@ -303,7 +305,7 @@ def _spelling_prompt(words: list[str], random: Random, split: str) -> str:
 
 
 def quoted(word: str, random: Random, split: str = "train") -> str:
-    """The word as people show it: in quotes or bare, and bare sometimes with capitals."""
+    """Write a word in quotes, or without them and then sometimes with capitals."""
     bare = random.random() < (BARE_SHARE if split == "train" else BARE_SHARE_HELD_OUT)
     style = random.random()
     if bare:
@@ -321,7 +323,7 @@ def quoted(word: str, random: Random, split: str = "train") -> str:
 
 
 def words_path(tokenizer_hash: str | None = None) -> Path:
-    """The words of the corpus that a tokenizer was used on; None: those of the embedded corpus."""
+    """Path of the words of the corpus that a tokenizer was used on; None: the embedded corpus."""
     return base_dir() / "words" / f"{tokenizer_hash[:16] if tokenizer_hash else 'bbe'}.txt"
 
 
@@ -330,14 +332,14 @@ def usable(word: str) -> bool:
 
 
 def corpus_words(documents: Iterable[str], max_characters: int = 100_000_000) -> list[str]:
-    """The words that occur at least twice in lower case (so names are none), sorted.
+    """List the words that occur at least twice in lower case (names do not), sorted.
 
-    Reads the first `max_characters` characters: a web corpus has no more words worth spelling.
+    Only the first `max_characters` characters are read, which have enough words.
     """
     counts: Counter[str] = Counter()
     read = 0
     for text in documents:
-        # Not the parts of "don't" and "o'clock".
+        # The parts of "don't" and "o'clock" are left out.
         counts.update(re.findall(r"(?<![\w'’])[^\W\d_]+(?![\w'’])", text))
         read += len(text)
         if read >= max_characters:
@@ -346,23 +348,23 @@ def corpus_words(documents: Iterable[str], max_characters: int = 100_000_000) ->
 
 
 _HEADER = re.compile(r"# words of the corpus (.+), digest ([0-9a-f]{32})\n")
-"""The first line of a noted list: the corpus, and the digest of its name and all that follows."""
+"""First line of a noted list: the corpus, and the digest of its name and of all words."""
 
 
 def noted_words(tokenizer_hash: str) -> Path | None:
-    """The list that a stage noted for this tokenizer; None where none did."""
+    """Path of the list that a stage noted for this tokenizer, or None."""
     path = words_path(tokenizer_hash)
     return path if path.is_file() else None
 
 
 def noted_corpus(tokenizer_hash: str) -> str | None:
-    """The name of the corpus whose words were noted for this tokenizer; None where none were."""
+    """Name of the corpus whose words were noted for this tokenizer, or None."""
     path = noted_words(tokenizer_hash)
     return _noted(path)[0] if path else None
 
 
 def write_words(corpus: Corpus, tokenizer_hash: str | None = None) -> Path:
-    """Note the words of this corpus for the tokenizer."""
+    """Write the list of this corpus's words for the tokenizer; returns its path."""
     words = corpus_words(corpus.documents("train"))
     if not words:
         raise UserError(f"corpus {corpus.name}: no lower-case word occurs twice in its train split")
@@ -374,7 +376,7 @@ def write_words(corpus: Corpus, tokenizer_hash: str | None = None) -> Path:
 
 
 def _noted(path: Path) -> tuple[str, str]:
-    """(corpus, words) of a noted list; raises UserError where it was changed since."""
+    """Read (corpus, words) of a noted list; UserError if it was changed since."""
     text = path.read_bytes().decode("utf-8", "replace")
     header = _HEADER.match(text)
     words = text[header.end() :] if header else ""
@@ -387,7 +389,7 @@ def _noted(path: Path) -> tuple[str, str]:
 
 
 def load_words(source: str | Path | Sequence[str] | None) -> tuple[str, ...]:
-    """The usable words of a list (see `_WordTask`), sorted, each once."""
+    """Load the usable words of a list (see `_WordTask`), sorted, each once."""
     if source is None:
         path = words_path() if words_path().is_file() else write_words(open_corpus("bbe"))
     elif isinstance(source, str | Path):
@@ -401,7 +403,7 @@ def load_words(source: str | Path | Sequence[str] | None) -> tuple[str, ...]:
 
 @lru_cache(maxsize=4)
 def _read_words(path: Path, modified: int) -> tuple[str, ...]:
-    """Cached, for 370,000 words are read for each split of each task; `modified` is in the key."""
+    """Read words; cached by `modified`, as each split of each task reads up to 370,000 words."""
     try:
         if path.suffix == ".zip":
             with zipfile.ZipFile(path) as archive:

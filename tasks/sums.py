@@ -1,10 +1,9 @@
-"""Plain sums as people type them, and the one expression for the calculator that each means.
+"""Sums: plain sums as people type them, with the expression for the calculator.
 
     17+25=   what is 12 times 30?   Take 4 from 19.   (3 + 4) x 5   half of ninety
 
-What is to be learned is to copy the numbers into the call in the right order, brackets included,
-and which sign each word stands for. Numbers go up to 1,000; those up to a hundred are sometimes
-written in words.
+The model learns to copy the numbers into the call in the right order, brackets included, and which
+sign each word means. Numbers go up to 1,000; those up to a hundred are sometimes written in words.
 """
 
 from random import Random
@@ -14,7 +13,7 @@ from tasks.common import split_of
 
 MAX_NUMBER = 1000
 WORDS_SHARE = 0.12
-"""Of the sums of small numbers, those with numbers in words."""
+"""Share of the sums of small numbers that have numbers in words."""
 
 SUMS = Ways(
     train=(
@@ -46,7 +45,7 @@ SUMS = Ways(
         "!say how much {sum} is",
     ),
 )
-# {a} and {b} stand in the order in which the call has them.
+# {a} and {b} are in the order of the call.
 SIGNED = {
     "+": ("+", "+", "+", "plus"),
     "-": ("-", "-", "-", "minus", "\N{MINUS SIGN}"),
@@ -97,7 +96,7 @@ _TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eigh
 
 
 def in_words(number: int) -> str:
-    """A number from 0 to 100.
+    """Write a number from 0 to 100 in words.
 
     >>> in_words(42), in_words(100)
     ('forty-two', 'a hundred')
@@ -111,13 +110,13 @@ def in_words(number: int) -> str:
 
 
 def draw_number(random: Random, low: int = 0) -> int:
-    """Each count of digits is likely, small numbers more so."""
+    """Draw a number; each number of digits occurs, small numbers more often."""
     largest = random.choice((9, 12, 20, 99, 99, 100, 999, 999, MAX_NUMBER))
     return random.randint(min(low, largest), largest)
 
 
 def draw_pair(random: Random, sign: str) -> tuple[int, int]:
-    """Mostly what gives no fraction and is not below 0."""
+    """Draw two numbers whose result is mostly a whole number of at least 0."""
     a, b = draw_number(random), draw_number(random)
     if sign == "-" and random.random() < 0.85:
         a, b = max(a, b), min(a, b)
@@ -130,9 +129,9 @@ def draw_pair(random: Random, sign: str) -> tuple[int, int]:
 
 
 def draw_sum(random: Random, split: str) -> tuple[str, str, str]:
-    """(the shape of the sum, what it says with signs or words, the call).
+    """Draw (shape of the sum, its text with signs or words, the call).
 
-    The call's hash decides the split, whatever words ask for it.
+    The hash of the call decides the split, whatever the wording.
     """
     while True:
         shape, said, call = _draw_sum(random)
@@ -158,7 +157,7 @@ def _draw_sum(random: Random) -> tuple[str, str, str]:
     if shape == "signs":
         spoken = random.choice(SIGNED[sign])
         return shape, _joined(str(a), spoken, str(b), random), f"{a}{sign}{b}"
-    # Most people who type three numbers type small ones.
+    # People who type three numbers mostly type small ones.
     second, largest = random.choice("++-*"), random.choice((9, 12, 20, 99, MAX_NUMBER))
     a, b, c = (random.randint(0, largest) for _ in range(3))
     shown, other = random.choice(SIGNED[sign]), random.choice(SIGNED[second])
@@ -175,7 +174,7 @@ def _draw_sum(random: Random) -> tuple[str, str, str]:
 
 
 def ask_sum(random: Random, split: str, shape: str, said: str) -> str:
-    """A message that asks for a sum of `draw_sum`."""
+    """Write a message that asks for a sum of `draw_sum`."""
     if shape in REQUESTED:
         a, b = said.split(" ")
         return ask(random, split, REQUESTED[shape], {"a": a, "b": b})
@@ -188,7 +187,7 @@ def _shown(number: int, random: Random) -> str:
 
 
 def _joined(a: str, sign: str, b: str, random: Random, tight: bool | None = None) -> str:
-    """`a sign b`; a spoken sign has spaces around it, others often have none."""
+    """Write `a sign b`; a sign in words has spaces around it, others often have none."""
     if len(sign) > 1 or not (random.random() < 0.6 if tight is None else tight):
         return f"{a} {sign} {b}"
     return f"{a}{sign}{b}"

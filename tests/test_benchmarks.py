@@ -1,10 +1,14 @@
 """Benchmarks of the training core run and measure what they say, at a tiny size."""
 
 import dataclasses
+import functools
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
+import tiny_runs
 import torch
 
 from benchmarks import checkpoint, gpu, memory, optimizer_step
@@ -88,3 +92,21 @@ def test_a_line_that_fails_does_not_stop_the_others(
     assert tried == ["fine"]
     gpu.main([*arguments, "--only", "fine"])
     assert tried == ["fine"] * 2
+
+
+def test_a_script_is_stopped_while_it_saves(encoded: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "NANOCHAT_BASE_DIR": str(shutil.copytree(encoded, tmp_path / "b"))}
+    line = (
+        f"base_train --device cpu --corpus {tiny_runs.corpus(encoded)} --depth 1 --head-dim 64 "
+        "--context-length 64 --total-batch-size 512 --num-steps 999999 --save-every 2 "
+        "--eval-every 0 --eval-tokens 512"
+    )
+    stopped = gpu.script(line, environment, functools.partial(gpu.saving, environment))
+    assert stopped["exit"] == 143, stopped
+    assert "stopped after step" in stopped["said"][-1]
+    assert "said" not in gpu.in_short({"base": stopped})["base"]
+
+
+def test_a_table_shows_what_failed() -> None:
+    failed = {"exit": 1, "seconds": 1.23456, "said": ["error: no"]}
+    assert gpu.in_short({"mid": failed})["mid"] == {**failed, "seconds": 1.235}

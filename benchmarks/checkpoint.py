@@ -1,14 +1,15 @@
-"""What a checkpoint costs a training loop, in milliseconds.
+"""Measure the time that a checkpoint takes from a training loop, in milliseconds.
 
 python -m benchmarks.checkpoint --depth 6 [--json out.json]
 
-In turn, A B C A B C, with the same model and optimizer, quoted are medians:
+Three measurements are taken in turn, A B C A B C, with the same model and optimizer. The results
+are medians:
 
-- copy: a plain clone of every parameter and of all optimizer state, and nothing else.
-- stall: `CheckpointManager.save`, for as long as training waits. The writer then works beside
-  the steps that follow; how much longer these take than steps without a writer is `slowed`, for the
-  whole save. On a CPU the two share cores; on a GPU only the launching thread would notice.
-- synchronous: the same save, waited for.
+- copy: a plain clone of every parameter and of all optimizer state.
+- stall: the time that training waits in `CheckpointManager.save`. The writer then works beside the
+  next steps. `slowed` is the time by which these are slower than other steps, over the whole save.
+  On a CPU, writer and steps share cores; on a GPU, only the launching thread is slowed.
+- synchronous: the same save, until it is written.
 """
 
 import statistics
@@ -39,11 +40,11 @@ class Config:
     context_length: int = 512
     rows: int = 2
     repeats: int = 7
-    """Rounds that count, after one that warms up."""
+    """Number of rounds that count, after one for warming up."""
     folder: Path | None = None
-    """Where to write; default: a temporary folder."""
+    """Folder to write to; default: a temporary folder."""
     json: Path | None = None
-    """Write the figures here."""
+    """File for the results."""
 
 
 def seconds(action: Callable[[], Any]) -> float:

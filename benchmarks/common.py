@@ -1,4 +1,4 @@
-"""What every benchmark does with its result."""
+"""Output of the benchmarks' results."""
 
 import json
 from pathlib import Path

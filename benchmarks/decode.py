@@ -1,20 +1,20 @@
-"""Decoding speed of our engine against transformers' `generate` on the exported model.
+"""Compare the engine's decoding speed with transformers' `generate` on the exported model.
 
 python -m benchmarks.decode [--depth 6] [--dtypes bfloat16 float32] [--json out.json]
 
-Random weights, greedy, no token ends an answer. Both models, the portable one (transformers' own
-`nanochat` type) and the full one (with its own code), are exported, loaded and timed in turn: A B A
-B, prompts included. The cases:
+Weights are random, decoding is greedy, and no token ends an answer. Two models, a portable one
+(transformers' own `nanochat` type) and a full one (with its own code), are exported and loaded. The
+two programs are timed in turn, A B A B, prompts included. The cases are:
 
-- batch1, batch16: prompts of 64 tokens, 128 new ones each; batch1 in bfloat16 also with our weights
-  in 8 bits;
-- mixed_prompts: 32 requests with prompts of 16 to 512 tokens, 128 new ones each. `generate` pads
-  them to one batch, the engine takes them as they come;
-- mixed: 32 requests, prompts as before and answers of 16 to 256 tokens. The padded batch goes on
-  until the longest answer is done, and only the tokens that were asked for count.
+- batch1, batch16: prompts of 64 tokens, 128 new tokens each; batch1 in bfloat16 also with the
+  engine's weights in 8 bits.
+- mixed_prompts: 32 requests with prompts of 16 to 512 tokens, 128 new tokens each. `generate` pads
+  them to one batch; the engine needs no padding.
+- mixed: 32 requests with such prompts and answers of 16 to 256 tokens. The padded batch runs until
+  the longest answer is done; only the requested tokens count.
 
-Quoted are medians: new tokens per second, and the ratio of the two times within a round. In float32
-the tokens are compared as well. Needs the extra `hf`.
+The results are medians of new tokens per second, and of the ratio of the two times within a round.
+In float32 the tokens are compared too. This needs the extra `hf`.
 """
 
 import argparse
@@ -43,11 +43,11 @@ MIXED = 32
 LONGEST_PROMPT, LONGEST_ANSWER = 512, 256
 
 Requests = list[tuple[list[int], int]]
-"""(prompt, new tokens) each."""
+"""Pairs (prompt, number of new tokens)."""
 
 
 def made_up_tokenizer(vocab_size: int) -> Tokenizer:
-    """Pairs of bytes as tokens: decoding does not care what they mean."""
+    """Make a tokenizer of pairs of bytes, whose meaning does not matter here."""
     ranks = [bytes([i]) for i in range(256)]
     ranks += [bytes([i // 256, i % 256]) for i in range(vocab_size - 256 - 11)]
     return Tokenizer(ranks)
@@ -80,7 +80,7 @@ def cases(prompt: int, new: int, scale: float) -> dict[str, Requests]:
         return [random.randrange(256) for _ in range(length)]
 
     def length(low: int, high: int) -> int:
-        """Log-uniform: many short ones, few long ones."""
+        """Draw a length log-uniformly: many short ones, few long ones."""
         return max(1, round(scale * low * (high / low) ** random.random()))
 
     lengths = [length(16, LONGEST_PROMPT) for _ in range(MIXED)]
@@ -124,7 +124,7 @@ def compare(kind: str, dtype_name: str, arguments: argparse.Namespace) -> list[d
     tokenizer = made_up_tokenizer(arguments.vocab_size)
     model = random_model(arguments.depth, tokenizer, kind == "portable", dtype)
     theirs = load_exported(model, tokenizer, dtype)
-    # As chat and server do: only what decodes is kept, in the compute dtype.
+    # Only the decoder is kept, in the compute dtype, as chat and server do.
     engine = Engine(Decoder(model.to(dtype)), tokenizer, max_slots=MIXED)
     runs: dict[str, Callable[[Requests], list[list[int]]]] = {
         "ours": lambda requests: run_engine(engine, requests),

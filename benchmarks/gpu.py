@@ -1,12 +1,12 @@
-"""Everything that only a GPU can tell, in one command of eight minutes: `bash benchmarks/gpu.sh`.
+"""Run all measurements that need a GPU, in eight minutes: `bash benchmarks/gpu.sh`.
 
 python -m benchmarks.gpu [--only step kernels] [--json gpu.json] [--seconds 480] [--dry-run]
 
-Lines run in the order of the table LINES, the most telling first, each in a process of its own with
-a limit on its time. A line that fails or takes too long is recorded, and the rest goes on. The
-results so far are in the JSON file: run the command again and it goes on with the lines that are
-missing; `--only` measures the named ones anew. `--dry-run` takes tiny shapes on the CPU, to try the
-file out; what needs CUDA is left out and recorded as such.
+A measurement is called a line. Lines run in the order of the table LINES, the most important first,
+each in a process of its own with a time limit. A line that fails or takes too long is recorded, and
+the next one runs. The JSON file holds the results so far: run the command again to measure the
+missing lines, or with `--only` to measure named lines anew. `--dry-run` tries this file with tiny
+shapes on the CPU; lines that need CUDA are left out, which is recorded.
 """
 
 import argparse
@@ -69,9 +69,9 @@ class Sizes:
     vocab_size: int
     context_length: int
     rows: tuple[int, ...]
-    """Micro-batches, the most interesting first."""
+    """Rows of micro-batches, the most interesting number first."""
     steps: int
-    """Repetitions that are timed."""
+    """Number of timed repetitions."""
     head_tokens: int
     decoding_rows: tuple[int, ...]
     decoding_steps: int
@@ -87,10 +87,10 @@ TINY = Sizes(2, 300, 64, (2, 1), 2, 128, (1, 2), 3, cuda=False)
 
 
 class NeedsCuda(Exception):
-    """The measurement cannot be tried on a CPU."""
+    """Raised by a measurement that cannot be tried on a CPU."""
 
 
-# What the lines share
+# Shared by the lines
 
 
 def start(sizes: Sizes) -> Runtime:
@@ -115,13 +115,13 @@ def make(config: GPTConfig, runtime: Runtime, compiled: bool) -> tuple[GPT, Opti
     model.init_weights(0)
     rules = parameter_rules(model, Learning(), width=config.n_embd)
     optimizer = Optimizer(model, rules, muon_dtype=runtime.dtype)
-    if compiled and runtime.device.type == "cuda":  # to try this file out on a CPU, minutes less
+    if compiled and runtime.device.type == "cuda":  # compiling on a CPU would take minutes
         model.compile_loss()
     return model, optimizer
 
 
 def make_batch(config: GPTConfig, rows: int, seed: int, device: torch.device) -> Batch:
-    """Random tokens in documents of about 700 tokens, other ones for every seed."""
+    """Make random tokens in documents of about 700 tokens; each seed gives others."""
     generator = torch.Generator().manual_seed(seed)
     T = config.context_length
     ids = torch.randint(0, config.vocab_size, (rows, T + 1), generator=generator)
@@ -139,7 +139,7 @@ def synchronize(device: torch.device) -> None:
 def milliseconds(
     action: Callable[[], Any], device: torch.device, repeats: int, warm_up: int = 1
 ) -> float:
-    """The median time of an action, the device's queue included."""
+    """Measure the median time of an action in seconds, until the device has finished it."""
     times = []
     for repeat in range(repeats + warm_up):
         synchronize(device)
@@ -156,7 +156,7 @@ def peak_gib(device: torch.device) -> float | None:
 
 
 def forget(device: torch.device) -> None:
-    """Free what the last measurement held."""
+    """Free the memory of the last measurement."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -164,7 +164,7 @@ def forget(device: torch.device) -> None:
 
 
 def attempt(action: Callable[[], Any]) -> Any:
-    """The action's result, or what it failed with: one shape must not hide the others."""
+    """Return the action's result or its error, so that an error of one shape hides no other."""
     try:
         return action()
     except NeedsCuda:
@@ -177,8 +177,8 @@ def attempt(action: Callable[[], Any]) -> Any:
 
 
 def cuda_tests(sizes: Sizes) -> Result:
-    """The tests marked `cuda`."""
-    # Only the files that have any: what the others import need not be on this machine.
+    """Run the tests marked `cuda`."""
+    # Only files with such tests are named; the imports of others may be missing on this machine.
     files = [
         str(path.relative_to(PROJECT))
         for path in sorted((PROJECT / "tests").rglob("test_*.py"))
@@ -201,7 +201,7 @@ def one_step(sizes: Sizes, rows: int, compiled: bool) -> Result:
     train_step(model, optimizer, batches[:1], Hypers(0.01), runtime)
     first = time.perf_counter() - began
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    for batch in batches:  # documents of other lengths must not compile again
+    for batch in batches:  # other lengths of documents must not compile again
         train_step(model, optimizer, [batch], Hypers(0.01), runtime)
     again = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
     turns = iter(range(10**6))
@@ -227,18 +227,18 @@ def one_step(sizes: Sizes, rows: int, compiled: bool) -> Result:
 
 
 def steps(sizes: Sizes, compiled: bool) -> Result:
-    """A training step of one micro-batch at several numbers of rows."""
+    """Time a training step of one micro-batch, for several numbers of rows."""
     result = {}
     for rows in sizes.rows:
         torch._dynamo.reset()
         forget(sizes.device)
         result[f"{rows} rows"] = attempt(lambda rows=rows: one_step(sizes, rows, compiled))
-        print(json.dumps(result), flush=True)  # kept where the time runs out
+        print(json.dumps(result), flush=True)  # kept if the time runs out
     return result
 
 
 def kernels(sizes: Sizes) -> Result:
-    """The 25 kernels that take most of a step, and the share of it that the GPU is idle."""
+    """List the 25 kernels that take most of a step, and the share in which the GPU is idle."""
     from torch.profiler import ProfilerActivity, profile
 
     runtime, config = start(sizes), model_config(sizes)
@@ -272,7 +272,7 @@ def kernels(sizes: Sizes) -> Result:
 
 
 def head(sizes: Sizes) -> Result:
-    """The head and its loss alone, by the size of a chunk; and two ways to add up its gradient."""
+    """Time the head and its loss by the size of a chunk, and two ways to add up its gradient."""
     runtime = start(sizes)
     device, kind = runtime.device, runtime.device.type
     C, V, N = (1280 if sizes.cuda else 32), sizes.vocab_size, sizes.head_tokens
@@ -316,7 +316,7 @@ def head(sizes: Sizes) -> Result:
 
 
 def attention(sizes: Sizes) -> Result:
-    """Attention of a layer, forward and backward: room for documents, windows, kernels."""
+    """Time a layer's attention, forward and backward, by room for documents, window and kernel."""
     runtime = start(sizes)
     device = runtime.device
     backend = "varlen" if sizes.cuda else "blocked"
@@ -356,7 +356,7 @@ def attention(sizes: Sizes) -> Result:
 
 
 def masked_sdpa(sizes: Sizes) -> Result:
-    """Attention over a cache in 20 shapes: the first call of each and the next, by backend."""
+    """Time attention over a cache in 20 shapes, by backend: the first call of each and the next."""
     runtime = start(sizes)
     device = runtime.device
     H, D = (10, 128) if sizes.cuda else (2, 16)
@@ -381,7 +381,7 @@ def masked_sdpa(sizes: Sizes) -> Result:
 
 
 def waits(sizes: Sizes) -> Result:
-    """Where a training step waits for the GPU, by torch's own debug mode."""
+    """Find where a training step waits for the GPU, by torch's own debug mode."""
     runtime, config = start(sizes), model_config(sizes)
     model, optimizer = make(config, runtime, compiled=False)
     batches = [make_batch(config, sizes.rows[-1], seed, runtime.device) for seed in range(2)]
@@ -402,7 +402,7 @@ def waits(sizes: Sizes) -> Result:
 
 
 def decoding(sizes: Sizes) -> Result:
-    """Tokens per second of decoding, by rows: eager, and with CUDA graphs."""
+    """Measure decoding in tokens per second, by rows: eager, and with CUDA graphs."""
     runtime = start(sizes)
     with torch.device(runtime.device):
         model = GPT(model_config(sizes), runtime.dtype)
@@ -443,7 +443,7 @@ def decoding(sizes: Sizes) -> Result:
 
 
 def precisions(sizes: Sizes) -> Result:
-    """Losses of the same 12 steps in other precisions and with other kernels."""
+    """Compare the losses of the same 12 steps in different precisions and with other kernels."""
     config = model_config(sizes, depth=4 if sizes.cuda else 1)
 
     def train(dtype: str, change: Callable[[GPT], Any] | None = None) -> list[float]:
@@ -478,7 +478,7 @@ def precisions(sizes: Sizes) -> Result:
 
 
 def checkpoints(sizes: Sizes) -> Result:
-    """Seconds that a save holds up training, that it takes, and that loading takes."""
+    """Measure the seconds that a save stops training, that it takes, and that loading takes."""
     runtime, config = start(sizes), model_config(sizes, depth=12 if sizes.cuda else 1)
     model, optimizer = make(config, runtime, compiled=False)
     result: Result = {}
@@ -512,7 +512,7 @@ def checkpoints(sizes: Sizes) -> Result:
 
 @contextmanager
 def base_folder() -> Iterator[dict[str, str]]:
-    """The environment of scripts that write into a folder which is deleted afterwards."""
+    """Make an environment for scripts, with a folder that is deleted afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         yield {**os.environ, "NANOCHAT_BASE_DIR": folder, "WANDB_MODE": "disabled"}
 
@@ -551,14 +551,14 @@ def saving(environment: dict[str, str]) -> bool:
 
 
 def small_run(sizes: Sizes) -> str:
-    """Flags of a small base model on the embedded corpus."""
+    """List the flags of a small base model on the embedded corpus."""
     if sizes.cuda:
         return "--device cuda --depth 4 --context-length 512 --head-dim 64 --corpus bbe"
     return "--device cpu --depth 1 --context-length 64 --head-dim 64 --corpus bbe"
 
 
 def pipeline(sizes: Sizes) -> Result:
-    """All stages at a small size, base with a SIGTERM while it saves and resumed."""
+    """Run all stages at a small size; base gets a SIGTERM while it saves, and is resumed."""
     device = f"--device {sizes.device.type}"
     steps, every = (300, 20) if sizes.cuda else (20, 1)
     few = "--num-steps 40" if sizes.cuda else "--num-steps 2"
@@ -589,7 +589,7 @@ def pipeline(sizes: Sizes) -> Result:
 
 
 def learning(sizes: Sizes) -> Result:
-    """Bits per byte against time: a depth-12 model for two minutes on the embedded corpus."""
+    """Train a depth-12 model for two minutes on the embedded corpus: bits per byte by time."""
     depth, hours = (12, 2 / 60) if sizes.cuda else (1, 3 / 3600)
     with base_folder() as environment:
         for line in ("tok_train --corpus bbe --vocab-size 4096", "tok_encode --corpus bbe"):
@@ -611,7 +611,7 @@ def learning(sizes: Sizes) -> Result:
 
 
 def llama(sizes: Sizes) -> Result:
-    """The same shape as transformers' Llama: SDPA, compiled, bf16 autocast, fused AdamW."""
+    """Time transformers' Llama of the same shape: SDPA, compiled, bf16 autocast, fused AdamW."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     runtime, ours = start(sizes), model_config(sizes)
@@ -661,14 +661,14 @@ LINES: dict[str, tuple[Callable[[Sizes], Result], float]] = {
     "llama": (llama, 90),
     "learning": (learning, 200),
 }
-"""Name -> measurement and seconds it may take."""
+"""Measurement and time limit in seconds, by name."""
 
 
 # Running them
 
 
 def facts(sizes: Sizes) -> Result:
-    """The machine and the versions."""
+    """Describe the machine and the versions."""
     result: Result = {"torch": torch.__version__, "cuda": torch.version.cuda, "dry": not sizes.cuda}
     if sizes.cuda:
         properties = torch.cuda.get_device_properties(0)
@@ -689,7 +689,7 @@ def measure_here(name: str, sizes: Sizes) -> Result:
 
 
 def measure_apart(name: str, limit: float) -> Result:
-    """In a process of its own, which is ended when its time is up, with all that it started."""
+    """Run a line in a process of its own, which is ended with its children at the time limit."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"

@@ -1,11 +1,11 @@
-"""What `--quantize int8` costs and gains: bits per byte, and tokens a second for one answer.
+"""Measure `--quantize int8`: bits per byte, and tokens a second for one answer.
 
 python -m benchmarks.int8 [--source sft] [--corpus bbe] [--json out.json]
 
-Both sides are the decoder that chat and server use, in bfloat16 on the CPU. Bits per byte are of
-the validation documents' beginnings, up to the context length, predicted by the decoder itself.
-The speed is of greedy answers of 128 tokens, measured in turn; quoted are medians. --depth measures
-the speed of a random model of that depth instead, to see where 8 bits begin to pay.
+The decoder of chat and server runs with and without int8, in bfloat16 on the CPU. Bits per byte are
+measured on the beginnings of validation documents, up to the context length. The speed is the
+median over greedy answers of 128 tokens, measured in turn. --depth measures the speed of a random
+model of that depth instead, to find the size from which int8 is faster.
 """
 
 import argparse
@@ -35,7 +35,7 @@ ANSWER = 128
 
 @torch.inference_mode()
 def bits_per_byte(decoder: Decoder, store: TokenStore, tokenizer: Tokenizer, tokens: int) -> float:
-    """Of documents' beginnings, each read alone, until so many tokens are predicted."""
+    """Measure bits per byte on beginnings of documents, until `tokens` tokens are predicted."""
     sizes = torch.as_tensor(tokenizer.token_bytes())
     nats, size, seen = 0.0, 0, 0
     T = decoder.config.context_length
@@ -55,7 +55,7 @@ def bits_per_byte(decoder: Decoder, store: TokenStore, tokenizer: Tokenizer, tok
 
 
 def speeds(model: GPT, tokenizer: Tokenizer, repeats: int) -> dict[str, Any]:
-    """Medians of tokens a second, and of the ratio within a round."""
+    """Measure medians of tokens a second, and of the ratio within a round."""
     engines = {
         "bfloat16": Engine(Decoder(model), tokenizer, max_slots=1, tools=False),
         "int8": Engine(Decoder(model, "int8"), tokenizer, max_slots=1, tools=False),

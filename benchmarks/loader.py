@@ -1,10 +1,10 @@
-"""The data loader alone: rows per second, padding, start-up on a very large store.
+"""Measure the data loader alone: rows per second, padding, start-up on a very large store.
 
     python -m benchmarks.loader --step-ms 300
 
-Prints one JSON object. `--step-ms` is the duration of a training step of `--rows` rows on the
-machine in question (benchmarks/train_step.py measures it); the loader should need less than 1 % of
-it. Without `--store` the documents are synthetic, with lengths like web text (log-normal).
+The result is one JSON object. `--step-ms` is the duration of a training step of `--rows` rows on
+this machine (benchmarks/train_step.py measures it); the loader should need less than 1 % of it.
+Without `--store` the documents are synthetic, with lengths like web text (log-normal).
 """
 
 import json
@@ -35,17 +35,17 @@ class Config:
     micro_batches: int = 2000
     """Micro-batches to read."""
     store: Path | None = None
-    """A token store to read instead of synthetic documents."""
+    """Token store to read instead of synthetic documents."""
     documents: int = 20_000
-    """Synthetic documents."""
+    """Number of synthetic documents."""
     large: int = 10_000_000
-    """Documents of the store whose start-up is measured."""
+    """Number of documents of the store whose start-up is measured."""
     json: Path | None = None
-    """Write the result there, too."""
+    """File for the result, which is also printed."""
 
 
 def synthetic_store(folder: Path, documents: int) -> TokenStore:
-    """Log-normal document lengths: median 400 tokens, mean 640."""
+    """Draw log-normal document lengths: median 400 tokens, mean 640."""
     random = np.random.default_rng(0)
     lengths = random.lognormal(6.0, 0.97, documents).astype(np.int64) + 2
     tokens = random.integers(0, 50_000, int(lengths.max()))
@@ -56,7 +56,7 @@ def synthetic_store(folder: Path, documents: int) -> TokenStore:
 
 
 def large_store(folder: Path, documents: int) -> Path:
-    """A store whose tokens are a hole in a sparse file: only the offsets are real."""
+    """Make a store whose tokens are a hole in a sparse file; only its offsets are real."""
     folder.mkdir()
     lengths = np.random.default_rng(0).integers(2, 1200, documents)
     offsets = np.concatenate([[0], np.cumsum(lengths)])

@@ -1,10 +1,10 @@
-"""The plan's memory estimate against what runs on this CPU really take.
+"""Compare the plan's memory estimate with the memory of real runs on this CPU.
 
 python -m benchmarks.memory [--json out.json]
 
 Each run is scripts.base_train as a user starts it, in a process of its own, on made-up documents:
-steps, an evaluation, a checkpoint while training goes on, samples at the end. Measured is the peak
-of its resident set, as the run's own log tells it.
+steps, an evaluation, a checkpoint during training, samples at the end. The memory is the peak of
+the process's resident set, from the run's own log.
 """
 
 import json
@@ -63,13 +63,13 @@ SHAPES = (
 @dataclass(frozen=True)
 class Config:
     only: int | None = None
-    """Measure this one shape."""
+    """Number of the only shape to measure."""
     json: Path | None = None
-    """Write the figures here."""
+    """File for the results."""
 
 
 def prepare(folder: Path, vocab_size: int) -> None:
-    """A tokenizer and a corpus of made-up documents in `folder`."""
+    """Make a tokenizer and a corpus of made-up documents in `folder`."""
     os.environ["NANOCHAT_BASE_DIR"] = str(folder)
     tokenizer = made_up_tokenizer(vocab_size)
     tokenizer.save()
@@ -89,7 +89,7 @@ def prepare(folder: Path, vocab_size: int) -> None:
 
 
 def measure(shape: Shape, folder: Path) -> dict[str, Any]:
-    """Bytes estimated and measured."""
+    """Return the bytes estimated and measured."""
     tokens = shape.rows * shape.context_length
     command = (
         f"-m scripts.base_train --device cpu --dtype {shape.dtype} --depth {shape.depth} "

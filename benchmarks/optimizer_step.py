@@ -1,15 +1,14 @@
-"""The optimizer's share of a training step, and what it sends between ranks.
+"""Measure the optimizer's share of a training step, and the bytes that it sends between ranks.
 
 python -m benchmarks.optimizer_step [--json out.json]
 
-Share: of the time of whole training steps (depth 6, 384 wide, T 512, 8 rows, vocabulary 8,192, 4
-micro-batches), what `Optimizer.step` takes, in both dtypes; quoted are medians.
+Share: the part of a training step (depth 6, width 384, T 512, 8 rows, vocabulary 8,192, 4
+micro-batches) that `Optimizer.step` takes, in both dtypes, as medians.
 
-Bytes: one optimizer step on 2, 3 and 4 gloo ranks with every collective counted: what a rank sends
-when it is done in a ring, (W-1)/W of the whole for a reduce-scatter or an all-gather and twice that
-for an all-reduce. The least possible is a reduce-scatter of all gradients and an all-gather of all
-parameters, 2 (W-1)/W of their bytes; what is more is padding (stacks of matrices whose number is no
-multiple of W).
+Bytes: the collectives of one optimizer step on 2, 3 and 4 gloo ranks. In a ring of W ranks, a rank
+sends (W-1)/W of the tensor for a reduce-scatter or an all-gather, and twice that for an all-reduce.
+The minimum is a reduce-scatter of all gradients and an all-gather of all parameters, 2 (W-1)/W of
+their bytes. The rest is padding of stacks whose number of matrices is not a multiple of W.
 """
 
 import json
@@ -43,11 +42,11 @@ class Config:
     rows: int = 8
     micro_batches: int = 4
     repeats: int = 5
-    """Steps that count, after one that warms up."""
+    """Number of steps that count, after one for warming up."""
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
     world_sizes: tuple[int, ...] = (2, 3, 4)
     json: Path | None = None
-    """Write the figures here."""
+    """File for the results."""
 
 
 def model_config(cfg: Config) -> GPTConfig:
@@ -67,7 +66,7 @@ def share_of_a_step(cfg: Config, dtype: torch.dtype) -> dict[str, float]:
             super().step(hypers)
             taken.append(time.perf_counter() - start)
 
-    # As the training scripts do: orthogonalisation in the fastest native dtype.
+    # Orthogonalisation is in the fastest native dtype, as in the training scripts.
     optimizer = Timed(model, rules, muon_dtype=best_dtype(torch.device("cpu")))
     ids = torch.randint(0, cfg.vocab_size, (cfg.rows, cfg.context_length))
     zeros = torch.zeros_like(ids, dtype=torch.int32)
@@ -86,7 +85,7 @@ def share_of_a_step(cfg: Config, dtype: torch.dtype) -> dict[str, float]:
 
 
 def count_bytes(rank: int, world_size: int, folder: str, cfg: Config) -> None:
-    """One rank: a step with counted collectives; rank 0 writes what it sent."""
+    """Run one rank: a step with counted collectives; rank 0 writes the bytes that it sent."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
@@ -94,7 +93,7 @@ def count_bytes(rank: int, world_size: int, folder: str, cfg: Config) -> None:
     sent = 0.0
 
     def counted(collective: Any, whole: int, times: int) -> Any:
-        """`whole`: which argument is the tensor of all ranks."""
+        """Wrap a collective to count bytes. whole: number of the argument with all ranks' data."""
 
         def call(*arguments: Any, **keywords: Any) -> Any:
             nonlocal sent

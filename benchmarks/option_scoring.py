@@ -1,13 +1,13 @@
-"""Multiple choice: options that share their prompt's prefix, against scoring each one separately.
+"""Compare scoring of options that share their prompt with scoring each option separately.
 
     python -m benchmarks.option_scoring [--hub] [--json out.json]
 
-Two hundred questions in the manner of MMLU (made up, or with --hub real ones) and a depth-6 model
-with random weights. "chat_eval" is that script's evaluation of the task from first to last, its
-letters being read off one pass over the prompt; "texts" is scoring alone where options are texts,
-as in CORE: the prompt's keys and values are copied for each. Scored separately, each option takes a
-pass over the prompt and itself. Both sides use the same model and batches of 32 questions, in turn:
-A B A B; quoted are medians. The results must agree.
+There are two hundred questions like MMLU's (made up, or real ones with --hub) and a depth-6 model
+with random weights. "chat_eval" is that script's whole evaluation of the task, which reads the
+letters' log-probabilities from one pass over the prompt. "texts" is the scoring of options that are
+texts, as in CORE: the prompt's keys and values are copied for each option. Scored separately, each
+option takes a pass over prompt and option. Both ways use the same model and batches of 32
+questions, in turn, A B A B. The results are medians, and the scores must agree.
 """
 
 import dataclasses
@@ -38,29 +38,29 @@ from tasks.mmlu import MMLU
 @dataclass(frozen=True)
 class Config:
     questions: int = 200
-    """How many."""
+    """Number of questions."""
     depth: int = 6
-    """Of the model."""
+    """Number of layers of the model."""
     context_length: int = 2048
-    """Of the model."""
+    """Context length of the model, in tokens."""
     vocab_size: int = 8192
-    """Of a tokenizer trained on the questions."""
+    """Vocabulary size of the tokenizer, which is trained on the questions."""
     batch_size: int = 32
     """Questions scored at once."""
     repeats: int = 5
-    """Times that each way is measured."""
+    """Number of measurements of each way."""
     hub: bool = False
-    """Real questions: cais/mmlu from the hub, or from NANOCHAT_HUB_DIR."""
+    """Use real questions: cais/mmlu from the hub, or from NANOCHAT_HUB_DIR."""
     device: str = "auto"
-    """auto, cpu, cuda or mps."""
+    """Device: auto, cpu, cuda or mps."""
     dtype: str = "auto"
     """Activation dtype: auto, float32, bfloat16 or float16."""
     json: Path | None = None
-    """Write the result there, too."""
+    """File for the result, which is also printed."""
 
 
 def made_up_questions(count: int) -> list[Conversation]:
-    """Four options each; lengths like MMLU's: questions of 10 to 150 words, options of 1 to 20."""
+    """Make questions with four options: 10 to 150 words, and 1 to 20 per option, as in MMLU."""
     chance = random.Random(0)
     syllables = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "an", "er")]
     lexicon = ["".join(chance.choices(syllables, k=chance.randint(1, 4))) for _ in range(3000)]
@@ -85,7 +85,7 @@ def real_questions(count: int) -> list[Conversation]:
 
 
 def randomised(model: GPT) -> GPT:
-    """Every parameter gets noise: at the initialisation's zeros all options are alike."""
+    """Add noise to every parameter; with the zeros of initialisation all options score alike."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -95,7 +95,7 @@ def randomised(model: GPT) -> GPT:
 
 
 class Questions(Task):
-    """Conversations that are there already."""
+    """A task of given conversations."""
 
     eval_type = "categorical"
 
@@ -114,7 +114,7 @@ class Questions(Task):
 
 
 class SeparateScorer(GPTScorer):
-    """Each option with a prompt of its own."""
+    """Scores each option with a prompt of its own."""
 
     def score(self, prompts: Sequence[Ids], options: Sequence[Sequence[Ids]]) -> list[list[Scored]]:
         flat = super().score(
@@ -135,7 +135,7 @@ def measure_chat_eval(
     conversations: Sequence[Conversation],
     started: Runtime,
 ) -> dict[str, Any]:
-    """The whole evaluation: rendering, encoding, scoring, judging."""
+    """Measure the whole evaluation: rendering, encoding, scoring, judging."""
     task, settings = Questions(conversations), chat_eval.Config(batch_size=cfg.batch_size)
     seconds: dict[str, list[float]] = {name: [] for name in SIDES}
     right = {}
@@ -162,7 +162,7 @@ def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
 def measure_texts(
     cfg: Config, model: GPT, tokenizer: Tokenizer, conversations: Sequence[Conversation]
 ) -> dict[str, Any]:
-    """Scoring alone, the options being the answers' texts."""
+    """Measure scoring alone, with the answers' texts as options."""
     prompts: list[Ids] = []
     options: list[Sequence[Ids]] = []
     for conversation in conversations:

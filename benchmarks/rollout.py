@@ -1,17 +1,17 @@
-"""Rollout throughput against the engine's own batch decoding, and RL's update against SFT's.
+"""Compare rollouts with the engine's own batch decoding, and updates of RL with those of SFT.
 
 python -m benchmarks.rollout [--source sft] [--prompts 32] [--group-size 8] [--json out.json]
 
-With --source a trained model answers problems of arithmetic, in answers of natural lengths; without
-it a random one of --depth writes until --max-tokens. Measured in turn, A B C A B C; quoted are
-medians.
+With --source, a trained model answers arithmetic problems, and answers have natural lengths.
+Without it, a random model of --depth writes until --max-tokens. The measurements are taken in turn,
+A B C A B C; the results are medians.
 
-- full: the engine with all rows in use, tokens a second while it decodes. No rollout can be faster.
+- full: tokens a second of the engine while all its rows are in use. No rollout can be faster.
 - engine: `Engine.generate` on the prompts of a rollout, until its last answer has ended.
-- rollout: what a step of chat_rl does before it learns: prompts rendered, the same answers decoded,
-  judged, compared and packed into rows.
-- update and sft: tokens a second (no padding) of a training step on the rollout's rows, and on as
-  many tokens in full rows of plain targets.
+- rollout: a step of chat_rl without its update: render prompts, decode the same answers, judge them
+  and pack them into rows.
+- update and sft: tokens a second (without padding) of a training step on the rollout's rows, and on
+  as many tokens in full rows of plain targets.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from nanochat.train import Batch, train_step
 from tasks.arithmetic import Arithmetic
 
 ROWS = 16
-"""Rows of a micro-batch."""
+"""Number of rows of a micro-batch."""
 
 
 def open_model(source: str | None, depth: int, dtype: torch.dtype) -> tuple[GPT, Tokenizer]:
@@ -53,7 +53,7 @@ def open_model(source: str | None, depth: int, dtype: torch.dtype) -> tuple[GPT,
 
 
 def full_speed(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> float:
-    """Tokens a second while every row is in use."""
+    """Measure tokens a second while every row is in use."""
     for index, prompt in enumerate(prompts * 4):
         engine.submit(prompt, params, 8, index)
     tokens, seconds = 0, 0.0
@@ -74,7 +74,7 @@ def judged(task: Arithmetic, trained: bool) -> Any:
     def judge(prompt: Prompt, completion: Completion) -> Verdict:
         reward = task.reward(prompt.conversation, completion.text)
         if not trained:
-            # Nothing ends by itself: pretend, so that there is something to learn from.
+            # A random model never ends an answer, so answers count as finished here.
             completion.finish_reason = "stop"
             reward = float(completion.ids[0] % 2)
         return Verdict(reward)
@@ -107,7 +107,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     def step(batches: list[Batch], divisor: int) -> float:
         model.train()
         start = time.perf_counter()
-        # A rate of almost nothing: the model that is measured stays the same.
+        # The learning rate is almost 0, so that the measured model stays the same.
         train_step(model, optimizer, batches, Hypers(1e-9), runtime, divisor=divisor)
         return time.perf_counter() - start
 
@@ -166,7 +166,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def full_rows(model: GPT, tokens: int) -> list[Batch]:
-    """About so many tokens in full rows of plain targets, two documents in each."""
+    """Make about `tokens` tokens in full rows of plain targets, two documents in each."""
     T = model.config.context_length
     batches = []
     for left in range(max(1, round(tokens / T)), 0, -ROWS):

@@ -1,19 +1,19 @@
-"""The chat server under load: many streaming clients, and some that misbehave.
+"""Test the chat server under load, with many streaming clients and some that misbehave.
 
 python -m benchmarks.serving [--source sft] [--clients 64] [--seconds 60] [--json out.json]
 
-Starts `scripts.chat_web` on a free port of 127.0.0.1, and ends it. With --source a trained model
-answers short questions in answers of natural lengths; without it a random one of --depth writes
-until --max-tokens.
+The benchmark starts `scripts.chat_web` on a free port of 127.0.0.1, and ends it. With --source, a
+trained model answers short questions, and answers have natural lengths. Without it, a random model
+of --depth writes until --max-tokens.
 
-- alone: one client asks one question after the other, before and after the load;
-- load: --clients clients that ask as fast as they are answered; among them slow readers (they read
-  a kilobyte now and then), clients that leave in the middle of an answer, and malformed requests.
+- alone: one client asks one question after the other, before and after the load.
+- load: --clients clients ask as fast as they are answered. Some read slowly (a kilobyte at a time),
+  some leave in the middle of an answer, and some send malformed requests.
 
-Every answer of a well-behaved client must be complete, every malformed request must get a 4xx.
-Reported: what did not, by class; tokens a second of the well-behaved clients and their ratio to
-alone; the time to the first token; the server's memory during the load; and what it still holds
-when everybody has gone. The exit status is 1 if anything went wrong.
+Every answer to a well-behaved client must be complete, and every malformed request must get a
+status 4xx. The report has failures by class; tokens a second of the well-behaved clients, and their
+ratio to alone; the time to the first token; the server's memory during the load; and memory and
+requests that are left when all clients have gone. The exit status is 1 after any failure.
 """
 
 import argparse
@@ -61,12 +61,12 @@ MALFORMED = [
     b'{"messages": ' + b"[" * 5000,
 ]
 REQUEST_SECONDS = 60.0
-"""A request that takes longer counts as a failure."""
+"""Seconds after which a request counts as a failure."""
 
 
 @dataclass
 class Tally:
-    """What one kind of client met."""
+    """Results of one kind of client."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
@@ -77,7 +77,7 @@ class Tally:
 
 
 class Connection:
-    """One HTTP/1.1 request, by hand: the clients share the processors with the server."""
+    """One HTTP/1.1 request, written by hand to use little of the processors the server needs."""
 
     def __init__(self, port: int):
         self.port = port
@@ -92,7 +92,7 @@ class Connection:
             await self.writer.wait_closed()
 
     async def send(self, body: bytes, method: bytes = b"POST", path: bytes = b"") -> int:
-        """The status of the response, whose body is left to read."""
+        """Send the request; returns the status of the response, whose body can then be read."""
         head = (
             b"%s %s HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
             b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
@@ -119,7 +119,7 @@ def question(number: int, max_tokens: int, temperature: float) -> bytes:
 
 
 async def ask(port: int, body: bytes, tally: Tally) -> None:
-    """A well-behaved client: reads a whole answer as it comes."""
+    """Act as a well-behaved client, which reads a whole answer as it comes."""
     start = time.monotonic()
     usage = first = None
     async with Connection(port) as connection:
@@ -186,13 +186,13 @@ async def repeat(
             await asyncio.wait_for(client(port, bodies(), tally), REQUEST_SECONDS)
         except (OSError, ValueError, IndexError, asyncio.IncompleteReadError) as error:
             tally.outcomes[type(error).__name__] += 1
-            await asyncio.sleep(0.1)  # a dead server is not called a million times
+            await asyncio.sleep(0.1)  # not a million requests to a dead server
         except asyncio.TimeoutError:
             tally.outcomes[f"no answer within {REQUEST_SECONDS:g} s"] += 1
 
 
 class Questions:
-    """The same questions in the same order for every phase."""
+    """Questions, in the same order in every phase."""
 
     def __init__(self, arguments: argparse.Namespace):
         self.arguments, self.number = arguments, 0
@@ -203,7 +203,7 @@ class Questions:
 
 
 async def alone(port: int, seconds: float, arguments: argparse.Namespace) -> tuple[Tally, float]:
-    """Tokens a second of one client."""
+    """Measure tokens a second of one client."""
     tally, start = Tally(), time.monotonic()
     await repeat(ask, port, Questions(arguments), tally, start + seconds)
     return tally, tally.tokens / (time.monotonic() - start)
@@ -212,7 +212,8 @@ async def alone(port: int, seconds: float, arguments: argparse.Namespace) -> tup
 async def load(
     port: int, process: int, arguments: argparse.Namespace
 ) -> tuple[dict[str, Tally], float, list[int]]:
-    """What each kind of client met, the well-behaved ones' tokens a second, and the memory."""
+    """Run the load; returns results by kind of client, tokens a second of the well-behaved ones,
+    and memory."""
     tallies = {kind: Tally() for kind in ("well-behaved", "slow readers", "leaving", "malformed")}
     garbage = iter(range(10**9))
     questions = Questions(arguments)
@@ -250,7 +251,7 @@ async def load(
 
 
 def resident_bytes(process: int) -> int:
-    """0 where the system does not tell."""
+    """Memory of a process in bytes; 0 if the system does not tell."""
     with suppress(OSError):
         pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
@@ -266,7 +267,7 @@ async def metrics(port: int) -> dict[str, float]:
 
 
 async def left_over(port: int) -> dict[str, float]:
-    """What the server holds when its clients have gone, after at most ten seconds."""
+    """Read what the server still holds when its clients have gone, within ten seconds."""
     names = ("rows", "waiting_requests", "samples_in_flight", "cache_bytes")
     for _ in range(100):
         known = await metrics(port)
@@ -329,7 +330,7 @@ async def measure(port: int, process: int, arguments: argparse.Namespace) -> dic
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    """The server's process."""
+    """Run the server, in its process."""
     from benchmarks.decode import made_up_tokenizer, random_model
     from nanochat import runtime
     from nanochat.infer.decoder import Decoder
@@ -355,7 +356,7 @@ def serve(arguments: argparse.Namespace) -> None:
 
 
 def start_server(log: Path) -> tuple[subprocess.Popen[bytes], int]:
-    """This file with the same arguments as a server, and its port once it answers."""
+    """Start this file as a server with the same arguments; returns its port once it answers."""
     command = [sys.executable, "-m", "benchmarks.serving", "--serve", *sys.argv[1:]]
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -1,12 +1,12 @@
-"""Seconds that this recipe takes to reach what a Llama with AdamW reaches in a fixed time.
+"""Measure the time that nanochat needs to be as good as a Llama with AdamW after a fixed time.
 
 python -m benchmarks.time_to_bpb --seconds 90 [--json out.json]
 
-Both have the same shape (256 wide, 4 layers), batch, data order, dtype and held-out text (the
-embedded corpus, encoded by scripts.tok_train and scripts.tok_encode before). The baseline is a
-Hugging Face Llama with torch's fused AdamW (betas 0.9 and 0.95, decay 0.1), warm-up and linear
-decay to zero over the time, its learning rate the best of `--rates`. Ours then trains for growing
-shares of that time, each a whole schedule of its own, until it is as good. Needs the extra `hf`.
+Both have the same shape (width 256, 4 layers), batch, data order, dtype and held-out text (the
+embedded corpus; run scripts.tok_train and scripts.tok_encode first). The baseline is a Hugging Face
+Llama with torch's fused AdamW (betas 0.9 and 0.95, decay 0.1), with warm-up and linear decay to
+zero over the time, and with the best learning rate of `--rates`. nanochat then trains for growing
+shares of that time, each with a whole schedule, until it is as good. This needs the extra `hf`.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from nanochat.train import Hypers, train_step
 
 T, ROWS, DEPTH = 256, 16, 4
 RESOLUTION = 10_000
-"""The schedule's steps: time is cut into so many parts."""
+"""Number of parts into which the time is cut, as steps of the schedule."""
 
 
 def loader(split: str, tokenizer: Tokenizer, epochs: int | None = None) -> DataLoader:
@@ -46,7 +46,7 @@ def loader(split: str, tokenizer: Tokenizer, epochs: int | None = None) -> DataL
 
 @torch.no_grad()
 def bits_per_byte(nll: Callable[..., torch.Tensor], tokenizer: Tokenizer) -> float:
-    """Over the whole held-out split."""
+    """Measure bits per byte over the whole held-out split."""
     sizes = torch.as_tensor(tokenizer.token_bytes())
     nats = size = 0.0
     for batch in loader("val", tokenizer, epochs=1):
@@ -57,7 +57,7 @@ def bits_per_byte(nll: Callable[..., torch.Tensor], tokenizer: Tokenizer) -> flo
 
 
 def train_for(seconds: float, step: Callable[[float], None]) -> int:
-    """Call step(progress in [0, 1)) until the time is up; returns the steps."""
+    """Call step(progress in [0, 1)) until the time is up; returns the number of steps."""
     start, count = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - start) < seconds:
         step(elapsed / seconds)

@@ -1,13 +1,13 @@
-"""scripts.tok_encode, from parquet shards to token stores, against tiktoken's own batch call.
+"""Compare scripts.tok_encode, from parquet shards to token stores, with tiktoken's batch call.
 
     python -m benchmarks.tok_encode [--text FOLDER] [--json out.json]
 
-tiktoken: `encode_ordinary_batch` on all CPUs over texts that are in memory already, in calls of the
-size that tok_encode uses, the ids dropped. tok_encode: the whole command but for the start of the
-interpreter; it reads the shards, starts its processes, encodes, writes the stores and syncs them.
-Both encode the same documents with the same vocabulary, in turn: A B A B; quoted are medians of
-bytes of text per second. Made-up documents are of log-normal length, like web text, their words
-Zipf-distributed; --text takes real ones (a folder as for tok_encode --corpus).
+tiktoken: `encode_ordinary_batch` on all CPUs over texts in memory, in calls of tok_encode's size;
+the ids are dropped. tok_encode: the whole command except the start of the interpreter; it reads the
+shards, starts its processes, encodes, writes the stores and syncs them. Both encode the same
+documents with the same vocabulary, in turn, A B A B. The results are medians of bytes of text per
+second. Made-up documents have log-normal lengths, like web text, and Zipf-distributed words; --text
+takes real documents (a folder as for tok_encode --corpus).
 """
 
 import os
@@ -41,17 +41,17 @@ CALL_CHARS = 1 << 21
 @dataclass(frozen=True)
 class Config:
     megabytes: int = 100
-    """Of made-up text."""
+    """Size of the made-up text."""
     shards: int = 8
-    """Files it is cut into."""
+    """Number of files that hold the text."""
     text: Path | None = None
-    """Encode the files of this folder instead."""
+    """Folder of files to encode instead."""
     vocab_size: int = 32768
-    """Of the tokenizer, trained on the beginning of the text."""
+    """Vocabulary size of the tokenizer, which is trained on the beginning of the text."""
     repeats: int = 3
-    """Times that each way is measured."""
+    """Number of measurements of each way."""
     json: Path | None = None
-    """Write the result there, too."""
+    """File for the result, which is also printed."""
 
 
 def made_up_documents(num_bytes: int) -> Iterator[str]:
@@ -64,7 +64,7 @@ def made_up_documents(num_bytes: int) -> Iterator[str]:
     totals = list(accumulate(1 / rank for rank in range(1, len(lexicon) + 1)))
     while num_bytes > 0:
         count = 5 + round(chance.lognormvariate(5.6, 0.97))
-        # One word in fifty is a number or a name that comes once.
+        # One word in fifty is a number or a name that occurs once.
         words = [
             str(chance.randrange(10**6))
             if chance.random() < 0.02

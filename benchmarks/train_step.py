@@ -1,18 +1,18 @@
-"""Training throughput against a Hugging Face Llama of the same shape with torch's AdamW.
+"""Compare training throughput with a Hugging Face Llama of the same shape with torch's AdamW.
 
 python -m benchmarks.train_step --depths 4 6 --dtypes bfloat16 float32 [--compile] [--json out.json]
 
-Both train on the same random tokens, one optimizer step per batch, in turn: A B A B, each in a
-process of its own. Quoted are the medians. The Llama has the same width, depth, heads and
+Both train on the same random tokens, one optimizer step per batch, in turn, A B A B, each in a
+process of its own. The results are medians. The Llama has the same width, depth, heads and
 vocabulary, and an MLP with as many parameters.
 
-- `llama`: a process as any other; in bfloat16 with float32 weights under autocast, the way of
-  transformers' `Trainer`, which corresponds to ours.
-- `llama_tuned`: the same with our settings of the memory allocator (`hardware.tune_cpu`).
-- `llama_bf16_weights`: weights in bfloat16, which is faster and loses small updates.
+- `llama`: a process with default settings. In bfloat16 it has float32 weights and autocast, like
+  transformers' `Trainer`; this corresponds to nanochat's way.
+- `llama_tuned`: the same with nanochat's settings of the memory allocator (`hardware.tune_cpu`).
+- `llama_bf16_weights`: weights in bfloat16, which is faster but loses small updates.
 
-MFU is against this machine's own matmul peak in the same dtype, measured in the same run on
-matrices of 2048. Needs the extra `hf`.
+MFU is relative to this machine's own matmul peak in the same dtype, measured in the same run on
+matrices of 2048. This needs the extra `hf`.
 """
 
 import argparse
@@ -39,7 +39,7 @@ VOCAB, T, ROWS = 8192, 512, 8
 
 
 def matmul_peak(dtype: torch.dtype) -> float:
-    """FLOP/s of a square matmul, the best of several."""
+    """Measure FLOP/s of a square matmul, the best of several."""
     a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
     a @ b
     best = 0.0
@@ -112,7 +112,7 @@ def llama(
 
 
 def contestant(name: str, depth: int, dtype_name: str, compiled: bool, pipe: Connection) -> None:
-    """A process: says how many parameters it has, then runs a step for every seed it is sent."""
+    """Run a process: it sends its number of parameters, then runs a step for every seed."""
     dtype = DTYPES[dtype_name]
     if name in ("ours", "llama_tuned"):
         tune_cpu()

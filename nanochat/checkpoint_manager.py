@@ -164,7 +164,7 @@ class CheckpointManager:
                 )
 
     def _gather(self, value: T) -> list[T]:
-        """Each rank's value, on every rank."""
+        """Gather the values of all ranks on every rank."""
         gathered = [value] * self.runtime.world_size
         if self._group is not None:
             dist.all_gather_object(gathered, value, group=self._group)
@@ -378,9 +378,9 @@ def check_digests(folder: Path, meta: dict[str, Any], names: Iterable[str]) -> N
 
 
 def verify(folder: Path, meta: dict[str, Any], names: Iterable[str], runtime: Runtime) -> None:
-    """`check_digests` on one rank of each machine; the others wait for its verdict.
+    """Run `check_digests` on one rank of each machine, while the others wait for the result.
 
-    Every rank calls it, and raises the UserError where any machine's file is damaged.
+    Every rank must call this, and every rank raises UserError if a file on any machine is damaged.
     """
     damage = None
     if runtime.local_rank == 0:

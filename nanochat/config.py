@@ -159,7 +159,7 @@ class Run:
     resume: bool = False
     """Continue from the newest checkpoint of this tag; if there is none, begin a new run."""
     wandb: str | None = None
-    """Also log to wandb under this run name."""
+    """Name of a wandb run to log to as well."""
     check_replicas: int = 0
     """Steps between comparisons of all parameters across ranks; 0 = never."""
 
@@ -374,10 +374,10 @@ class MidConfig:
     context_length: int | None = None
     """Extend the model to this many tokens per row; default: keep its context."""
     rope_scaling: Literal["abf", "none"] = "abf"
-    """With --context-length: raise the rotary base of layers without a window (abf, arXiv
-    2309.16039), or keep it (none), for comparison."""
+    """Rotary base of layers without a window when --context-length extends the model: raise it
+    (abf, arXiv 2309.16039), or keep it (none), for comparison."""
     long_fraction: float = 0.34
-    """With --context-length: share of the tokens that come from documents of --corpus of at least
+    """Share of the tokens, with --context-length, that come from documents of --corpus of at least
     the new length."""
     long_conversations: Literal["truncate", "split", "drop"] = "split"
     """Conversations longer than a row: truncate keeps the beginning, split makes several rows (the

@@ -180,7 +180,7 @@ class Linear(nn.Linear):
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
-    """An embedding with undefined weights: drawing them on meta would import torch's compiler."""
+    """Make an embedding with undefined weights; drawing them on meta would import the compiler."""
     embedding: nn.Embedding = nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
     return embedding
 
@@ -425,7 +425,7 @@ class GPT(nn.Module):
         return self.logits(hidden[torch.arange(len(ids), device=ids.device), last])
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """An empty cache in the compute dtype on the model's device."""
+        """Create an empty cache in the compute dtype on the model's device."""
         if capacity > self.config.context_length:
             self._check_length(capacity, None)
         return KVCache(

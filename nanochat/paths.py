@@ -97,13 +97,13 @@ def run_dir(stage: str, tag: str) -> Path:
 
 
 def report_dir(tag: str = "default") -> Path:
-    """Where measurements lie and the report of the tag `default`; other tags' in a folder each."""
+    """Folder of measurements and of the report of the tag `default`; other tags have their own."""
     folder = base_dir() / "report"
     return folder if tag == "default" else folder / checked_name(tag, "--tag")
 
 
 def tok_eval_path(tokenizer: str = "default") -> Path:
-    """What was measured of the default tokenizer, or of the one that was given a name."""
+    """File of the measurements of the default tokenizer, or of the tokenizer with this name."""
     name = "" if tokenizer == "default" else "-" + checked_name(tokenizer, "the tokenizer's name")
     return report_dir() / f"tok_eval{name}.json"
 

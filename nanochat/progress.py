@@ -83,7 +83,7 @@ def progress_bar(label: str, total: float) -> Iterator[Bar]:
 
 
 def duration_text(seconds: float) -> str:
-    """75 -> 1:15; 3700 -> 1:01:40."""
+    """Format seconds: 75 -> 1:15; 3700 -> 1:01:40."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

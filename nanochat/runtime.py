@@ -43,7 +43,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass
 class Runtime:
-    """One rank's view of the job."""
+    """Facts about this rank, and communication with the others."""
 
     device: torch.device
     dtype: torch.dtype

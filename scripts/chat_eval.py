@@ -63,8 +63,8 @@ class Answering:
     seed: int = 1337
     """Seed of sampling."""
     pass_at: tuple[int, ...] = (1, 10, 100)
-    """Also estimate the probability that one of k answers is right, for each k up to
-    --num-samples."""
+    """Values of k for which to estimate the probability that one of k answers is right, as far as
+    --num-samples allows."""
 
 
 @dataclass(frozen=True)

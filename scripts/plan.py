@@ -87,14 +87,14 @@ class StartingModel:
 @dataclass(frozen=True)
 class Config(BaseConfig):
     stage: Stage = "base"
-    """Which script it is about."""
+    """Stage whose run to plan; it decides which other flags there are."""
     hardware: Hardware = field(default_factory=Hardware)
 
 
 @dataclass(frozen=True)
 class MidPlan(MidConfig):
     stage: Stage = "mid"
-    """Which script it is about."""
+    """Stage whose run to plan; it decides which other flags there are."""
     hardware: Hardware = field(default_factory=Hardware)
     model: StartingModel = field(default_factory=StartingModel)
 
@@ -102,7 +102,7 @@ class MidPlan(MidConfig):
 @dataclass(frozen=True)
 class SftPlan(SftConfig):
     stage: Stage = "sft"
-    """Which script it is about."""
+    """Stage whose run to plan; it decides which other flags there are."""
     hardware: Hardware = field(default_factory=Hardware)
     model: StartingModel = field(default_factory=StartingModel)
 
@@ -110,7 +110,7 @@ class SftPlan(SftConfig):
 @dataclass(frozen=True)
 class RlPlan(RlConfig):
     stage: Stage = "rl"
-    """Which script it is about."""
+    """Stage whose run to plan; it decides which other flags there are."""
     hardware: Hardware = field(default_factory=Hardware)
     model: StartingModel = field(default_factory=StartingModel)
 

@@ -223,7 +223,7 @@ def change(p: Problem) -> None:
 
 
 def ask(p: Problem, kind: str) -> None:
-    """Write the question. All kinds but "count" add a last step; "sell" replaces an impossible one."""
+    """Write the question; all kinds but "count" add a last step, which is "sell" if need be."""
     who, things = p.who, p.things
     divisor = p.divisor()
     if (kind == "compare" and p.total < 4) or (kind == "pack" and divisor is None):

@@ -26,7 +26,7 @@ FAMOUS = 25
 
 
 class FirstContact(Task):
-    """Messages of first contact; row i is line i, filled in from `corpus_texts`; split test only."""
+    """Messages of first contact; row i is line i, filled in from `corpus_texts`; only for test."""
 
     BY_KIND = True
 

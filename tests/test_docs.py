@@ -1,5 +1,6 @@
-"""What the pages name exists, and the commands they show are understood."""
+"""Names and commands in the pages of docs, and first words of docstrings, are checked."""
 
+import ast
 import importlib
 import re
 import shlex
@@ -149,3 +150,35 @@ def test_a_command_that_is_not_understood_is_found(
 ) -> None:
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         understood(command, monkeypatch)
+
+
+RIDDLES = {"Of", "Its", "Then", "As", "In", "Where", "Also", "Alone", "Likewise", "What", "How"}
+"""First words of a docstring that make a reader guess what it is about."""
+
+
+def riddles(source: str) -> list[str]:
+    """Return the first lines of docstrings, those under fields too, that begin with a riddle."""
+    texts = [
+        node.value.value.strip().splitlines()[0]
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    ]
+    return [text for text in texts if text.split()[0].rstrip(",:;.") in RIDDLES]
+
+
+def test_docstrings_begin_with_a_noun_or_a_verb() -> None:
+    folders = ("nanochat", "scripts", "tasks", "benchmarks")
+    found = {
+        path.relative_to(ROOT).as_posix(): wrong
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+        if (wrong := riddles(path.read_text("utf-8")))
+    }
+    assert found == {}, 'say what it is: """Seconds spent in steps.""", not """In steps."""'
+
+
+def test_a_riddle_is_found() -> None:
+    assert riddles('x: int\n"""In steps."""') == ["In steps."]
+    assert riddles('"""Steps."""\n\n\ndef f() -> None:\n    """Of a row."""') == ["Of a row."]

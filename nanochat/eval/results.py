@@ -23,7 +23,7 @@ def wilson_interval(correct: float, total: float, z: float = 1.959964) -> tuple[
 
 
 def clustered_interval(hits: Sequence[int], samples: int) -> tuple[float, float]:
-    """95 % interval of the share of right answers, with `samples` answers to each problem.
+    """Compute the 95 % interval of the share of right answers, `samples` to each problem.
 
     hits: number of right answers to each problem. Answers to one problem resemble each other, so
     the interval depends on how much the problems differ. It is Wilson's interval for the number of

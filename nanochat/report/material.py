@@ -158,7 +158,7 @@ def collect(tag: str | None = None, price_per_hour: float | None = None) -> Mate
 
 
 def _tokenizer_evaluation(runs: dict[str, StageRun], missing: list[str]) -> Record | None:
-    """What tok_eval wrote of the runs' tokenizer; runs of earlier versions do not say which."""
+    """Find tok_eval's results of the runs' tokenizer; runs of earlier versions do not name it."""
     used = {run.start.get("tokenizer_hash") for run in runs.values()} - {None}
     found = sorted(paths.report_dir().glob("tok_eval*.json"))
     if not used:

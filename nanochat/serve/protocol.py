@@ -66,7 +66,7 @@ class SystemMessage(BaseModel):
 
 
 class AssistantMessage(BaseModel):
-    """An earlier answer: its `content`, or better its `parts`, which include tool calls."""
+    """Message with an earlier answer: its `content`, or better its `parts`, with tool calls."""
 
     model_config = ConfigDict(strict=True)
 

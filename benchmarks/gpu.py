@@ -545,7 +545,7 @@ def stop(process: subprocess.Popen[str], when: Callable[[], bool]) -> None:
 
 
 def saving(environment: dict[str, str]) -> bool:
-    """Whether a base model's checkpoint is being written."""
+    """True while a base model's checkpoint is being written."""
     folder = Path(environment["NANOCHAT_BASE_DIR"]) / "checkpoints" / "base"
     return any(folder.glob("*/.step_*.tmp"))
 
@@ -721,7 +721,7 @@ def measure_apart(name: str, limit: float) -> Result:
 
 
 def in_short(value: Any) -> Any:
-    """What the table shows of a result: numbers of four digits, of scripts status and seconds."""
+    """Format a result for the table: numbers with four digits; of scripts, status and seconds."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, list):

@@ -405,3 +405,63 @@ def test_a_slow_save_is_finished_under_torchrun(
     assert (newest is not None) == saved, said
     if newest is not None:
         assert f"stopped after step {read_meta(newest)['step']} of" in said
+
+
+def pids_of_ranks(launcher: int) -> list[int]:
+    """The processes that torchrun started, on Linux."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ranks_save_and_end_when_torchrun_is_killed(tmp_path: Path) -> None:
+    tiny_runs.encode_corpus(tmp_path / "base")
+    arguments = (
+        "--num-steps 100000 --save-every 100000 --device cpu --dtype float32 --eval-tokens 256 "
+        "--eval-every 0 --device-batch-size 2 --total-batch-size 512 --window 16 --depth 2 "
+        "--aspect-ratio 16 --head-dim 16 --kv-heads 1 --context-length 64"
+    ).split()
+    with (tmp_path / "log").open("w") as log:
+        launcher = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+            + ["-m", "scripts.base_train", "--corpus", tiny_runs.corpus(tmp_path / "base")]
+            + arguments,
+            cwd=Path(__file__).parent.parent,
+            env={**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path / "base"), "OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=log,
+        )
+    metrics = tmp_path / "base" / "runs" / "base-default" / "metrics.jsonl"
+    ranks: list[int] = []
+    try:
+        wait_for(lambda: metrics.is_file() and metrics.read_text().count('"train"') > 2, launcher)
+        ranks = pids_of_ranks(launcher.pid)
+        assert len(ranks) == 2
+        launcher.kill()
+        launcher.wait()
+        wait_for(lambda: not any(map(is_running, ranks)))
+    finally:
+        launcher.kill()
+        for rank in filter(is_running, ranks):
+            os.kill(rank, signal.SIGKILL)
+    newest = latest(tmp_path / "base" / "checkpoints" / "base" / "default")
+    said = (tmp_path / "log").read_text()
+    assert newest is not None, said
+    assert read_meta(newest)["step"] > 2
+    assert f"the launcher (process {launcher.pid}) is gone; saving and stopping" in said
+
+
+def is_running(process: int) -> bool:
+    """Whether there is such a process, other than a dead one that nobody has waited for."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(ready: Callable[[], bool], alive: Any = None) -> None:
+    end = time.monotonic() + processes.TIMEOUT
+    while not ready():
+        assert time.monotonic() < end
+        assert alive is None or alive.poll() is None
+        time.sleep(0.05)

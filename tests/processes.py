@@ -33,6 +33,9 @@ else:
         [
             "scripts.base_train",
             "scripts.chat_sft",
+            "scripts.chat_rl",
+            "scripts.tok_train",
+            "scripts.tok_encode",
             "torch.distributed.checkpoint.hf_storage",
             "torch.distributed.checkpoint.state_dict_saver",
             "torch.distributed.fsdp",

@@ -81,7 +81,7 @@ class FolderCorpus(Corpus):
         resolved = str(root.resolve())
         if name is None:
             # Folders with the same name must not share a store.
-            digest = hashlib.sha256(resolved.encode()).hexdigest()[:8]
+            digest = hashlib.sha256(_name_bytes(resolved)).hexdigest()[:8]
             name = f"{safe_name(root.resolve().stem)}-{digest}"
         self.name = name if column == "text" else f"{name}-{safe_name(column)}"
         self._ignored: dict[str, str] = {}
@@ -114,7 +114,8 @@ class FolderCorpus(Corpus):
             name = path.relative_to(self.root).as_posix()
             kind = kind_of(name)
             if not path.is_file():
-                self._ignored[name] = "no file behind the link"
+                link = path.is_symlink()
+                self._ignored[name] = "no file behind the link" if link else "no regular file"
             elif kind is None:
                 self._ignored[name] = "another kind of file"
             elif kind == "json" and (layout := _json_layout(path, self.column)) != "lines":
@@ -198,7 +199,7 @@ class FolderCorpus(Corpus):
         for name in self._files:
             if self._kinds[name] != "text":
                 safe = safe_name(name)
-                digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+                digest = hashlib.sha256(_name_bytes(name)).hexdigest()[:8]
                 groups[name if safe == name else f"{safe}-{digest}"] = [name]
         return groups
 
@@ -282,6 +283,11 @@ class FolderCorpus(Corpus):
         return {(name, row): "train" if seen == {True} else "val"}
 
 
+def _name_bytes(name: str) -> bytes:
+    """Encode a file's name, which need not be UTF-8 on Linux."""
+    return name.encode("utf-8", "surrogateescape")
+
+
 def _raise(error: OSError) -> None:
     raise UserError(f"{error.filename} cannot be read ({error.strerror}); make it readable")
 
@@ -302,7 +308,7 @@ def _digest(path: Path, *state: int) -> str:
 
 
 def _split_hash(name: str, row: int) -> int:
-    digest = hashlib.blake2b(f"{name}\n{row}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(_name_bytes(f"{name}\n{row}"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import io
 import json
 import os
+import sys
 import threading
 import time
 import zipfile
@@ -1017,3 +1018,16 @@ def test_command_line(
         hub_module.main(["tiny", "-n", "9"])
     assert caught.value.code == 1
     assert capsys.readouterr().err.startswith("error: -n 9: tiny has 5")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' names are text")
+def test_names_of_files_need_not_be_utf8(tmp_path: Path) -> None:
+    root = tmp_path / os.fsdecode(b"\xe9t\xe9")
+    root.mkdir()
+    for name in (b"\xff\xfe.txt", b"new\nline.txt"):
+        Path(os.fsdecode(os.fsencode(root) + b"/" + name)).write_text("a b c. " * 3000)
+    os.mkfifo(root / "pipe.txt")
+    corpus = open_corpus(str(root))
+    assert list(corpus.documents("train"))
+    assert list(corpus.documents("val"))
+    assert corpus.notes() == [f"{root}: 2 files read, 1 ignored: pipe.txt (no regular file)"]

@@ -416,16 +416,16 @@ def pids_of_ranks(launcher: int) -> list[int]:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ranks_save_and_end_when_torchrun_is_killed(tmp_path: Path) -> None:
     tiny_runs.encode_corpus(tmp_path / "base")
-    arguments = (
-        "--num-steps 100000 --save-every 100000 --device cpu --dtype float32 --eval-tokens 256 "
-        "--eval-every 0 --device-batch-size 2 --total-batch-size 512 --window 16 --depth 2 "
-        "--aspect-ratio 16 --head-dim 16 --kv-heads 1 --context-length 64"
-    ).split()
+    flags = (
+        "--nproc-per-node 2 -m scripts.base_train --num-steps 100000 --save-every 100000 "
+        "--device cpu --dtype float32 --eval-tokens 256 --eval-every 0 --device-batch-size 2 "
+        "--total-batch-size 512 --window 16 --depth 2 --aspect-ratio 16 --head-dim 16 "
+        "--kv-heads 1 --context-length 64"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     with (tmp_path / "log").open("w") as log:
         launcher = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-            + ["-m", "scripts.base_train", "--corpus", tiny_runs.corpus(tmp_path / "base")]
-            + arguments,
+            [*torchrun, *flags.split(), "--corpus", tiny_runs.corpus(tmp_path / "base")],
             cwd=Path(__file__).parent.parent,
             env={**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path / "base"), "OMP_NUM_THREADS": "1"},
             stdout=log,

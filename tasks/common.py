@@ -340,14 +340,15 @@ def row_random(*key: object) -> random.Random:
     return random.Random(repr(key))
 
 
-def split_of(content: str) -> str:
-    """The split that generated content belongs to: train (85 %), val (5 %) or test (10 %).
+def split_of(content: str, parts: int = 20) -> str:
+    """The split that generated content belongs to: two of the parts are test, one is val.
 
-    A hash of the content alone, so whatever the seed, size or word list of two tasks, nothing in
-    the one's train split is in the other's test split.
+    With 20 parts 85 % are for train, 5 % for val and 10 % for test. The split is a hash of the
+    content alone, so whatever the seed, size or word list of two tasks, nothing in the one's train
+    split is in the other's test split.
     """
-    bucket = int(hashlib.sha256(content.encode()).hexdigest(), 16) % 20
-    return {17: "val", 18: "test", 19: "test"}.get(bucket, "train")
+    bucket = int(hashlib.sha256(content.encode()).hexdigest(), 16) % parts
+    return {parts - 3: "val", parts - 2: "test", parts - 1: "test"}.get(bucket, "train")
 
 
 def check_generated(name: str, split: str, size: int | None) -> int:

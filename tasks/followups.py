@@ -20,7 +20,7 @@ from tasks.identity import INTENTS, ask_intent, read_intents
 from tasks.ignorance import draw_answer, draw_unknown, unheard
 from tasks.judges import Check, Content, judge, reference
 from tasks.passages import draw_passage, index_of, known_texts, pairs_of
-from tasks.spellingbee import COUNTING, SPELLING, load_words, quoted
+from tasks.spellingbee import COUNTING, SPELLING, load_words, quoted, words_of
 from tasks.sums import ask_sum, draw_number, draw_sum
 
 AND_WORD = Ways(
@@ -103,7 +103,7 @@ class FollowUps(Task):
         self.texts = tuple(known_texts() if corpus_texts is None else corpus_texts)
         self.index = index_of(self.texts, split)
         self.unheard = unheard(self.texts, split)
-        self.words = [word for word in load_words(words) if split_of(word) == split]
+        self.words = words_of(load_words(words), split)
         if not self.index.openings or not self.words:
             raise UserError(f"followups: no text or no word belongs to the split {split}")
         self.intents = {intent.name: intent for intent in read_intents(str(identity))}
@@ -205,7 +205,7 @@ class FollowUps(Task):
     def after_passage(self, random: Random, check: Check) -> tuple[str, Content, Check]:
         """Ask for more about the subject, for another subject, or for its letters."""
         subject, kind = check.get("about"), random.random()
-        if subject and subject.islower() and split_of(subject) == self.split and kind < 0.2:
+        if subject and subject.islower() and words_of([subject], self.split) and kind < 0.2:
             return _answered(ask(random, self.split, SPELL_IT), {"spell": [subject]})
         if subject and kind < 0.6:
             question = ask(random, self.split, MORE)

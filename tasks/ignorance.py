@@ -19,8 +19,8 @@ from nanochat.errors import UserError
 from tasks.asking import Ways, ask
 from tasks.common import Conversation, Task, check_generated, digest, row_random, split_of
 from tasks.judges import judge
-from tasks.passages import known_texts
-from tasks.spellingbee import load_words
+from tasks.passages import known_texts, telling
+from tasks.spellingbee import load_words, words_of
 
 # fmt: off
 SUBJECTS: dict[str, tuple[str, ...]] = {
@@ -82,6 +82,7 @@ _PERSON_PARTS = (
 QUESTIONS: dict[str, Ways] = {
     "place": Ways(
         train=(
+            *telling("{place}"),
             "?what('s| is) the (capital|population|flag|size|currency) of {place}",
             *("?(what|which) city is the capital of {place}", ".capital of {place}"),
             *(
@@ -102,7 +103,10 @@ QUESTIONS: dict[str, Ways] = {
     ),
     "person": Ways(
         train=(
+            *telling("{person}"),
             *("?who (is|was) {person}", "?who (is|was) {person}", "?whos {person}", ".{person}"),
+            *("?who (is|was) {person} and what did (he|she) do", "?what is {person} known for"),
+            *("?(can you tell me|do you know) who {person} (is|was)", "!explain who {person} was"),
             *("!tell me (something|more|) about {person}", "?when was {person} born"),
             *(
                 "?how old is {person}",
@@ -119,6 +123,7 @@ QUESTIONS: dict[str, Ways] = {
     ),
     "thing": Ways(
         train=(
+            *telling("(a|the) {thing}"),
             *("?who (invented|made|built) the {thing}", "?how does a {thing} work"),
             *("?when was the {thing} invented", "?how do i (fix|build|use|buy) a {thing}"),
             *(
@@ -135,6 +140,7 @@ QUESTIONS: dict[str, Ways] = {
     ),
     "topic": Ways(
         train=(
+            *telling("{topic}"),
             *("?what is {topic}", "!explain {topic} (to me|)", "!tell me about {topic}"),
             *("?how does {topic} work", "?why is {topic} important", "!teach me {topic}"),
             *("?what (do|can) you (know|tell me) about {topic}", "?do you (know|like) {topic}"),
@@ -170,6 +176,7 @@ QUESTIONS: dict[str, Ways] = {
     ),
     "animal": Ways(
         train=(
+            *telling("(a|the) {animal}"),
             *("?how many (legs|teeth|eyes) (does|has) a {animal} (have|)", "?what is a {animal}"),
             *("?what does a {animal} eat", "?how (big|old|fast|heavy) is a {animal}"),
             *("?where do {animal}s live", "!tell me (something|) about (a|the) {animal}"),
@@ -235,7 +242,7 @@ QUESTIONS: dict[str, Ways] = {
 }  # fmt: skip
 SAID = (
     "I do not know that.", "I do not know.", "That I do not know.", "Sorry, I do not know.",
-    "I am sorry, I do not know that.", "I have no idea, I am a small model.",
+    "I am sorry, I do not know that.", "I do not know, I am a small model.",
     "I know nothing about that.", "That is beyond me.", "I cannot answer that.",
     "I am too small to know that. I do not know.", "I am afraid I cannot say.",
     "My text says nothing of that: I do not know.",
@@ -274,7 +281,7 @@ class Ignorance(Task):
         self.seed = seed
         texts = tuple(known_texts() if corpus_texts is None else corpus_texts)
         self.subjects = unheard(texts, split)
-        self.words = [word for word in load_words(words) if split_of(word) == split]
+        self.words = words_of(load_words(words), split)
         if not self.words:
             raise UserError(f"ignorance: no word belongs to the split {split}; give more words")
 

@@ -3,7 +3,7 @@
 A *check* is a dictionary. One key names what was asked:
 
     {"spell": ["water"]}                  letters one by one, one line per word
-    {"count": "water", "letter": "e"}     the word spelled, the letter counted, and the number
+    {"count": "water", "letter": "e"}     the word spelled, and the number of the letter
     {"sum": "2+2"}                        the calculator's result is the last number
     {"about": "Moses"}                    sentences like the corpus's that name the subject
     {"continue": "In the beginning"}      sentences like the corpus's, without the opening
@@ -86,7 +86,7 @@ def reference(check: Check) -> Content:
         word, letter = check["count"].lower(), check["letter"].lower()
         spelled, count = " ".join(word), word.count(letter)
         return [
-            {"type": "text", "text": f"{spelled}\n{count_up(letter, count)}\nPython says "},
+            {"type": "text", "text": f"{spelled}\nPython says "},
             {"type": "python", "text": f'"{spelled}".count("{letter}")'},
             {"type": "python_output", "text": str(count)},
             {"type": "text", "text": f"{count}.\n#### {count}"},
@@ -113,23 +113,9 @@ def spelled_letters(completion: str) -> list[list[str]]:
 
 
 def counted(completion: str, word: str, letter: str) -> bool:
-    """True if the first line spells the word, and the counting and the number are right."""
-    lines, count = completion.strip().split("\n"), word.count(letter)
-    steps = re.findall(r"(\w):(\d+)", lines[1].lower()) if len(lines) > 1 else []
-    return (
-        spelled_letters(lines[0]) == [list(word)]
-        and steps == [(letter, str(n)) for n in range(1, count + 1)]
-        and same_number(final_answer(completion), parse_number(str(count)))
-    )
-
-
-def count_up(letter: str, count: int) -> str:
-    """Write the counting of a letter, one by one.
-
-    >>> count_up("r", 3), count_up("x", 0)
-    ('r:1 r:2 r:3', 'no x')
-    """
-    return " ".join(f"{letter}:{n}" for n in range(1, count + 1)) or f"no {letter}"
+    """The word is spelled right on the first line, and the number of the letter is right."""
+    first, count = completion.strip().split("\n")[0], parse_number(str(word.count(letter)))
+    return spelled_letters(first) == [list(word)] and same_number(final_answer(completion), count)
 
 
 def names(text: str, subject: str) -> bool:

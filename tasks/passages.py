@@ -43,8 +43,46 @@ CUT = 80
 FIRST_WORDS = 6
 """Number of first words of a sentence in which its subject must be named."""
 
+TELLING = (
+    "!tell me (something|more|a little|all|everything|) (you know|) about {x}",
+    "?(can|could) you (tell|say) (me|) (something|anything|more) about {x}",
+    "!say (something|a few words|a sentence|a word or two|anything) (about|on|of) {x}",
+    "!(tell me|give me|write|say|i want|let me have) (a|some|two|three|a few) "
+    "(sentence|sentences|line|lines|words|verses) (about|on|of|with) {x}",
+    "!(tell|tell me|give me|write|write me|make up|make|say) (a|a short|a little|the) "
+    "(story|text|passage|tale) (about|of|on|with) {x}",
+    ".(a|a short|one|the|) (story|text|passage|sentence|line) (about|of|on|with) {x}",
+    "?(have you|did you) ever (hear|heard|read) (of|about|anything about) {x}",
+    "?have you (heard|read) (of|about) {x}",
+    "?do you know (anything|something|a story|much|) about {x}",
+    "?what (does|do|can) (your|the) text (say|tell) (us|me|) about {x}",
+    "?what is (in|said in) (your|the) text about {x}",
+    "?what (do|can) you (know|tell me|say|have|remember) (about|of|on) {x}",
+    "!(speak|talk) (to me|) (about|of) {x}",
+    "!i (want|would like) to (know|hear|read) (more|something|) (about|of) {x}",
+    "?(is|are) there (something|anything|a story|sentences) (about|of|on) {x}",
+    *("?any (stories|news|words) (about|of) {x}", ".{x} please", ".{x}, tell me", "!quote {x}"),
+)
+"""Ways of asking for what is known about {x}, also used where nothing is (`tasks/ignorance.py`)."""
+
+
+def telling(subject: str) -> tuple[str, ...]:
+    """These ways with the name of a pattern's value in the place of x.
+
+    >>> telling("a {noun}")[-1]
+    '!quote a {noun}'
+    """
+    return tuple(pattern.replace("{x}", subject) for pattern in TELLING)
+
+
 ABOUT = Ways(
     train=(
+        *telling("{name}"),
+        *("?who (was|is|were) {name} and what did (he|she|they) do", "?who are the {name}"),
+        *("?(can you tell me|do you know) who {name} (is|was)", "?who (was|is) (the|this) {name}"),
+        *("?what('s| is| was) {name}", "?why is {name} (important|known|famous)"),
+        *("?(where|when) did {name} (live|go|come from)", "?what is {name} (known|famous) for"),
+        *("?who was (with|near|around|against|before|after) {name}", "!explain who {name} was"),
         *("?who (was|is) {name}", "?who (was|is) {name}", "?who(s|'s) {name}", "?who is {name}"),
         *("!tell me (something|more|a little|) about {name}", "!tell me about {name}"),
         *("?what (do|can) you (know|tell me|say) about {name}", ".{name}", ".about {name}"),
@@ -55,13 +93,14 @@ ABOUT = Ways(
         *("?do you know (who {name} was|{name}|about {name})", "?what about {name}"),
     ),
     held_out=(
-        *("?what have you (read|heard) (of|about) {name}", "!let me hear about {name}"),
-        *("!describe {name}", "?is there (anything|something) about {name} in your text"),
-        *("!tell a tale of {name}", "?what is written (of|about) {name}"),
+        *("?what has been told of {name}", "!let me hear about {name}"),
+        *("!describe {name}", "?which words of your text are about {name}"),
+        *("!recite a bit about {name}", "?what is written (of|about) {name}"),
     ),
 )
 ABOUT_NOUN = Ways(
     train=(
+        *telling("(a|the|) {noun}"),
         *("!tell me (a|the|) story about (a|the) {noun}", "!tell me about (a|the|) {noun}"),
         *("!tell me a (short|little|) story (about|of|with) (a|the) {noun}", ".about {noun}"),
         *(
@@ -74,8 +113,8 @@ ABOUT_NOUN = Ways(
         *("?(do|can) you (know|tell) a story about (a|the) {noun}", "?what is (a|the|) {noun}"),
     ),
     held_out=(
-        *("!let me hear (something|) about (a|the) {noun}", "!tell a tale of a {noun}"),
-        *("?what have you read about (a|the) {noun}", "!describe (a|the) {noun}"),
+        *("!let me hear (something|) about (a|the) {noun}", "!recite a bit about a {noun}"),
+        *("?what has been told of (a|the) {noun}", "!describe (a|the) {noun}"),
         *("!make a sentence with {noun}", "?what is written about (a|the) {noun}"),
     ),
 )
@@ -195,7 +234,7 @@ class PassageIndex:
         self.texts = documents_of(texts, split)
         names, nouns = subjects(texts)
         wanted = {**dict.fromkeys(names, "name"), **dict.fromkeys(nouns, "noun")}
-        self.about: dict[str, list[str]] = defaultdict(list)
+        about: dict[str, list[tuple[int, str]]] = defaultdict(list)
         self.openings: list[tuple[str, str]] = []
         """Pairs (first words of a sentence, the rest of it)."""
         for text in self.texts:
@@ -206,9 +245,9 @@ class PassageIndex:
                     continue
                 first = [re.sub(r"\W+$", "", word) for word in parts[:FIRST_WORDS]]
                 answer = here if len(parts) >= 12 or len(after.split()) > 20 else f"{here} {after}"
-                for word in dict.fromkeys(first):
-                    if word in wanted:
-                        self.about[word].append(answer.strip())
+                for place, word in enumerate(first):
+                    if word in wanted and word not in first[:place]:
+                        about[word].append((place, answer.strip()))
                 if len(parts) >= 8:
                     self.openings.append((here, after))
         if not self.openings:  # a language without such sentences: running text, cut anywhere
@@ -216,6 +255,7 @@ class PassageIndex:
             self.openings = [
                 (text[i : i + CUT], "") for text in flat for i in range(0, len(text) - CUT, CUT)
             ]
+        self.about = {word: _soonest(said) for word, said in about.items()}
         known = {word for word, said in self.about.items() if len(said) >= 2}
         self.names = [name for name in names if name in known]
         self.nouns = [noun for noun in nouns if noun in known]
@@ -232,6 +272,15 @@ class PassageIndex:
             return here[: CUT // 2], here[CUT // 2 :]
         cut = random.randint(3, min(10, len(parts) - 3))
         return " ".join(parts[:cut]), " ".join(parts[cut:])
+
+
+def _soonest(said: list[tuple[int, str]]) -> list[str]:
+    """The sentences that name their subject at once, if there are some, else all of them.
+
+    An answer that begins as any other sentence does often forgets what it was asked about.
+    """
+    at_once = [answer for place, answer in said if place <= 2]
+    return at_once if len(at_once) >= 3 else [answer for _, answer in said]
 
 
 @lru_cache(maxsize=4)

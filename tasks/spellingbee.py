@@ -31,7 +31,7 @@ pieces that it had never written by frequent ones. Quotes are double because the
 
 import re
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -57,7 +57,10 @@ from tasks.common import (
 from tasks.judges import judge, reference, spelled_letters
 
 MIN_LETTERS, MAX_LETTERS = 3, 15
-MADE_UP_SHARE = 0.35
+WORD_PARTS = 50
+"""Words are split into so many parts, two for test and one for val. A word that training leaves out
+is mostly a token of its own, whose letters can be learned from nowhere else."""
+MADE_UP_SHARE = 0.45
 LIST_SHARE = 0.6
 BARE_SHARE, BARE_SHARE_HELD_OUT = 0.55, 1 / 12
 """Shares of single words without quotes: in the split train, and in the other splits."""
@@ -87,14 +90,31 @@ SPELLING = Ways(
         *(".(the|) spelling of {word}", ".(the|) letters (of|in) {word}", ".spelling: {word}"),
         *(".{word}, letter by letter", ".{word} spelled (out|)", ".{word} in letters"),
         *("!take {word} apart", "!(break|split|cut) {word} (up|) into (its|) letters"),
+        "!(give|list|write|say|tell me|show me|name|type|print) (me|) (the|all the|all) letters "
+        "(of|in|that make up|that are in) (the word|) {word}",
+        "?(do you know|can you tell me|could you tell me|i want to know|can you say|i wonder) how "
+        "(the word|) {word} is (spelled|spelt|written)",
+        "!(tell|show|teach) me how {word} is (spelled|spelt|written)",
+        "?(can|could|would) you (please|) (spell|write out|take apart) (the word|) {word}",
+        "!(write|spell|say|do) {word} (one letter at a time|with spaces|in single letters|slowly)",
+        "!(i need|i want|give me) the spelling (of|for) (the word|) {word}",
+        *("?spell {word} (for me|) (will you|can you|would you)", ".how to (spell|write) {word}"),
+        *(
+            ".{word}: (spell it|letters|spelling|how is it spelled)",
+            "!spell {word} (again|now|too)",
+        ),
+        "?(what|which) letters (do i need|are needed|are there) (for|in) (the word|) {word}",
+        *("?is it possible to spell {word}", "!separate the letters (of|in) {word}"),
+        "!(my word is|the word is|here is a word:) {word}. (spell it|please spell it|its letters)",
+        "!i (do not|don't) know how to (spell|write) {word}, (help|help me|can you)",
     ),
     held_out=(
         "!say {word} letter (for|after) letter",
         *("?what is the (correct|right) spelling for {word}", "!name each letter of {word}"),
-        *("?do you know how {word} is spelled", "!list (all|) the letters (of|in) {word}"),
+        "!go through {word} one letter after the other",
         *("?which letters do (i|you) need to write {word}", ".{word} in single letters"),
         *("!help me (to|) spell {word}", "?how should (i|one) spell {word}"),
-        *("!read out the letters of {word}", ".how {word} is spelled"),
+        *("!read out the letters of {word}", "?what would {word} be in letters"),
     ),
 )
 # {words}: separated by commas; {lines}: one per line. Only training rows ask for several words.
@@ -143,11 +163,23 @@ COUNTING = Ways(
         *(".(letter|) count of {letter} in {word}", ".how many {letter} in {word}"),
         *("?in {word}, how many {letter} are there", "!give me the number of {letter} in {word}"),
         "?(does|has) {word} (have|) {letter} and how (many|often)",
+        "!(give|tell|show) me the (number|count) of (letters|) {letter} in (the word|) {word}",
+        "?how many (times|) (do you see|can you see|can you find|do you find|are we using|do i "
+        "need) (the letter|letter|) {letter} (in|for) (the word|) {word}",
+        "?(do you know|can you tell me|i want to know|i wonder|can you say) how many "
+        "{letter}('s|s|) (are|there are|are there) in (the word|) {word}",
+        *("!(find|count|number) (all|every|each|the) {letter} in (the word|) {word}",),
+        *("?{word}: how (many|often) {letter}('s|s|)", "?{word} has how many {letter}('s|s|)"),
+        *("?in (the word|) {word} how many {letter}('s|s|) (are there|do you see|)",),
+        "!(say|tell me|find out) how (often|many times) {letter} (is|comes up|occurs) in {word}",
+        "!count how (many|often) {letter} (are|is|there are) in {word}",
+        "?how many of (the letter|) {letter} (are|is) in {word}",
+        ".{letter} (count|) in {word}",
     ),
     held_out=(
         "?how many of the letters (in|of) {word} are {letter}",
         "?can you say how many {letter} {word} (has|contains)",
-        *(".{word}: how many {letter}", "?what number of {letter} does {word} contain"),
+        *(".{word} is the word, how many {letter}", "?what number of {letter} does {word} contain"),
         *("!find (all|every) {letter} in {word} and count them", ".amount of {letter} in {word}"),
         *("!go through {word} and count {letter}", ".total of {letter} in {word}"),
         *("?how frequently does {letter} occur in {word}", "!give the count of {letter} in {word}"),
@@ -178,7 +210,7 @@ class _WordTask(Task):
         super().__init__(self.NAME, split)
         self.seed = seed
         all_words = load_words(words)
-        self.words = [word for word in all_words if split_of(word) == split]
+        self.words = words_of(all_words, split)
         if not self.words:
             raise UserError(
                 f"{self.NAME}: none of {len(all_words)} words belongs to the split {split}; "
@@ -284,13 +316,39 @@ class SpellingBee(_WordTask):
         return final_answer(completion)
 
 
+def words_of(words: Iterable[str], split: str) -> list[str]:
+    """The words of a split."""
+    return [word for word in words if split_of(word, WORD_PARTS) == split]
+
+
 def made_up_word(words: Sequence[str], random: Random) -> str:
-    """Join the beginning of one word and the end of another: 3 to 15 letters, for training only."""
+    """A word of 3 to 15 letters that looks like these, in no split but train.
+
+    Half are the beginning of one word and the end of another. The others are drawn letter by
+    letter, each after the two before it, and have pieces that no word of a small corpus has.
+    """
     while True:
-        first, second = random.choice(words), random.choice(words)
-        word = first[: random.randint(1, len(first))] + second[random.randrange(len(second)) :]
-        if MIN_LETTERS <= len(word) <= MAX_LETTERS and split_of(word) == "train":
+        if random.random() < 0.5:
+            first, second = random.choice(words), random.choice(words)
+            word = first[: random.randint(1, len(first))] + second[random.randrange(len(second)) :]
+        else:
+            after, word = _letters_after(tuple(words)), "  "
+            while len(word) < MAX_LETTERS + 2 and not word.endswith(" ", 2):
+                word += random.choice(after[word[-2:]])
+            word = word.strip()
+        if MIN_LETTERS <= len(word) <= MAX_LETTERS and split_of(word, WORD_PARTS) == "train":
             return word
+
+
+@lru_cache(maxsize=4)
+def _letters_after(words: tuple[str, ...]) -> dict[str, str]:
+    """Two letters -> those that follow them, as often as they do; a space stands for the end."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for word in words:
+        padded = f"  {word} "
+        for i in range(len(word) + 1):
+            found[padded[i : i + 2]].append(padded[i + 2])
+    return {two: "".join(letters) for two, letters in found.items()}
 
 
 def _spelling_prompt(words: list[str], random: Random, split: str) -> str:

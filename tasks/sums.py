@@ -12,8 +12,8 @@ from tasks.asking import Ways, ask, expand
 from tasks.common import split_of
 
 MAX_NUMBER = 1000
-WORDS_SHARE = 0.12
-"""Share of the sums of small numbers that have numbers in words."""
+WORDS_SHARE = 0.25
+"""Share of the small numbers that are written in words."""
 
 SUMS = Ways(
     train=(
@@ -54,10 +54,12 @@ SIGNED = {
 }
 WORDED = {
     "+": ("{a} plus {b}", "{a} plus {b}", "{a} and {b}", "{a} added to {b}",
-          "the sum of {a} and {b}"),
+          "the sum of {a} and {b}", "sum of {a} and {b}"),
     "-": ("{a} minus {b}", "{a} minus {b}", "{a} less {b}", "{a} take away {b}",
-          "the difference (between|of) {a} and {b}"),
-    "*": ("{a} times {b}", "{a} times {b}", "{a} multiplied by {b}", "the product of {a} and {b}"),
+          "the difference (between|of) {a} and {b}",
+          "difference (between|of) {a} and {b}"),
+    "*": ("{a} times {b}", "{a} times {b}", "{a} multiplied by {b}",
+          "the product of {a} and {b}", "product of {a} and {b}"),
     "/": ("{a} divided by {b}", "{a} divided by {b}", "{a} over {b}"),
 }  # fmt: skip
 REQUESTED = {
@@ -140,7 +142,7 @@ def draw_sum(random: Random, split: str) -> tuple[str, str, str]:
 
 
 def _draw_sum(random: Random) -> tuple[str, str, str]:
-    shape = random.choice(("signs",) * 9 + ("words",) * 5 + ("asked",) * 2 + ("three",) * 3 +
+    shape = random.choice(("signs",) * 8 + ("words",) * 6 + ("asked",) * 3 + ("three",) * 3 +
                           ("brackets",) * 3 + ("one",))  # fmt: skip
     sign = random.choice("+-*/" if shape in ("signs", "words", "asked") else "++-*")
     a, b = draw_pair(random, sign)
@@ -182,8 +184,9 @@ def ask_sum(random: Random, split: str, shape: str, said: str) -> str:
 
 
 def _shown(number: int, random: Random) -> str:
-    in_letters = number <= 100 and random.random() < WORDS_SHARE
-    return in_words(number).replace("a hundred", "hundred") if in_letters else str(number)
+    if number > 100 or random.random() >= WORDS_SHARE:
+        return str(number)
+    return in_words(number).replace("a hundred", random.choice(("hundred", "one hundred")))
 
 
 def _joined(a: str, sign: str, b: str, random: Random, tight: bool | None = None) -> str:

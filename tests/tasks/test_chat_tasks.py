@@ -29,7 +29,9 @@ TEXTS = tuple(
     for noun in NOUNS
 )
 WORDS = [
-    a + b for a in ("ban", "wi", "str", "o", "fa") for b in ("ished", "ther", "ing", "er", "ly")
+    a + b
+    for a in ("ban", "wi", "str", "o", "fa", "gro", "le", "mo", "pla", "ri")
+    for b in ("ished", "ther", "ing", "er", "ly", "ness", "ted", "sten", "wn", "nd")
 ]
 
 
@@ -142,7 +144,7 @@ def test_a_follow_up_is_about_what_came_before():
                 "spell it",
                 "now spell it",
                 "spell that",
-            ) and ":1" in said(before):
+            ) and "Python" in said(before):
                 assert said(before).split("\n")[0] == said(answer)
                 again += 1
     assert again > 2

@@ -18,10 +18,10 @@ from nanochat.tools.calculator import calculate
 from tasks import sources
 from tasks.arithmetic import LEVELS, Arithmetic
 from tasks.common import Conversation, Task, split_of
-from tasks.judges import count_up
 from tasks.spellingbee import (
     COUNTING,
     SPELLING,
+    WORD_PARTS,
     SimpleSpelling,
     SpellingBee,
     corpus_words,
@@ -29,6 +29,7 @@ from tasks.spellingbee import (
     made_up_word,
     noted_corpus,
     noted_words,
+    words_of,
     write_words,
 )
 
@@ -145,15 +146,15 @@ def test_no_word_is_in_two_splits_whatever_seed_and_task(kind: str):
     }
     for split, words in seen.items():
         assert words
-        assert {split_of(word) for word in words} == {split}
+        assert {split_of(word, WORD_PARTS) for word in words} == {split}
     # Held-out words are real ones, training words are also made up.
     assert seen["test"] | seen["val"] <= set(WORDS)
     assert seen["train"] - set(WORDS)
-    assert seen["train"] >= {word for word in WORDS if split_of(word) == "train"}
+    assert seen["train"] >= set(words_of(WORDS, "train"))
 
 
 def test_a_held_out_word_comes_once_before_any_comes_again():
-    words = sorted(word for word in WORDS if split_of(word) == "test")
+    words = sorted(words_of(WORDS, "test"))
     task = SimpleSpelling("test", words=WORDS)
     assert len(task) == len(words)
     assert sorted(asked(conversation) for conversation in task) == [[word] for word in words]
@@ -213,7 +214,6 @@ def test_spelling_is_letters_one_by_one(completion: str, right: bool):
 
 
 def test_counting():
-    assert count_up("r", 3) == "r:1 r:2 r:3"
     task = SpellingBee("train", 500, WORDS)
     counts = Counter()
     for conversation in task:
@@ -228,14 +228,12 @@ def test_counting():
     assert counts[2] > 100
     assert max(counts.values()) < 250
     row = {"word": "sees", "letter": "s", "answer": "2"}
-    assert task.evaluate(row, "s e e s\ns:1 s:2\nPython says 2.\n#### 2.0")
+    assert task.evaluate(row, "s e e s\nPython says 2.\n#### 2.0")
     for wrong in (
         "#### 2",
-        "s e e s\ns:1 s:2\nPython says 2.",
-        "s e a s\ns:1 s:2\nPython says 2.\n#### 2",
-        "s e e s\ns:1\nPython says 2.\n#### 2",
-        "s e e s\ne:1 e:2\nPython says 2.\n#### 2",
-        "s e e s\ns:1 s:2\nPython says 2.\n#### 3",
+        "s e e s\nPython says 2.",
+        "s e a s\nPython says 2.\n#### 2",
+        "s e e s\nPython says 2.\n#### 3",
     ):
         assert not task.evaluate(row, wrong), wrong
 
@@ -274,10 +272,10 @@ def corpus_tokenizer() -> Any:
 def test_made_up_words_are_training_words():
     from random import Random
 
-    words = [word for word in WORDS if split_of(word) == "train"]
+    words = words_of(WORDS, "train")
     made = [made_up_word(words, Random(i)) for i in range(300)]
-    assert all(split_of(word) == "train" and 3 <= len(word) <= 15 for word in made)
-    assert len(set(made)) > 250
+    assert all(split_of(word, WORD_PARTS) == "train" and 3 <= len(word) <= 15 for word in made)
+    assert len(set(made)) > 200
 
 
 # Word lists
@@ -383,7 +381,7 @@ def test_word_lists_that_are_none(tmp_path: Path):
         archive.writestr("b.txt", "apple")
     with pytest.raises(UserError, match="holds 2"):
         load_words(tmp_path / "two.zip")
-    held_out = next(word for word in WORDS if split_of(word) == "test")
+    held_out = words_of(WORDS, "test")[0]
     with pytest.raises(UserError, match="none of 1 words belongs to the split train"):
         SimpleSpelling("train", words=[held_out])
 

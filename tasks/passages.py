@@ -145,17 +145,8 @@ _NOUN = re.compile(
     r"(?=[.,:;?!]| (?:of|and|was|is|were|are|in|to|had|has|for|from|on|who|which|that|with)\b)"
 )
 _NO_NOUNS = {
-    "same",
-    "first",
-    "last",
-    "others",
-    "other",
-    "one",
-    "ones",
-    "most",
-    "more",
-    "own",
-    "few",
+    *("same", "first", "last", "others", "other", "one", "ones", "most", "more", "own", "few"),
+    *("me", "him", "her", "them", "you", "this", "that"),
 }
 
 

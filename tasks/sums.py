@@ -12,7 +12,7 @@ from tasks.asking import Ways, ask, expand
 from tasks.common import split_of
 
 MAX_NUMBER = 1000
-WORDS_SHARE = 0.25
+WORDS_SHARE = 0.35
 """Share of the small numbers that are written in words."""
 
 SUMS = Ways(

@@ -165,7 +165,7 @@ def test_a_held_out_word_comes_once_before_any_comes_again():
 @pytest.mark.parametrize(
     ("kind", "ways"), [("simple", SPELLING.held_out), ("bee", COUNTING.held_out)]
 )
-def test_every_prompt_names_its_word_and_most_quote_it(kind: str, ways: tuple[str, ...]):
+def test_every_prompt_names_its_word_and_half_quote_it(kind: str, ways: tuple[str, ...]):
     prompts = [
         (row["messages"][0]["content"].lower(), asked(row)[0])
         for row in make(kind, "test", size=600)
@@ -173,7 +173,7 @@ def test_every_prompt_names_its_word_and_most_quote_it(kind: str, ways: tuple[st
     ]
     assert all(word in prompt for prompt, word in prompts)
     quoted = sum(re.search(f"[\"'“]{word}[\"'”]", prompt) is not None for prompt, word in prompts)
-    assert 0.8 < quoted / len(prompts) < 0.98
+    assert 0.4 < quoted / len(prompts) < 0.6
     shapes = {prompt.replace(word, "W").replace("'W'", '"W"') for prompt, word in prompts}
     assert len(shapes) >= 3 * len(ways)
 

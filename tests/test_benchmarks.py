@@ -11,7 +11,7 @@ import pytest
 import tiny_runs
 import torch
 
-from benchmarks import checkpoint, gpu, memory, optimizer_step
+from benchmarks import checkpoint, contention, gpu, memory, optimizer_step, startup
 from nanochat.checkpoint_manager import list_steps
 from nanochat.gpt import GPT
 from nanochat.optim import Optimizer
@@ -110,3 +110,15 @@ def test_a_script_is_stopped_while_it_saves(encoded: Path, tmp_path: Path) -> No
 def test_a_table_shows_what_failed() -> None:
     failed = {"exit": 1, "seconds": 1.23456, "said": ["error: no"]}
     assert gpu.in_short({"mid": failed})["mid"] == {**failed, "seconds": 1.235}
+
+
+def test_contention_measures_what_is_left_of_the_speed() -> None:
+    result = contention.main(contention.Config(("1000",), ("decode",), rounds=1, seconds=0.05))
+    assert result.keys() == {"decode, spin 1000", "decode, one_thread"}
+    for cases in result.values():
+        assert cases.keys() == {"alone", "busy", "two"}
+        assert all(rate > 0 for rates in cases.values() for rate in rates)
+
+
+def test_imports_of_a_script_are_timed() -> None:
+    assert "torch" in startup.imports("scripts.chat_cli", 3)

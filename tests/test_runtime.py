@@ -260,3 +260,13 @@ def test_interrupt_exits_as_the_shell_expects(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_a_device_is_known_by_its_whole_name(name: str, teraflops: int | None) -> None:
     assert peak_of(name) == (None if teraflops is None else teraflops * 1e12)
+
+
+def test_threads_spin_for_a_short_time_unless_told_otherwise() -> None:
+    show = "import os, nanochat; print(os.environ['GOMP_SPINCOUNT'])"
+    for given, expected in (({}, "1000"), ({"GOMP_SPINCOUNT": "77"}, "77")):
+        clean = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+        done = subprocess.run(
+            [sys.executable, "-c", show], env={**clean, **given}, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == expected

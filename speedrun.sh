@@ -132,7 +132,7 @@ else
             vocabulary=4096 problems=256  # whole test splits
             base=(--depth 4 --context-length 256 --num-steps 440 --save-every 110 --eval-every 110)
             chat=(--save-every 100 --eval-every 0)
-            mid_mix=(customjson:1 identity:4000:1 simplespelling:11000:1 spellingbee:5000:1
+            mid_mix=(customjson:1 identity:4000:1 simplespelling:14000:1 spellingbee:5000:1
                 arithmetic:4500:level=0:1 arithmetic:1500:1 passages:4500:1 ignorance:2500:1
                 followups:1500:1)
             # seed=1: other rows than those of mid-training
@@ -169,9 +169,9 @@ else
     run python -m scripts.base_eval --source "base/$name" --corpus "$corpus" --resume
     # Replayed text and low rates keep what pretraining taught; the tasks learn fast enough.
     run python -m scripts.mid_train --source "base/$name" "${small[@]}" "${chat[@]}" --mix "${mid_mix[@]}" \
-        --replay 0.2 --lr-scale 0.8 --warmdown 0.5
+        --replay 0.2 --lr-scale 1.0 --warmdown 0.5
     run python -m scripts.chat_sft --source "mid/$name" "${small[@]}" "${chat[@]}" --mix "${sft_mix[@]}" \
-        --replay 0.15 --lr-scale 0.4
+        --replay 0.15 --lr-scale 0.25
     if [ "${RL:-1}" != 0 ]; then
         run python -m scripts.chat_rl --source "sft/$name" --tag "$name" "${rl[@]}" --group-size 8 --lr-scale 0.03 --eval-every 0 \
             --eval-samples 2 --resume

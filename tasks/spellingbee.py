@@ -60,9 +60,9 @@ MIN_LETTERS, MAX_LETTERS = 3, 15
 WORD_PARTS = 50
 """Words are split into so many parts, two for test and one for val. A word that training leaves out
 is mostly a token of its own, whose letters can be learned from nowhere else."""
-MADE_UP_SHARE = 0.3
+MADE_UP_SHARE = 0.2
 LIST_SHARE = 0.6
-BARE_SHARE, BARE_SHARE_HELD_OUT = 0.75, 1 / 2
+BARE_SHARE, BARE_SHARE_HELD_OUT = 0.85, 1 / 2
 """Shares of single words without quotes: in the split train, and in the other splits."""
 MAX_WORDS = 8
 

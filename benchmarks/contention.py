@@ -31,7 +31,7 @@ measure(sys.argv[1], float(sys.argv[2]))
 """
 """Programs that are started: one that competes, and one that is measured."""
 CASES = {"alone": (1, False), "busy": (1, True), "two": (2, False)}
-"""How many are measured at once, and whether another process competes."""
+"""Cases: the number of workers at once, and whether another process competes."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Config:
     spin: tuple[str, ...] = ("default", "0", "300", "1000", "10000")
     """Values of GOMP_SPINCOUNT to compare; "default" leaves the library its own."""
     kinds: tuple[str, ...] = ("train", "decode")
-    """What is measured: train, decode."""
+    """Work to measure: train, decode."""
     rounds: int = 5
     """Times that everything is measured."""
     seconds: float = 4.0

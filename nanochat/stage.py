@@ -7,6 +7,7 @@ with open_run("mid", cfg, runtime) as run:      folder, newest checkpoint, its m
     ...                                         the loop, in the script
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -351,6 +352,11 @@ class Stage:
 
         `more` are further measurements for the log.
         """
+        if self.state.step == self.first_step:
+            # What is there now stays: looking through all of it again and again takes time in which
+            # nothing is launched.
+            gc.collect()
+            gc.freeze()
         self.state.step += 1
         self.state.tokens += stats.tokens
         self.state.seconds += stats.seconds
@@ -372,6 +378,7 @@ class Stage:
 
     def close(self, consumed: Mapping[str, Any]) -> None:
         """Wait for the last checkpoint, then write the end of the log."""
+        gc.unfreeze()
         self.checkpoints.wait()
         self._count_time()
         if self.finished:

@@ -97,6 +97,7 @@ class StepStats:
     tokens: int
     """Input positions of the step over all ranks, padding included."""
     seconds: float
+    """Time of the step on the host; a GPU does the update while the next step is launched."""
     skipped: bool = False
     """True if float16 gradients overflowed: the loss scale was halved and nothing updated."""
 
@@ -160,20 +161,17 @@ def train_step(
     """
     start = time.perf_counter()
     number = optimizer.steps + 1 if step is None else step
-    valid = sum((batch.targets >= 0).sum() for batch in batches)
-    counts = torch.stack([torch.as_tensor(valid).cpu(), torch.tensor(int(runtime.stop_signal))]).to(
-        runtime.device
-    )
-    targets, stop = runtime.all_reduce_sum(counts).tolist()
-    runtime.stop_requested = stop > 0
+    counts = torch.full((2,), int(runtime.stop_signal), device=runtime.device)
+    counts[0] = sum((batch.targets >= 0).sum() for batch in batches)
+    runtime.all_reduce_sum(counts)
     scale = loss_scale.scale if loss_scale else 1.0
 
     total = torch.zeros((), device=runtime.device)
     # The loss scale is multiplied into the weights, since the forward pass computes part of the
     # gradient.
-    divisor = max(targets if divisor is None else divisor, 1)
+    divided_by = counts[0].clamp(min=1) if divisor is None else max(divisor, 1)
     for batch in batches:
-        weights = batch.weights / (divisor / scale)
+        weights = batch.weights / (divided_by / scale)
         loss = model.weighted_loss(
             batch.inputs, batch.targets, weights, batch.doc_ids, temperature, batch.boundaries
         )
@@ -182,7 +180,11 @@ def train_step(
 
     # A sum is finite if all its terms are, so one pass over the gradients and no extra transfer do.
     checksum = torch.stack([unit.gradients.sum() for unit in optimizer.units]).sum()
-    losses, checksums = runtime.all_gather(torch.stack([total, checksum])).T.tolist()
+    # The only wait for a GPU: whether the update may be made. Until it is known the GPU has the
+    # backward pass to do, and then the update while the next step is being launched.
+    values = torch.cat([torch.stack([total, checksum]), counts.to(total.dtype)])
+    losses, checksums, counted, stops = runtime.all_gather(values).T.tolist()
+    targets, runtime.stop_requested = int(counted[0]), stops[0] > 0
     for rank, value in enumerate(losses):
         if not math.isfinite(value):
             raise NonFiniteLoss(_stopped(number, f"the loss of rank {rank} is {value}"))
@@ -196,10 +198,9 @@ def train_step(
     skipped = not all(finite)
     if not skipped:
         if loss_scale is not None:
-            optimizer.scale_gradients(torch.tensor(1 / scale, device=runtime.device))
+            optimizer.scale_gradients(torch.full((), 1 / scale, device=runtime.device))
         optimizer.step(hypers)
     optimizer.zero_grad()
-    runtime.synchronize()
     return StepStats(
         loss=sum(losses),
         targets=targets,

@@ -1,5 +1,6 @@
 """What surrounds the loop of every stage: set-up, resuming with other settings, logging."""
 
+import gc
 import json
 import shutil
 import time
@@ -194,6 +195,29 @@ def test_a_save_that_failed_ends_the_run_at_the_next_step(
     assert [r["step"] for r in records(folder) if r["kind"] == "train"] == [1, 2, 3]
     with pytest.raises(OSError, match="No space left"):  # the last save
         run(run={"tag": "other"}, saving={"save_every": 0}, duration={"num_steps": 2})
+
+
+def test_garbage_collection_is_off_for_what_stays(
+    run: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, int]] = []
+    record, close = Stage.record, Stage.close
+
+    def noted(name: str, action: Any) -> Any:
+        def call(stage: Stage, *arguments: Any) -> None:
+            action(stage, *arguments)
+            calls.append((name, gc.get_freeze_count()))
+
+        return call
+
+    monkeypatch.setattr(Stage, "record", noted("step", record))
+    monkeypatch.setattr(Stage, "close", noted("close", close))
+    before = gc.get_freeze_count()
+    run(duration={"num_steps": 2})
+    (_, first), (_, second), (_, after) = calls
+    assert first == pytest.approx(second, rel=0.01)
+    assert first > before + 10_000
+    assert after == 0
 
 
 def test_a_stage_needs_the_one_before(run: Callable[..., Stage]) -> None:

@@ -3,12 +3,18 @@
 import dataclasses
 import itertools
 import math
+import traceback
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat import runtime
+from nanochat.attention import make_layout
 from nanochat.config import Learning
 from nanochat.errors import UserError
 from nanochat.eval.losses import evaluate_bpb
@@ -48,6 +54,62 @@ def batch(rows: int, seed: int = 0, weights: Sequence[float] = (0.0, 0.3, 1.0)) 
 def rows_of(whole: Batch, start: int, stop: int) -> Batch:
     fields = ("inputs", "targets", "weights", "doc_ids")
     return Batch(**{name: getattr(whole, name)[start:stop] for name in fields})
+
+
+class Waits(TorchDispatchMode):
+    """Counts, by file, the places where a host would wait for a GPU to know a value."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        super().__init__()
+        self.places: Counter[str] = Counter()
+        self.operators = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")
+        for name in ("item", "tolist", "__bool__", "__int__", "__float__", "cpu", "numpy"):
+            self._watch(name, monkeypatch)
+
+    def _watch(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        original = getattr(torch.Tensor, name)
+
+        def counted(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+            self._count(name)
+            return original(tensor, *arguments, **options)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+
+    def _count(self, name: str) -> None:
+        frames = [f.filename for f in traceback.extract_stack() if "/nanochat/" in f.filename]
+        self.places[f"{Path(frames[-1]).name}: {name}" if frames else name] += 1
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        name = operator.overloadpacket.__name__
+        masks = arguments[1] if name in ("index", "index_put", "index_put_") else ()
+        if name in self.operators or any(m is not None and m.dtype == torch.bool for m in masks):
+            self._count(name)
+        return operator(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_waits_once_for_the_device(scaled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To decide on the update; a CPU's attention looks at the documents besides."""
+    model, optimizer = make(torch.float16 if scaled else torch.float32)
+    model.backend = "sdpa"
+    scale = LossScale(2.0**10) if scaled else None
+    batches = [batch(2, seed) for seed in range(3)]
+    with monkeypatch.context() as patch, Waits(patch) as waits:
+        train_step(model, optimizer, batches, Hypers(), RUNTIME, scale)
+    assert waits.places == {
+        "attention.py: __bool__": 3,
+        "attention.py: _local_scalar_dense": 3,
+        "train.py: tolist": 1,
+    }
+
+
+def test_on_a_gpu_masks_are_made_without_asking_it() -> None:
+    """A meta tensor has no values to ask for."""
+    doc_ids = torch.zeros(2, 8, dtype=torch.int32, device="meta")
+    layout = make_layout(doc_ids, (2, 8), (0, 4), "sdpa", torch.device("meta"))
+    assert all(mask is not None and mask.shape == (2, 1, 8, 8) for mask in layout.masks.values())
 
 
 def empty(rows: int = 2) -> Batch:

@@ -15,7 +15,12 @@ NORM_EPS = 1e-6
 
 def norm(x: torch.Tensor) -> torch.Tensor:
     """RMSNorm without weights (arXiv 1910.07467) over the last dimension."""
-    if x.device.type == "cuda" or not (torch.is_grad_enabled() and x.requires_grad):
+    # Compiled code fuses PyTorch's own; torch 2.11 compiles the class below to gradients of zero.
+    if (
+        x.device.type == "cuda"
+        or torch.compiler.is_compiling()
+        or not (torch.is_grad_enabled() and x.requires_grad)
+    ):
         return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
     return cast(torch.Tensor, RMSNorm.apply(x))  # type: ignore[no-untyped-call]
 

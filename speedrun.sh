@@ -169,7 +169,7 @@ else
     run python -m scripts.base_eval --source "base/$name" --corpus "$corpus" --resume
     # Replayed text and low rates keep what pretraining taught; the tasks learn fast enough.
     run python -m scripts.mid_train --source "base/$name" "${small[@]}" "${chat[@]}" --mix "${mid_mix[@]}" \
-        --replay 0.2 --lr-scale 1.0 --warmdown 0.5
+        --replay 0.25 --lr-scale 1.0 --warmdown 0.5
     run python -m scripts.chat_sft --source "mid/$name" "${small[@]}" "${chat[@]}" --mix "${sft_mix[@]}" \
         --replay 0.15 --lr-scale 0.25
     if [ "${RL:-1}" != 0 ]; then

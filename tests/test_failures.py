@@ -22,6 +22,7 @@ import processes
 import pytest
 import tiny_runs
 import torch
+from torch.distributed.run import get_args_parser
 
 from nanochat import checkpoint_manager, runtime
 from nanochat.checkpoint_manager import CheckpointManager, latest, read_meta
@@ -370,6 +371,10 @@ launch(lambda _, runtime: base_train.main(config, runtime), type(config), None)
 """
 
 
+@pytest.mark.skipif(
+    not hasattr(get_args_parser().parse_args(["x"]), "shutdown_timeout"),
+    reason="this torchrun has no --shutdown-timeout",
+)
 @pytest.mark.parametrize(("patience", "saved"), [(60, True), (1, False)])
 def test_a_slow_save_is_finished_under_torchrun(
     patience: int, saved: bool, encoded: Path, tmp_path: Path

@@ -214,7 +214,7 @@ def one_step(sizes: Sizes, rows: int, compiled: bool) -> Result:
     tokens = rows * config.context_length
     peak = peak_flops(runtime.device)
     machine = Machine(runtime.device.type, runtime.dtype)
-    planned = estimate_memory(config, Shape(rows, config.context_length), machine)
+    planned = estimate_memory(config, Shape(rows, config.context_length), machine, "muon")
     return {
         "milliseconds": took,
         "tokens_per_second": 1e3 * tokens / took,

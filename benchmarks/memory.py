@@ -109,6 +109,7 @@ def measure(shape: Shape, folder: Path) -> dict[str, Any]:
         from_dict(GPTConfig, records[0]["model"]),
         memory.Shape(shape.rows, shape.context_length, shape.recompute),
         Machine("cpu", DTYPES[shape.dtype]),
+        "muon",
     )
     return {
         **vars(shape),

@@ -87,7 +87,7 @@ def saved_for_backward(config: GPTConfig, shape: Shape, dtype: torch.dtype, back
 
 
 def estimate_memory(
-    config: GPTConfig, shape: Shape, machine: Machine, optimizer: str = "muon"
+    config: GPTConfig, shape: Shape, machine: Machine, optimizer: str
 ) -> dict[str, int]:
     """Bytes that a rank needs in training, by kind; the last entry is "total".
 
@@ -108,10 +108,15 @@ def estimate_memory(
     )
     per_matrix, per_other = (sum(KINDS[kind].state.values()) for kind in (optimizer, "adamw"))
     shard = 4 * (per_matrix * matrices + per_other * (parameters - matrices)) // world_size
-    # Muon on the MLP's stack needs the update, its cast, and the polynomial's terms.
-    stack = 4 * C * C * -(-config.n_layer // world_size)
+    # The largest share that is updated at once: an MLP's matrices, or one matrix by rows.
+    matrix_share = 4 * C * C // world_size
+    if KINDS[optimizer].stacked:
+        matrix_share = 4 * C * C * -(-config.n_layer // world_size)
+    temporaries = 4 * KINDS[optimizer].temporaries * matrix_share
     # The gradient of the head, or of an embedding, before it is added to the existing gradient.
     tables = 4 * V * max(C, config.n_kv_head * config.head_dim)
+    if not on_cpu:  # AdamW updates small blocks on a CPU
+        temporaries = max(temporaries, KINDS["adamw"].temporaries * tables / world_size)
     windows = len({config.window(layer) for layer in range(config.n_layer)})
     # Gradients of the widest part of a block in the backward pass, and masks on CPUs.
     backward = rows * T * (half * 12 * C + (windows * T if on_cpu else 0))
@@ -128,7 +133,7 @@ def estimate_memory(
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
         "optimizer shard": shard,
-        "optimizer temporaries": 5 * 4 * stack // 2
+        "optimizer temporaries": int(temporaries)
         + (4 * parameters // world_size if world_size > 1 else 0),
         "activations": activations,
         "weight casts and the head's gradient": max(0, 2 * one - two) + tables,
@@ -193,12 +198,17 @@ def cache_memory(config: GPTConfig, dtype: torch.dtype) -> int:
 
 
 def largest_batch(
-    config: GPTConfig, machine: Machine, sequence_length: int, recompute: bool = False
+    config: GPTConfig,
+    machine: Machine,
+    sequence_length: int,
+    optimizer: str,
+    recompute: bool = False,
 ) -> int:
     """Largest power of two of rows, up to 4,096, that fits the limit; 0 if not one row does."""
     rows, trial = 0, 1
     while trial <= 4096:
-        needed = estimate_memory(config, Shape(trial, sequence_length, recompute), machine)["total"]
+        shape = Shape(trial, sequence_length, recompute)
+        needed = estimate_memory(config, shape, machine, optimizer)["total"]
         if machine.memory_limit is not None and needed > machine.memory_limit:
             break
         rows, trial = trial, trial * 2
@@ -206,7 +216,13 @@ def largest_batch(
 
 
 def memory_advice(
-    config: GPTConfig, shape: Shape, machine: Machine, *, rows_per_step: int, fits: int
+    config: GPTConfig,
+    shape: Shape,
+    machine: Machine,
+    optimizer: str,
+    *,
+    rows_per_step: int,
+    fits: int,
 ) -> str:
     """Advise which flags to set after training ran out of memory with this shape.
 
@@ -215,7 +231,7 @@ def memory_advice(
     """
 
     def gibibytes(shape: Shape) -> str:
-        return f"{estimate_memory(config, shape, machine)['total'] / 2**30:.1f} GiB"
+        return f"{estimate_memory(config, shape, machine, optimizer)['total'] / 2**30:.1f} GiB"
 
     fewer = [r for r in range(1, min(fits, shape.rows - 1) + 1) if rows_per_step % r == 0]
     remedies = []

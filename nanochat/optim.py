@@ -65,6 +65,8 @@ class Kind:
     state: dict[str, bool]
     """Names of its state tensors, all float32; True: shaped like the parameters, False: one value
     per row."""
+    temporaries: float
+    """Memory that the function needs besides, in float32 copies of the share."""
     update: Callable[["Share"], None]
     """Function that changes parameters and state in place."""
 
@@ -135,9 +137,10 @@ def _lion(share: Share) -> None:
 
 
 KINDS = {
-    "muon": Kind(True, {"momentum": True, "second_moment": False}, _muon),
-    "adamw": Kind(False, {"first_moment": True, "second_moment": True}, _adamw),
-    "lion": Kind(False, {"momentum": True}, _lion),
+    # Muon keeps the update, its cast, and the polynomial's terms.
+    "muon": Kind(True, {"momentum": True, "second_moment": False}, 2.5, _muon),
+    "adamw": Kind(False, {"first_moment": True, "second_moment": True}, 1, _adamw),
+    "lion": Kind(False, {"momentum": True}, 1, _lion),
 }
 
 

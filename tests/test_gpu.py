@@ -140,7 +140,7 @@ def test_the_memory_estimate() -> None:
         data = batch(step, config=config, rows=16)
         train_step(model, optimizer, [data], Hypers(0.1), rank)
     measured = torch.cuda.max_memory_allocated() - before
-    estimate = estimate_memory(config, Shape(16, 1024), Machine("cuda", torch.bfloat16))
+    estimate = estimate_memory(config, Shape(16, 1024), Machine("cuda", torch.bfloat16), "muon")
     outside = RUNTIME["cuda"] + CUDA_CONTEXT + estimate["gradients of a compiled pass"]
     assert estimate["total"] - outside == pytest.approx(measured, rel=0.2)
 

@@ -31,6 +31,7 @@ from nanochat.memory import (
     memory_advice,
     saved_for_backward,
 )
+from nanochat.optim import KINDS
 from nanochat.runtime import Runtime
 
 CONFIG = config_from_depth(3, 300, aspect_ratio=16, head_dim=16, context_length=64)
@@ -66,28 +67,45 @@ def test_what_is_kept_is_counted_exactly(portable: bool, dtype: torch.dtype) -> 
 
 
 def test_estimate() -> None:
-    one, eight = (estimate_memory(CONFIG, Shape(rows, 64), CPU) for rows in (1, 8))
+    one, eight = (estimate_memory(CONFIG, Shape(rows, 64), CPU, "muon") for rows in (1, 8))
     assert eight["activations"] == pytest.approx(8 * one["activations"], rel=1e-6)
     assert {k for k in one if one[k] != eight[k]} == {"activations", "total"}
     assert one["total"] == sum(one.values()) - one["total"]
     parameters = sum(p.numel() for p in memory.meta_model(CONFIG).parameters())
     assert one["weights"] == one["gradients"] == 4 * parameters
-    again = estimate_memory(CONFIG, Shape(8, 64, True), CPU)
+    again = estimate_memory(CONFIG, Shape(8, 64, True), CPU, "muon")
     assert again["activations"] < 0.7 * eight["activations"]
-    sharded = estimate_memory(CONFIG, Shape(8, 64), replace(CPU, world_size=4))
+    sharded = estimate_memory(CONFIG, Shape(8, 64), replace(CPU, world_size=4), "muon")
     assert sharded["optimizer shard"] == eight["optimizer shard"] // 4
-    on_gpu = estimate_memory(CONFIG, Shape(8, 64), replace(CPU, device_type="cuda"))
+    on_gpu = estimate_memory(CONFIG, Shape(8, 64), replace(CPU, device_type="cuda"), "muon")
     assert on_gpu["checkpoint copy"] == 0, "in the host's memory"
     assert on_gpu["activations"] < eight["activations"], "no probabilities, no masks"
+
+
+def test_each_rule_has_a_memory_of_its_own() -> None:
+    """In the estimate, in the rows that fit, and in the advice."""
+    config = config_from_depth(12, 4096, context_length=64)
+    needed = {kind: estimate_memory(config, Shape(4, 64), CPU, kind) for kind in KINDS}
+    temporaries = {kind: parts["optimizer temporaries"] for kind, parts in needed.items()}
+    assert temporaries["adamw"] == temporaries["lion"] < temporaries["muon"]
+    totals = {kind: parts["total"] for kind, parts in needed.items()}
+    assert totals["lion"] < min(totals["muon"], totals["adamw"])
+    machine = replace(CPU, memory_limit=totals["lion"])
+    fits = {kind: largest_batch(config, machine, 64, kind) for kind in KINDS}
+    assert fits["lion"] == 4 > max(fits["muon"], fits["adamw"])
+    advice = {
+        memory_advice(config, Shape(4, 64), CPU, kind, rows_per_step=4, fits=4) for kind in KINDS
+    }
+    assert len(advice) == len(KINDS)
 
 
 def test_advice_names_what_to_set() -> None:
     def advice(fits: int, limit: int | None, rows: int = 16, recompute: bool = False) -> str:
         machine, shape = replace(CPU, memory_limit=limit), Shape(rows, 64, recompute)
-        return memory_advice(CONFIG, shape, machine, rows_per_step=48, fits=fits)
+        return memory_advice(CONFIG, shape, machine, "muon", rows_per_step=48, fits=fits)
 
-    limit = estimate_memory(CONFIG, Shape(8, 64), CPU)["total"]
-    assert largest_batch(CONFIG, replace(CPU, memory_limit=limit), 64) == 8
+    limit = estimate_memory(CONFIG, Shape(8, 64), CPU, "muon")["total"]
+    assert largest_batch(CONFIG, replace(CPU, memory_limit=limit), 64, "muon") == 8
     text = advice(8, limit)
     for part in (
         "--device-batch-size 16 with rows of 64 tokens was planned to need",

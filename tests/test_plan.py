@@ -186,8 +186,9 @@ def test_a_plan_can_be_logged_and_told() -> None:
 def test_auto_rows_are_the_most_that_fit_and_divide() -> None:
     batch = {"total_batch_size": 64 * 12}
     assert plan(batch).device_batch_size == 12
+    machine = Machine("cpu", torch.float32)
     needed = {
-        rows: estimate_memory(CONFIG, Shape(rows, 64), Machine("cpu", torch.float32))["total"]
+        rows: estimate_memory(CONFIG, Shape(rows, 64), machine, "muon")["total"]
         for rows in (1, 4, 8)
     }
     assert needed[1] < needed[4] < needed[8]

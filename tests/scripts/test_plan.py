@@ -56,6 +56,16 @@ def test_every_line_that_is_promised(capsys: pytest.CaptureFixture[str]) -> None
     assert result["device_batch_size"] <= result["largest_device_batch_size"]
 
 
+def test_the_plan_is_that_of_the_matrix_optimizer() -> None:
+    def of(kind: str) -> dict[str, Any]:
+        return plan(f"--depth 4 --gpus 1 --matrix-optimizer {kind}")
+
+    adamw, lion = of("adamw")["memory"], of("lion")["memory"]
+    matrices = of("muon")["parameters"]["block_matrices"]
+    for kind in ("optimizer shard", "total"):
+        assert adamw[kind] - lion[kind] == 4 * matrices
+
+
 def test_every_kind_of_gpu_is_in_the_table() -> None:
     names = get_args(get_type_hints(Hardware)["gpu"])
     assert set(names) - {"cpu"} <= {name.lower() for name in GPUS}

@@ -154,6 +154,13 @@ def _look_into(
             "choose another --tag, or delete that folder"
         )
     meta = read_meta(newest)
+    saved = (meta["run_config"].get("learning") or {}).get("matrix_optimizer", "muon")
+    if saved != cfg.learning.matrix_optimizer:
+        raise UserError(
+            f"{newest} has the optimizer state of --matrix-optimizer {saved}, not of "
+            f"{cfg.learning.matrix_optimizer}; resume with --matrix-optimizer {saved}, or choose "
+            "another --tag"
+        )
     source = meta.get("source")
     if source and source.get("digest"):
         now = latest(paths.checkpoints_dir(source["stage"], source["tag"]))

@@ -116,6 +116,10 @@ def test_a_fresh_start_begins_its_log_anew(run: Callable[..., Stage], folder: Pa
     [
         ({"depth": 3}, r"another model: it has .*n_layer.*resume with the same model flags"),
         ({"context_length": 32}, "another model"),
+        (
+            {"learning": {"matrix_optimizer": "lion"}},
+            "--matrix-optimizer muon, not of lion; resume with --matrix-optimizer muon",
+        ),
         ({"run": {"resume": True, "seed": 5}}, r"data position is for seed = 1337"),
         ({"batching": {"window": 8}}, r"data position is for window_size"),
     ],

@@ -24,7 +24,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "residual_scalars": False,
         "n_kv_head": 4,
     },
-    "one kv head, long-context base": {"n_kv_head": 1, "rope_base": 60000.0},
+    "one kv head, other rotary bases": {
+        "n_kv_head": 1,
+        "rope_base": 60000.0,
+        "windowed_rope_base": 9000.0,
+    },
     "no windows": {"windows": ()},
 }
 

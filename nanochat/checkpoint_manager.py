@@ -462,7 +462,8 @@ def restore(
         other = {k: v for k, v in to_dict(saved).items() if ours[k] != v}
         raise UserError(
             f"{folder} holds another model: it has {other}; resume with the same model flags, "
-            "or choose another --tag"
+            "or choose another --tag. If you gave the same, a rule of this version differs: start "
+            "a new run, or go on from that checkpoint with scripts.mid_train"
         )
     verify(folder, meta, meta["files"], runtime)
     _load_weights(folder, model)

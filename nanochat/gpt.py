@@ -139,7 +139,8 @@ def extend_context(
     the first base and the first context length, so extending twice gives exactly what extending
     once to the final length gives. Layers with a window keep their base and window, because they
     look no farther than before. rope_scaling="none" keeps the base, for comparison. The present
-    length returns the configuration unchanged; a shorter one raises UserError.
+    length returns the configuration unchanged; a shorter one, or head_dim 2 with "abf", raises
+    UserError.
 
     >>> twice = extend_context(extend_context(GPTConfig(64), 4096), 8192)
     >>> twice == extend_context(GPTConfig(64), 8192)
@@ -156,6 +157,11 @@ def extend_context(
     first_base = config.trained_rope_base or config.rope_base
     base = config.rope_base
     if rope_scaling == "abf":
+        if config.head_dim == 2:
+            raise UserError(
+                "a context cannot be extended by abf with head_dim 2: no rotary pair is slower than "
+                "the first; use --rope-scaling none"
+            )
         base = extended_base(first_base, config.head_dim, first_length, new_length)
     return replace(
         config,

@@ -78,6 +78,13 @@ def test_only_the_base_of_full_attention_is_raised() -> None:
     torch.testing.assert_close(*slowest)
 
 
+def test_a_head_of_one_pair_cannot_be_extended_by_its_base() -> None:
+    narrow = replace(CONFIG, head_dim=2)
+    with pytest.raises(UserError, match="head_dim 2.*--rope-scaling none"):
+        extend_context(narrow, 1024)
+    assert extend_context(narrow, 1024, "none").rope_base == narrow.rope_base
+
+
 @pytest.mark.parametrize("path", [(512, 2048), (300, 777, 2048), (256, 257, 1024, 2048)])
 @pytest.mark.parametrize("first", ["abf", "none"])
 def test_extending_in_steps_is_extending_once(path: tuple[int, ...], first: Any) -> None:

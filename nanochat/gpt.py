@@ -159,7 +159,7 @@ def extend_context(
     if rope_scaling == "abf":
         if config.head_dim == 2:
             raise UserError(
-                "a context cannot be extended by abf with head_dim 2: no rotary pair is slower than "
+                "a context cannot be extended by abf with head_dim 2: no pair is slower than "
                 "the first; use --rope-scaling none"
             )
         base = extended_base(first_base, config.head_dim, first_length, new_length)

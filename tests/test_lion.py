@@ -1,5 +1,6 @@
 """Lion's update, against its definition, element by element."""
 
+import pytest
 import torch
 
 from nanochat.config import Learning
@@ -7,7 +8,7 @@ from nanochat.gpt import GPT, config_from_depth
 from nanochat.hardware import Machine
 from nanochat.lion import lion_update
 from nanochat.memory import Shape, estimate_memory
-from nanochat.optim import Hypers, Optimizer, parameter_rules
+from nanochat.optim import KINDS, Hypers, Optimizer, parameter_rules
 
 
 def test_lion_is_the_papers_algorithm() -> None:
@@ -29,28 +30,38 @@ def test_lion_is_the_papers_algorithm() -> None:
     torch.testing.assert_close(momentum, torch.tensor(m))
 
 
-def test_matrices_may_have_any_rule_and_the_loss_falls() -> None:
-    config = config_from_depth(2, 64, aspect_ratio=16, head_dim=16, context_length=32)
+CONFIG = config_from_depth(2, 64, aspect_ratio=16, head_dim=16, context_length=32)
+
+
+def trained(kind: str, lr: float) -> tuple[float, int]:
+    """The loss after 11 steps on one batch, and the bytes of optimizer state."""
     ids = torch.randint(0, 64, (4, 33), generator=torch.Generator().manual_seed(1))
-    inputs, targets = ids[:, :-1], ids[:, 1:]
-    states = {}
-    for kind, lr in (("muon", 0.02), ("adamw", 0.003), ("lion", 0.0003)):
-        model = GPT(config).init_weights(0)
-        learning = Learning(matrix_optimizer=kind, matrix_lr=lr)  # type: ignore[arg-type]
-        rules = parameter_rules(model, learning, width=config.n_embd)
-        optimizer = Optimizer(model, rules, muon_dtype=torch.float32)
-        losses = []
-        for _ in range(12):
-            loss = model.nll(inputs, targets).mean()
-            loss.backward()
-            losses.append(loss.item())
-            optimizer.step(Hypers())
-            optimizer.zero_grad()
-        assert losses[-1] < losses[0] - 0.5, kind
-        states[kind] = optimizer.state_bytes()
+    model = GPT(CONFIG).init_weights(0)
+    learning = Learning(matrix_optimizer=kind, matrix_lr=lr)  # type: ignore[arg-type]
+    rules = parameter_rules(model, learning, width=CONFIG.n_embd)
+    optimizer = Optimizer(model, rules, muon_dtype=torch.float32)
+    for _ in range(12):
+        loss = model.nll(ids[:, :-1], ids[:, 1:]).mean()
+        loss.backward()
+        optimizer.step(Hypers())
+        optimizer.zero_grad()
+    return loss.item(), optimizer.state_bytes()
+
+
+RATES = {"muon": 0.02, "adamw": 0.003, "lion": 0.003}
+"""What the help advises."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_matrices_learn_by_any_rule(kind: str) -> None:
+    """The other parameters alone take the loss from 4.16 to 1.33, so that is what it must beat."""
+    frozen, _ = trained(kind, 0.0)
+    assert trained(kind, RATES[kind])[0] < frozen - 0.2
+
+
+def test_lion_needs_less_memory_than_adamw() -> None:
+    states = {kind: trained(kind, 0.0)[1] for kind in ("adamw", "lion")}
     assert states["lion"] < states["adamw"]
-    planned = {
-        kind: estimate_memory(config, Shape(1, 32), Machine("cpu", torch.float32), kind)
-        for kind in states
-    }
+    machine = Machine("cpu", torch.float32)
+    planned = {kind: estimate_memory(CONFIG, Shape(1, 32), machine, kind) for kind in states}
     assert planned["lion"]["optimizer shard"] < planned["adamw"]["optimizer shard"]

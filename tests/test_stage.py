@@ -116,7 +116,7 @@ def test_a_fresh_start_begins_its_log_anew(run: Callable[..., Stage], folder: Pa
     [
         ({"depth": 3}, r"another model: it has .*n_layer.*resume with the same model flags"),
         ({"context_length": 32}, "another model"),
-        ({"depth": 3}, "a rule of this version differs: .* with scripts.mid_train"),
+        ({"depth": 3}, r"a rule of this version differs: .* with scripts.mid_train"),
         (
             {"learning": {"matrix_optimizer": "lion"}},
             "--matrix-optimizer muon, not of lion; resume with --matrix-optimizer muon",

@@ -80,7 +80,7 @@ def test_only_the_base_of_full_attention_is_raised() -> None:
 
 def test_a_head_of_one_pair_cannot_be_extended_by_its_base() -> None:
     narrow = replace(CONFIG, head_dim=2)
-    with pytest.raises(UserError, match="head_dim 2.*--rope-scaling none"):
+    with pytest.raises(UserError, match=r"head_dim 2.*--rope-scaling none"):
         extend_context(narrow, 1024)
     assert extend_context(narrow, 1024, "none").rope_base == narrow.rope_base
 

@@ -2,13 +2,13 @@
 
 S matrices of one shape, R rows, C columns, W ranks
 
-Parameters live in padded buffers. A buffer with its gradients and state is a `Unit`. All matrices
-of one shape that Muon updates form a stack (S', R, C), with S' a multiple of W. Each large tensor
-that AdamW updates is row-padded to (R', ...), with R' a multiple of W. `parameter.data` and
-`parameter.grad` are views of these buffers, so gradients are reduce-scattered and parameters
-all-gathered without a copy, and any number of ranks works. A rank updates its own contiguous share
-only, and keeps optimizer state for it only. Small AdamW tensors are all-reduced, and every rank
-updates them.
+Parameters live in padded buffers. A buffer with its gradients and state is a `Unit`. Matrices of
+one shape form a stack (S', R, C), with S' a multiple of W, if their rule works on stacks (Muon).
+Each other large tensor is row-padded to (R', ...), with R' a multiple of W. A rank's part of a unit
+is its `Share`. `parameter.data` and `parameter.grad` are views of these buffers, so gradients are
+reduce-scattered and parameters all-gathered without a copy, and any number of ranks works. A rank
+updates its own contiguous share only, and keeps optimizer state for it only. Other small tensors
+are all-reduced, and every rank updates them.
 
 Gradients are summed over ranks, not averaged: the loss is already divided by the global count of
 targets. At world size 1 the same code runs and the collectives are skipped.
@@ -33,7 +33,7 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 SMALL = 4096
-"""Largest number of elements of an AdamW tensor that every rank updates instead of a share."""
+"""Largest number of elements of an unstacked tensor that every rank updates instead of a share."""
 
 
 @dataclass(frozen=True)

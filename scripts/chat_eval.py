@@ -239,7 +239,7 @@ def load_examples(spec: str, task: Task, shots: int, **options: Any) -> list[Con
     if shots == 0:
         return []
     try:
-        source = build(spec, task.EXAMPLES, **options)
+        source = build(spec, task.SHOTS_FROM, **options)
     except UserError as error:
         raise UserError(f"--shots {shots}: {spec} has no examples to show ({error})") from error
     kept: dict[str, list[Conversation]] = defaultdict(list)

@@ -45,7 +45,7 @@ class Task(ABC):
     """True if there is a split val that shares no content with train."""
     BY_KIND: ClassVar[bool] = False
     """True if rows have a `kind`; results are then reported by kind, with some of the answers."""
-    EXAMPLES: ClassVar[str] = "train"
+    SHOTS_FROM: ClassVar[str] = "train"
     """Split whose rows are shown as solved examples before a problem."""
 
     def __init__(self, name: str, split: str):

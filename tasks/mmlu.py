@@ -15,7 +15,7 @@ class MMLU(HubTask):
     """`cais/mmlu`; splits train (the auxiliary 100k), val, dev and test (14k)."""
 
     eval_type = "categorical"
-    EXAMPLES = "dev"
+    SHOTS_FROM = "dev"
 
     def __init__(self, split: str):
         config, hub_split = _SPLITS.get(split, ("all", split))

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from nanochat.cli import parse
+from nanochat.optim import KINDS
+from tasks.common import Task
+from tasks.registry import TASKS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -91,6 +94,38 @@ def test_what_does_not_exist_is_found() -> None:
         "extend_context", "Optimizer.step", "NANOCHAT_ANYTHING", "--flag", "bbe", "a sentence.",
     ):  # fmt: skip
         assert missing(span) is None, span
+
+
+def test_every_file_is_in_the_map() -> None:
+    """By its name, in a code span of a table."""
+    map_ = "\n".join(
+        line
+        for line in (ROOT / "docs/design.md").read_text("utf-8").splitlines()
+        if line[:1] == "|"
+    )
+    named = set(re.findall(r"`([\w./]+)`", map_))
+    code = [f for f in files() if re.match(r"(nanochat|tasks|scripts)/.*\.(py|sh|bash)$", f)]
+    wanted = {Path(f).name for f in code} - {"__init__.py"}
+    assert not wanted - {Path(name).name for name in named}
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_every_task_and_every_optimizer_is_named(page: str) -> None:
+    known = set(re.findall(r"\w+", (ROOT / page).read_text("utf-8")))
+    assert not {*TASKS, *KINDS} - known
+
+
+def test_every_task_with_rewards_is_in_the_page_on_rl() -> None:
+    page = (ROOT / "docs/rl.md").read_text("utf-8")
+    judged = [
+        name
+        for name, entry in TASKS.items()
+        if getattr(entry.constructor, "eval_type", "") == "generative"
+        and getattr(entry.constructor, "evaluate", None) is not Task.evaluate
+    ]
+    assert len(judged) > 5
+    test_only = {"first_contact", "humaneval"}
+    assert not [name for name in judged if f"`{name}`" not in page and name not in test_only]
 
 
 def commands(page: Path) -> list[str]:

@@ -310,7 +310,7 @@ def test_every_problem_is_a_line_and_stages_are_compared(
 class Exam(Choosing):
     """Questions of two subjects; the examples of each tell its name."""
 
-    EXAMPLES = "dev"
+    SHOTS_FROM = "dev"
 
     def __init__(self, split: str = "test"):
         super().__init__(size=12)

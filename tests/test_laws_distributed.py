@@ -3,6 +3,7 @@
 Two conversation stores with ragged masks are trained on by the real loader, model and optimizer.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -76,13 +77,13 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
 LEARNING = Learning(embedding_lr=0.01, scalar_lr=0.02)
 
 
-def make(runtime: Runtime) -> tuple[GPT, Optimizer]:
+def make(runtime: Runtime, learning: Learning = LEARNING) -> tuple[GPT, Optimizer]:
     model = GPT(CONFIG).init_weights(0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # every parameter gets a gradient from the first step
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator) * 0.1)
-    rules = parameter_rules(model, LEARNING, width=24, weight_decay=0.1)
+    rules = parameter_rules(model, learning, width=24, weight_decay=0.1)
     return model, Optimizer(
         model,
         rules,
@@ -124,8 +125,10 @@ HYPERS = (Hypers(0.3, 0.85), Hypers(1.0, 0.9), Hypers(0.6, 0.95))
 # Laws 2 and 3
 
 
-def train(runtime: Runtime, stores: Path, micro_batches: int) -> dict[str, Any]:
-    model, optimizer = make(runtime)
+def train(
+    runtime: Runtime, stores: Path, micro_batches: int, learning: Learning = LEARNING
+) -> dict[str, Any]:
+    model, optimizer = make(runtime, learning)
     loader = make_loader(runtime, stores, micro_batches)
     losses, prints, targets = [], [], []
     for hypers in HYPERS:
@@ -182,6 +185,18 @@ def test_all_ranks_are_identical_after_every_step(
         assert other["prints"] == first["prints"]
         assert other["losses"] == first["losses"], "all ranks report the loss of the whole step"
         assert other["bpb"] == first["bpb"]
+
+
+def test_lion_is_sharded_like_the_other_rules(stores: Path) -> None:
+    """It moves by signs, so an entry whose gradient is mostly rounding may go the other way."""
+    lion = dataclasses.replace(LEARNING, matrix_optimizer="lion", matrix_lr=0.003)
+    (alone,) = processes.run_ranks(train, 1, stores, 4, lion)
+    first, *others = processes.run_ranks(train, 3, stores, 2, lion)
+    assert len(set(first["prints"])) == len(HYPERS)
+    assert all(other["prints"] == first["prints"] for other in others)
+    for name, value in alone["parameters"].items():
+        near = torch.isclose(first["parameters"][name], value, rtol=1e-4, atol=2e-4)
+        assert near.float().mean() > 0.98, name
 
 
 def diverge(runtime: Runtime) -> tuple[str, str] | None:

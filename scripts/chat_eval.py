@@ -146,7 +146,7 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, record.Measurement]:
                 runtime.print(f"{spec}: {accuracy:.4f}, kept from an earlier run")
     todo = {spec: task for spec, task in tasks.items() if spec not in results}
     if todo:
-        model, tokenizer, meta = load_model(cfg.source, runtime, step=cfg.step)
+        model, _, meta = load_model(cfg.source, runtime, step=cfg.step, tokenizer=tokenizer)
     title = f"{meta['stage']}/{meta['tag']} step {meta['step']}"
     runtime.print(f"{title}: {', '.join(todo) or 'all tasks are measured'}")
     for spec, task in todo.items():

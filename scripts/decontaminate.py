@@ -20,7 +20,6 @@ delete the store and encode the corpus again.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from nanochat.conversation import parts as message_parts
 from nanochat.data.hub import open_corpus
 from nanochat.data.overlap import Item, NgramIndex, drop_documents, look_through
 from nanochat.data.store import TokenStore
+from nanochat.data.workers import cpus
 from nanochat.errors import UserError
 from nanochat.tokenizer import Tokenizer
 from tasks.common import Conversation, HubTask, Task
@@ -81,7 +81,7 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
     reports = {}
     for store in stores:
         tokenizer = Tokenizer.find(store.meta["tokenizer_hash"])
-        report = look_through(store, tokenizer, index, cfg.workers or os.cpu_count() or 1)
+        report = look_through(store, tokenizer, index, cfg.workers or cpus())
         runtime.console.print(make_table(report))
         share = report["contaminated"] / report["documents"]
         runtime.print(

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nanochat.data.corpus import Split
-from nanochat.data.encode import _cpus, encode_split
+from nanochat.data.encode import encode_split
 from nanochat.data.hub import open_corpus
 from nanochat.data.store import TokenStore
+from nanochat.data.workers import cpus
 from nanochat.errors import BadRows, UserError
 from nanochat.tokenizer import Tokenizer
 
@@ -50,7 +51,7 @@ def main(cfg: Config, runtime: Runtime) -> dict[Split, TokenStore]:
     stores: dict[Split, TokenStore] = {}
     splits: tuple[Split, Split] = ("val", "train")  # the small one first: it shows mistakes early
     for split in splits:
-        store = encode_split(corpus, split, tokenizer, cfg.workers or _cpus(), tell=runtime.print)
+        store = encode_split(corpus, split, tokenizer, cfg.workers or cpus(), tell=runtime.print)
         stores[split] = store
         if cfg.verify:
             store.verify()

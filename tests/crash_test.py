@@ -45,7 +45,7 @@ STEPS_PER_KILL = 12
 """Steps of the whole run per kill: so that it is not over before the last kill."""
 MOMENTS = ("save", "any", "step")
 DOCUMENTS, FILES = 2000, 4
-"""Of the corpus that the data commands read."""
+"""Documents of the corpus that the data commands read."""
 
 COMMON = "--device cpu --dtype float32 --resume --tag crash --keep-last 0 --eval-every 0"
 BATCHES = (

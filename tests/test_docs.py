@@ -27,7 +27,7 @@ ELSEWHERE = {"report.md", "report.html", "out.html", "page.html", "reverse.py"}
 
 @cache
 def files() -> list[str]:
-    """Of the project: a repository next to a virtual environment holds more than that."""
+    """Files of the project: a repository next to a virtual environment holds more than that."""
     folders = [
         p for p in ROOT.iterdir() if p.is_dir() and (p.name[0] != "." or p.name == ".github")
     ]

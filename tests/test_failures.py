@@ -328,7 +328,7 @@ launch(main, Config, None)
 
 
 def test_torchrun_restarts_the_job_and_quotes_the_reason(tmp_path: Path) -> None:
-    """Its store outlives the first attempt: the second must read nothing of it."""
+    """The store outlives the first attempt: the second must read nothing of it."""
     script = tmp_path / "job.py"
     script.write_text(TORCHRUN_JOB)
     root = Path(__file__).parent.parent

@@ -57,7 +57,7 @@ class Recorder(Optimizer):
 
 
 def gradients(dtype: torch.dtype, scale: LossScale | None) -> torch.Tensor:
-    """Of a step whose targets are shared among a million of other ranks."""
+    """Gradients of a step whose targets are shared among a million of other ranks."""
     rank = runtime.single()
     model, _ = make(dtype, rank)
     optimizer = Recorder(model, parameter_rules(model, Learning(), width=16))

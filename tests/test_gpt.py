@@ -123,7 +123,7 @@ def test_rows_are_independent() -> None:
 
 
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 64 tokens, in blocks of 16."""
+    """Rows of 64 tokens, in blocks of 16."""
     monkeypatch.setitem(head_loss.LOGITS_PER_CHUNK, "cpu", 1)
     monkeypatch.setitem(head_loss.LOGITS_PER_BLOCK, "cpu", 1)
 

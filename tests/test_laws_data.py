@@ -93,7 +93,7 @@ def test_an_epoch_is_exact(case: dict[str, Any]) -> None:
 
 
 def test_documents_never_run_into_each_other(mixture: list[Source]) -> None:
-    """Where there is a target, the next position belongs to the same document."""
+    """The position after a target belongs to the same document."""
     loader = DataLoader(mixture, batch_size=4, sequence_length=32, window=16, epochs=2)
     for batch in loader:
         boundary = batch.doc_ids[:, 1:] != batch.doc_ids[:, :-1]

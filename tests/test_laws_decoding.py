@@ -110,7 +110,7 @@ def test_engine_equals_full_recomputation(variant: str) -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_sample_does_not_depend_on_its_company(temperature: float) -> None:
-    """Alone, among others, in any slot, at any batch size, in chunks or not: the same tokens."""
+    """The tokens are the same alone, among others, in any slot, batch size and chunking."""
     model = ToolCaller(tiny_model())
     tokenizer = tiny_tokenizer()
     prompts = [random_ids(n, n) for n in (5, 40, 12, 1, 30, 8)]

@@ -83,7 +83,7 @@ def test_estimate() -> None:
 
 
 def test_each_rule_has_a_memory_of_its_own() -> None:
-    """In the estimate, in the rows that fit, and in the advice."""
+    """The option counts in the estimate, in the rows that fit, and in the advice."""
     config = config_from_depth(12, 4096, context_length=64)
     needed = {kind: estimate_memory(config, Shape(4, 64), CPU, kind) for kind in KINDS}
     temporaries = {kind: parts["optimizer temporaries"] for kind, parts in needed.items()}

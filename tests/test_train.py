@@ -212,7 +212,7 @@ def test_a_non_finite_loss_stops_before_the_update(bad: float) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_non_finite_gradient_stops_before_the_update(bad: float) -> None:
-    """Also where the loss is finite: it would be in the weights, and in the next checkpoint."""
+    """The loss may be finite: the gradient would be in the weights, and in the next checkpoint."""
     model, optimizer = make()
     train_step(model, optimizer, [batch(4)], Hypers(), RUNTIME)
     before, state = parameters(model), optimizer.state_dict(host_copy=True)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import pickle
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from rich.console import Console
 
 from nanochat import conversation, paths
 from nanochat.data.store import VERSION, StoreWriter, TokenStore, merge_stores
-from nanochat.data.workers import in_processes
+from nanochat.data.workers import cpus, in_processes
 from nanochat.errors import BadRows, UserError
 from nanochat.progress import progress_bar
 from nanochat.tokenizer import SystemStyle, Tokenizer, pack_mask
@@ -106,7 +105,7 @@ def _build(
     num_workers: int | None,
 ) -> TokenStore:
     where = f"{task.name}/{task.split}"
-    workers = num_workers or os.cpu_count() or 1
+    workers = num_workers or cpus()
     if len(task) < _PARALLEL_FROM or workers == 1 or not _can_pickle(task):
         with StoreWriter(folder, with_mask=True, **made_from) as writer:
             skipped = _render_rows(writer, task, tokenizer, range(len(task)), settings, where)

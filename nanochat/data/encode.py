@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
-import os
 import shutil
 from array import array
 from collections import deque
@@ -237,9 +236,3 @@ def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
         # array reads a list about three times as fast as numpy does.
         documents.append(np.frombuffer(array("I", ids), dtype=np.uintc))
     return documents
-
-
-def _cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

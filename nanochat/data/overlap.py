@@ -6,6 +6,7 @@ import re
 import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -254,9 +255,15 @@ def _results(
     yield from in_processes(_scan_job, state, jobs, workers, remedy)
 
 
+@lru_cache(maxsize=1)
+def _opened(folder: Path) -> TokenStore:
+    """Open the store once in each process."""
+    return TokenStore.open(folder)
+
+
 def _scan_job(state: tuple[Path, Tokenizer, NgramIndex], job: range) -> Found:
     folder, tokenizer, index = state
-    return scan(TokenStore.open(folder), tokenizer, index, job)
+    return scan(_opened(folder), tokenizer, index, job)
 
 
 def scan(store: TokenStore, tokenizer: Tokenizer, index: NgramIndex, documents: range) -> Found:

@@ -1,6 +1,7 @@
 """Worker processes that run one function on many jobs."""
 
 import multiprocessing
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -61,6 +62,13 @@ def in_processes(
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def cpus() -> int:
+    """Count the processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 _worker: tuple[Callable[[Any, Any], Any], Any, Any]

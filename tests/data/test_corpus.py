@@ -254,7 +254,7 @@ def test_long_text_without_blank_lines_is_cut_at_line_ends(tmp_path: Path) -> No
 
 
 def compressed(data: bytes, end: str) -> bytes:
-    """As `gzip` or `zstd` would write it, in two members: `cat a.gz b.gz` is a .gz file too."""
+    """Compress as `gzip` or `zstd` would, in two members: `cat a.gz b.gz` is a .gz file too."""
     half = len(data) // 2
     if end == ".gz":
         return gzip.compress(data[:half]) + gzip.compress(data[half:])
@@ -339,7 +339,7 @@ def test_a_compressed_file_that_was_cut_off(tmp_path: Path, name: str, end: str)
 
 @pytest.mark.parametrize("size", [20_000, 200_000])
 def test_a_line_without_an_end_is_cut_at_word_ends(tmp_path: Path, size: int) -> None:
-    """As in text8, which is one line of 100 MB."""
+    """Texts like text8, which is one line of 100 MB."""
     text = ("the king said to his men " * size)[:size]
     (tmp_path / "text8.txt").write_text(text)
     corpus = open_corpus(str(tmp_path / "text8.txt"))

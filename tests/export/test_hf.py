@@ -54,7 +54,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @cache
 def tiny_tokenizer() -> Tokenizer:
-    """Its size is no multiple of 64, so that the model has padding rows."""
+    """The vocabulary's size is no multiple of 64, so that the model has padding rows."""
     return Tokenizer.train([TEXT] * 3, 300)
 
 

@@ -472,7 +472,7 @@ def test_reset_after_a_failed_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_cache_follows_the_requests() -> None:
-    """Its size is that of what is asked for, not of the context; nothing stays when idle."""
+    """The cache's size follows the requests, not the context; nothing stays when idle."""
     model = tiny_model(context_length=4096)
     engine = Engine(model, tiny_tokenizer())
     per_slot = 2 * 3 * 2 * 8 * 4  # keys and values, layers, heads, head dim, bytes

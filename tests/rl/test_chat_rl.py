@@ -231,7 +231,7 @@ def test_the_rewarded_answer_is_learned_on_held_out_prompts(folder: Path, update
 def test_the_denominator_is_every_sampled_token(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of all finished answers, those of groups with nothing to tell included."""
+    """The log counts all finished answers, those of groups with nothing to tell included."""
     latest_groups: list[Group] = []
     divisors, expected, targets = [], [], []
     roll_out, train_step = policy.roll_out, policy.train_step

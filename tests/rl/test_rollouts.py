@@ -385,7 +385,7 @@ def test_kl_of_a_model_to_itself_is_zero_and_of_others_is_right() -> None:
 
 
 class Recorder:
-    """In the optimizer's place: keeps the gradient, changes nothing."""
+    """Stand-in for the optimizer: keeps the gradient, changes nothing."""
 
     def __init__(self, model: GPT):
         self.model, self.steps = model, 0
@@ -464,7 +464,7 @@ def tool_bandit() -> tuple[GPT, dict[str, list[int]], dict[str, list[int]]]:
 
 
 def log_probability(model: GPT, ids: Sequence[int], mask: Sequence[int]) -> torch.Tensor:
-    """Of the sampled tokens of a completion, with gradient; from the plain logits."""
+    """Log-probabilities of a completion's sampled tokens, with gradient, by the plain logits."""
     start = prompt().ids
     logits = model(torch.tensor([[*start, *ids]]))[0] / TEMPERATURE  # (T, V)
     logp = logits.log_softmax(-1)
@@ -477,7 +477,7 @@ def exact_gradient(
     masks: Mapping[str, Sequence[int]],
     objective: Callable[[dict[str, torch.Tensor]], torch.Tensor],
 ) -> torch.Tensor:
-    """Of `objective` of the arms' probabilities, over all parameters."""
+    """Gradient of `objective` of the arms' probabilities, over all parameters."""
     model.zero_grad(set_to_none=True)
     p = {arm: log_probability(model, ids, masks[arm]).exp() for arm, ids in completions.items()}
     assert sum(p.values()).item() == pytest.approx(1, abs=1e-2)  # type: ignore[union-attr]

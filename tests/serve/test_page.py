@@ -171,7 +171,7 @@ class Page:
         return self.texts("article.user .body")
 
     def texts(self, css: str) -> list[str]:
-        """In one go: while an answer comes, its nodes are replaced at any moment."""
+        """Read in one go: while an answer comes, its nodes are replaced at any moment."""
         script = "return [...document.querySelectorAll(arguments[0])].map((n) => n.innerText)"
         return list(self.browser.execute_script(script, css))
 
@@ -413,7 +413,7 @@ def test_model_text_is_only_text(page: Page) -> None:
 
 
 def test_copy(page: Page) -> None:
-    """Also where the browser keeps its clipboard from the page, as over plain HTTP."""
+    """Copying works where the browser keeps its clipboard from the page, as over plain HTTP."""
     page.choose("markdown")
     page.send("hi")
     page.answered()

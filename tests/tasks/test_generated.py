@@ -116,7 +116,7 @@ def test_a_well_formed_answer_can_be_judged(kind: str, wrong: str, unreadable: s
 
 @pytest.mark.parametrize("kind", ["bee", "arithmetic"])
 def test_tool_outputs_are_what_the_calculator_says(kind: str):
-    """In training the model sees just what the engine will insert."""
+    """Training shows the model just what the engine will insert."""
     calls = 0
     for conversation in make(kind, "train", size=200):
         content = parts(conversation["messages"][-1])
@@ -239,7 +239,7 @@ def test_counting():
 
 
 def test_every_letter_is_a_token_of_its_own(corpus_tokenizer: Any):
-    """In the answer and in the call, whatever merges the tokenizer has learned."""
+    """Letters are tokens in answer and call, whatever merges the tokenizer has learned."""
     encode, decode = corpus_tokenizer.encode, corpus_tokenizer.decode
     assert len(encode("banished")) < 5, "the tokenizer merges letters"
     for word in ("banished", "strawberry", "tester", "mother", "dream", "less"):

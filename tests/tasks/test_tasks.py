@@ -455,7 +455,7 @@ def test_humaneval(home: Path):
 
 
 def test_the_canonical_solutions_pass(real_hub: Path, monkeypatch: pytest.MonkeyPatch):
-    """In the whole sandbox, where numpy works too."""
+    """Runs in the whole sandbox, where numpy works too."""
     if not (real_hub / "openai/openai_humaneval").is_dir():
         pytest.skip(f"{real_hub} has no openai/openai_humaneval")
     if missing := [f"{k}: {v}" for k, v in layer_report().items() if v != "active"]:

@@ -752,7 +752,7 @@ def test_disk_bomb_is_ended_and_cleared(name: str) -> None:
 
 @pytest.mark.parametrize("name", LINUX_DISK_BOMBS)
 def test_disk_bomb_out_of_sight_is_ended_and_cleared(name: str, sandboxes: Path) -> None:
-    """Also without root's capabilities: as an ordinary user, who cannot look into every folder."""
+    """Limits hold for an ordinary user too, who cannot look into every folder."""
     if not sys.platform.startswith("linux"):
         pytest.skip("unlinked files are looked for on Linux only")
     code = "import os, time\n" + textwrap.dedent(LINUX_DISK_BOMBS[name])

@@ -367,7 +367,7 @@ def quoted(word: str, random: Random, split: str = "train") -> str:
     bare = random.random() < (BARE_SHARE if split == "train" else BARE_SHARE_HELD_OUT)
     style = random.random()
     if bare:
-        return word.capitalize() if style < 0.1 else word.upper() if style < 0.13 else word
+        return word.capitalize() if style < 0.2 else word.upper() if style < 0.25 else word
     if style < 0.62:
         return f'"{word}"'
     return (

@@ -12,8 +12,10 @@ from tasks.asking import Ways, ask, expand
 from tasks.common import split_of
 
 MAX_NUMBER = 1000
-WORDS_SHARE = 0.35
-"""Share of the small numbers that are written in words."""
+WORDS_SHARE = 0.4
+"""Share of the sums whose numbers up to a hundred are written in words; a few mix both."""
+ROUND_SHARE = 0.15
+"""Share of the numbers that are round (30, 400, 1000), which people type more often than others."""
 
 SUMS = Ways(
     train=(
@@ -112,7 +114,9 @@ def in_words(number: int) -> str:
 
 
 def draw_number(random: Random, low: int = 0) -> int:
-    """Draw a number; each number of digits occurs, small numbers more often."""
+    """Draw a number; each number of digits occurs, small and round numbers more often."""
+    if random.random() < ROUND_SHARE:
+        return random.choice((10, 100, 100)) * random.randint(1, 10)
     largest = random.choice((9, 12, 20, 99, 99, 100, 999, 999, MAX_NUMBER))
     return random.randint(min(low, largest), largest)
 
@@ -150,12 +154,13 @@ def _draw_sum(random: Random) -> tuple[str, str, str]:
         said, call = random.choice(list(OF_ONE.items()))
         a = draw_number(random, 1) * (12 if "/" in call and random.random() < 0.8 else 1)
         a = min(a, MAX_NUMBER) if "/" not in call else a % 996 + 12 - a % 996 % 12
-        return shape, said.format(a=_shown(a, random)), call.format(a=a)
+        return shape, said.format(a=_shown([a], random)[0]), call.format(a=a)
     if shape == "asked":
-        return sign, f"{_shown(a, random)} {_shown(b, random)}", f"{a}{sign}{b}"
+        return sign, "\t".join(_shown([a, b], random)), f"{a}{sign}{b}"
     if shape == "words":
         said = expand(random.choice(WORDED[sign]), random)
-        return shape, said.format(a=_shown(a, random), b=_shown(b, random)), f"{a}{sign}{b}"
+        first, other = _shown([a, b], random)
+        return shape, said.format(a=first, b=other), f"{a}{sign}{b}"
     if shape == "signs":
         spoken = random.choice(SIGNED[sign])
         return shape, _joined(str(a), spoken, str(b), random), f"{a}{sign}{b}"
@@ -178,15 +183,23 @@ def _draw_sum(random: Random) -> tuple[str, str, str]:
 def ask_sum(random: Random, split: str, shape: str, said: str) -> str:
     """Write a message that asks for a sum of `draw_sum`."""
     if shape in REQUESTED:
-        a, b = said.split(" ")
+        a, b = said.split("\t")  # "one hundred" has a space
         return ask(random, split, REQUESTED[shape], {"a": a, "b": b})
     return ask(random, split, SUMS, {"sum": said})
 
 
-def _shown(number: int, random: Random) -> str:
-    if number > 100 or random.random() >= WORDS_SHARE:
-        return str(number)
-    return in_words(number).replace("a hundred", random.choice(("hundred", "one hundred")))
+def _shown(numbers: list[int], random: Random) -> list[str]:
+    """Write numbers in digits, or those up to a hundred in words; one in ten is written the other
+    way than its neighbour."""
+    worded = random.random() < WORDS_SHARE
+    shown = []
+    for number in numbers:
+        if number > 100 or worded == (random.random() < 0.1):
+            shown.append(str(number))
+        else:
+            hundred = random.choice(("a hundred", "hundred", "one hundred"))
+            shown.append(in_words(number).replace("a hundred", hundred))
+    return shown
 
 
 def _joined(a: str, sign: str, b: str, random: Random, tight: bool | None = None) -> str:

@@ -89,6 +89,19 @@ def test_plain_sums_are_what_their_messages_say(split: str):
     assert min(sum(sign in call for call in calls) for sign in "+-*/(") > 15
 
 
+def test_a_hundred_in_words_may_be_any_number_of_a_sum():
+    """`one hundred` has a space, and a request names its two numbers in places of their own."""
+    asked = set()
+    for i in range(20_000):
+        random = Random(i)
+        shape, said, call = sums.draw_sum(random, "train")
+        if "hundred" in said:
+            assert "hundred" in sums.ask_sum(random, "train", shape, said).lower()
+            assert "100" in call
+            asked.add(shape)
+    assert asked >= {"+", "-", "*", "/", "words"}
+
+
 @pytest.mark.parametrize(
     ("said", "call"),
     [("take 4 from 19", "19-4"), ("divide 12 by 3", "12/3"), ("add 2 to 3", "2+3")],

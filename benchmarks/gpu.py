@@ -12,6 +12,7 @@ shapes on the CPU; lines that need CUDA are left out, which is recorded.
 import argparse
 import functools
 import gc
+import itertools
 import json
 import os
 import shlex
@@ -356,7 +357,11 @@ def attention(sizes: Sizes) -> Result:
 
 
 def masked_sdpa(sizes: Sizes) -> Result:
-    """Time attention over a cache in 20 shapes, by backend: the first call of each and the next."""
+    """Time attention over a cache in 20 shapes, by backend: the first call of each and the next.
+
+    Single tokens and prompts are measured apart: attend_cached keeps cuDNN from prompts, which
+    come in very many shapes, and leaves it to single tokens, which come in few.
+    """
     runtime = start(sizes)
     device = runtime.device
     H, D = (10, 128) if sizes.cuda else (2, 16)
@@ -365,18 +370,19 @@ def masked_sdpa(sizes: Sizes) -> Result:
         shapes = shapes[:3]
     backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     result: Result = {}
-    for name, chosen in (("all", [SDPBackend.CUDNN_ATTENTION, *backends]), ("no cuDNN", backends)):
+    ways = (("cuDNN", [SDPBackend.CUDNN_ATTENTION, *backends]), ("no cuDNN", backends))
+    for tokens, (name, chosen) in itertools.product((1, 96 if sizes.cuda else 2), ways):
         first, later = [], []
         for rows, slots in shapes:
-            q = torch.randn(rows, H, 1, D, device=device, dtype=runtime.dtype)
+            q = torch.randn(rows, H, tokens, D, device=device, dtype=runtime.dtype)
             k = torch.randn(rows, H, slots, D, device=device, dtype=runtime.dtype)
-            bias = torch.zeros(rows, 1, 1, slots, device=device, dtype=runtime.dtype)
+            bias = torch.zeros(rows, 1, tokens, slots, device=device, dtype=runtime.dtype)
             bias[..., slots // 2 :] = float("-inf")
             run = functools.partial(F.scaled_dot_product_attention, q, k, k, attn_mask=bias)
             with sdpa_kernel(chosen, set_priority=True):
                 first.append(milliseconds(run, device, 1, warm_up=0))
                 later.append(milliseconds(run, device, 5))
-        result[name] = {"first": first, "later": later}
+        result[f"{name}, {tokens} tokens"] = {"first": first, "later": later}
     return result
 
 

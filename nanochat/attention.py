@@ -13,6 +13,7 @@ B batch, T time, S cache slots, H query heads, K key/value heads, G = H / K, D h
 `attend_cached` reads a key/value cache with plain matrix products.
 """
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -22,10 +23,18 @@ from typing import Any, cast
 import torch
 import torch.nn.attention
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanochat.errors import UserError
 
 QUERY_BLOCK = 128
+
+PRODUCT_DEVICES = ("cpu",)
+"""Devices that attend over a cache by plain products. F.scaled_dot_product_attention takes 2-6
+times as long on a CPU."""
+
+KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Kernels that take masks and need no plan for a shape."""
 
 
 @dataclass
@@ -310,14 +319,18 @@ def attend_cached(
     """
     B, T, H, D = q.shape
     K = keys.shape[1]
-    if q.device.type != "cpu":
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), keys, values, attn_mask=bias, enable_gqa=H != K
-        )
-        return out.transpose(1, 2)
-    # Plain products, since F.scaled_dot_product_attention takes 2-6 times as long on a CPU.
     G = H // K
-    q = (q * D**-0.5).view(B, T, K, G, D).permute(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
-    scores = (q @ keys.transpose(2, 3)).view(B, K, G, T, -1) + bias[:, :, None]
-    out = scores.softmax(dim=-1).view(B, K, G * T, -1) @ values
+    out: torch.Tensor
+    # The queries that share a key/value head are further queries of that head.
+    q = q.view(B, T, K, G, D).permute(0, 2, 3, 1, 4).reshape(B, K, G * T, D)
+    if q.device.type in PRODUCT_DEVICES:
+        scores = ((q * D**-0.5) @ keys.transpose(2, 3)).view(B, K, G, T, -1) + bias[:, :, None]
+        out = scores.softmax(dim=-1).view(B, K, G * T, -1) @ values
+    else:
+        # cuDNN searches a plan for every new shape, which takes up to half a second. Single tokens
+        # come in few shapes (`rows.Slots`), prompts and options in very many.
+        with sdpa_kernel(KERNELS) if T > 1 else contextlib.nullcontext():
+            out = F.scaled_dot_product_attention(
+                q, keys, values, attn_mask=bias.repeat(1, 1, G, 1) if G > 1 else bias
+            )
     return out.view(B, K, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)

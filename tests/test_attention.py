@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from nanochat import attention
 from nanochat.attention import (
     QUERY_BLOCK,
     activate_flash_attention,
@@ -158,8 +160,12 @@ def test_plain_causal_rows_need_no_mask() -> None:
     assert layout.masks[4] is not None
 
 
-def test_cached_attention_equals_the_reference() -> None:
+@pytest.mark.parametrize("products", [("cpu",), ()])
+def test_cached_attention_equals_the_reference(
+    products: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The last queries of a row, over a cache that holds the whole row and garbage after it."""
+    monkeypatch.setattr(attention, "PRODUCT_DEVICES", products)
     q, k, v = random_heads(4, 2, T=20)
     garbage = torch.full((B, 2, 4, D), 1e4)
     keys, values = (torch.cat([t.transpose(1, 2), garbage], dim=2) for t in (k, v))
@@ -173,6 +179,25 @@ def test_cached_attention_equals_the_reference() -> None:
             rtol=1e-4,
             atol=1e-5,
         )
+
+
+def test_only_single_tokens_over_a_cache_may_use_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts come in ever new shapes, and cuDNN searches a plan for each."""
+    allowed = []
+
+    def kernel(q: torch.Tensor, *_: Any, attn_mask: torch.Tensor, **more: Any) -> torch.Tensor:
+        assert not more, "grouped heads are folded: no kernel with a mask but the slowest has them"
+        assert q.shape[2] == attn_mask.shape[2]
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return q
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
+    for new in (1, 3):
+        with torch.device("meta"):
+            q, keys = torch.empty(B, new, 4, D), torch.empty(B, 2, 24, D)
+            attend_cached(q, keys, keys, torch.empty(B, 1, new, 24))
+    assert allowed == [True, False]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 # The varlen backend: its layout anywhere, its shapes on meta tensors, its numbers on a GPU.

@@ -87,7 +87,8 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._prefill: Prefill | None = None
         fixed = getattr(model, "compiled_step", None) is not None
-        self._slots = Slots(max_slots, self.context_length, self._new_cache, fixed)
+        few_shapes = self.device.type != "cpu"
+        self._slots = Slots(max_slots, self.context_length, self._new_cache, few_shapes, fixed)
         self._rows = self._slots.rows  # the same list object, never replaced
         self._sampler: Sampler | None = None
         self._special = {tokenizer.special(n): n for n in tokenizer.SPECIAL_TOKENS}
@@ -334,7 +335,7 @@ class Engine:
             return
         self._slots.reserve(0)
         cache = self._slots.view()
-        # A fixed cache may have rows that are not in use.
+        # The cache may have rows that are not in use.
         unused = cache.batch_size - len(rows)
         ids = torch.tensor([[row.next_id] for row in rows] + [[0]] * unused).to(self.device)
         counts = None

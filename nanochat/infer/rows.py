@@ -43,12 +43,19 @@ class Row:
         return self.request.prompt + self.completion.ids
 
 
+def power_of_two(number: int) -> int:
+    """Round a number of at least 1 up to a power of two."""
+    return 1 << (number - 1).bit_length()
+
+
 class Slots:
     """The rows and their cache, which grows and shrinks with them.
 
-    new_cache(rows, capacity) makes a cache. fixed: the cache always has max_slots rows; its
-    capacity is doubled when it is too small, up to the context length; and it stays when there are
-    no rows. Compiled graphs need this, since each is made for one shape and one address.
+    new_cache(rows, capacity) makes a cache. few_shapes: steps run over 1, 2, 4, 8 ... rows (at most
+    max_slots), some of them unused, and the capacity is doubled when it is too small, up to the
+    context length. GPUs want this: cuDNN searches a plan for every new shape. fixed: in addition,
+    the cache always has max_slots rows, and stays when there are none. Compiled graphs need this,
+    since each is made for one shape and one address.
     """
 
     def __init__(
@@ -56,10 +63,12 @@ class Slots:
         max_slots: int,
         context_length: int,
         new_cache: Callable[[int, int], KVCache],
+        few_shapes: bool = False,
         fixed: bool = False,
     ):
         self.max_slots = max_slots
         self.context_length = context_length
+        self.few_shapes = few_shapes or fixed
         self.fixed = fixed
         self.rows: list[Row] = []
         self.cache: KVCache | None = None
@@ -113,7 +122,7 @@ class Slots:
         cache = self.cache
         count = 0 if cache is None else cache.batch_size
         capacity = 0 if cache is None else cache.capacity
-        if needed > capacity and self.fixed:
+        if needed > capacity and self.few_shapes:
             capacity = max(256, 1 << needed.bit_length()) - 1
             if capacity + 1 >= self.context_length:
                 capacity = self.context_length
@@ -125,6 +134,8 @@ class Slots:
             count = self.max_slots
         elif len(self.rows) > count:
             count = min(self.max_slots, max(len(self.rows) + waiting, 2 * count))
+            if self.few_shapes:
+                count = min(self.max_slots, power_of_two(count))
         if cache is None or (count, capacity) != (cache.batch_size, cache.capacity):
             self.cache = self._new_cache(count, capacity)
             if self.fixed:
@@ -136,10 +147,15 @@ class Slots:
             self._view = None
 
     def view(self) -> KVCache:
-        """Return the rows' part of the cache (all of it, if fixed), with the bounds of lengths."""
+        """Return the rows' part of the cache, with the bounds of lengths.
+
+        It has more rows than are in use if it is fixed, or must have one of few shapes.
+        """
         assert self.cache is not None
         if self._view is None:
-            self._view = self.cache if self.fixed else self.cache.head(len(self.rows))
+            rows = power_of_two(len(self.rows)) if self.few_shapes else len(self.rows)
+            rows = min(rows, self.cache.batch_size)
+            self._view = self.cache if self.fixed else self.cache.head(rows)
         positions = [row.position for row in self.rows]
         self._view.shortest, self._view.longest = min(positions), max(positions)
         return self._view

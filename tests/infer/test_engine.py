@@ -8,6 +8,7 @@ import tracemalloc
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import processes
@@ -389,6 +390,36 @@ def test_a_slow_tool_does_not_hold_up_other_rows() -> None:
 
 
 # Scheduling
+
+
+def steps_by_shape(few: bool, max_slots: int) -> tuple[set[tuple[int, int]], list[list[int]]]:
+    """Shapes (rows, slots) of steps of 64 answers of many lengths, and the greedy answers."""
+    shapes: set[tuple[int, int]] = set()
+
+    class Watched(Decoder):
+        def next_logits(self, ids: torch.Tensor, cache: KVCache, *counts: Any) -> torch.Tensor:
+            if ids.shape[1] == 1:
+                shapes.add((len(ids), cache.keys[0].shape[2]))
+            return super().next_logits(ids, cache, *counts)
+
+    rng = Random(0)
+    prompts = [[rng.randrange(256) for _ in range(rng.randint(2, 120))] for _ in range(64)]
+    params = [SamplingParams(temperature=0.0, max_tokens=rng.randint(2, 250)) for _ in prompts]
+    model = tiny_model(n_layer=1, windows=(0,), context_length=512)
+    engine = Engine(Watched(model), tiny_tokenizer(), max_slots=max_slots)
+    engine._slots.few_shapes = few
+    return shapes, [one.ids for (one,) in engine.generate(prompts, params)]
+
+
+@pytest.mark.parametrize("max_slots", [64, 24])
+def test_steps_on_a_gpu_have_few_shapes(max_slots: int) -> None:
+    """A row count is a power of two and the cache doubles; the answers are the same."""
+    many, expected = steps_by_shape(False, max_slots)
+    few, got = steps_by_shape(True, max_slots)
+    assert got == expected
+    assert len(many) > 3 * len(few)
+    assert {rows for rows, _ in few} <= {1, 2, 4, 8, 16, 32, 64, max_slots}
+    assert {slots for _, slots in few} <= {256, 520}
 
 
 def test_rows_are_freed_and_refilled() -> None:

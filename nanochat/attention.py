@@ -178,10 +178,9 @@ def attend(
         return _varlen(q, k, v, layout, window)
     mask = layout.masks[window]
     if layout.backend == "blocked":
-        blocked: torch.Tensor = BlockedAttention.apply(  # type: ignore[no-untyped-call]
+        return BlockedAttention.apply(  # type: ignore[no-untyped-call]
             q, k, v, mask, window
         )
-        return blocked
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),

@@ -5,8 +5,6 @@ On a CPU, PyTorch's own `rms_norm` and `relu(x).square()` are chains of simple o
 used.
 """
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 
@@ -22,14 +20,14 @@ def norm(x: torch.Tensor) -> torch.Tensor:
         or not (torch.is_grad_enabled() and x.requires_grad)
     ):
         return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
-    return cast(torch.Tensor, RMSNorm.apply(x))  # type: ignore[no-untyped-call]
+    return RMSNorm.apply(x)  # type: ignore[no-untyped-call]
 
 
 def relu_squared(x: torch.Tensor) -> torch.Tensor:
     """Square of max(0, x), the activation of arXiv 2109.08668."""
     if x.device.type == "cuda" or not (torch.is_grad_enabled() and x.requires_grad):
         return F.relu(x).square()
-    return cast(torch.Tensor, ReLUSquared.apply(x))  # type: ignore[no-untyped-call]
+    return ReLUSquared.apply(x)  # type: ignore[no-untyped-call]
 
 
 class RMSNorm(torch.autograd.Function):
@@ -44,7 +42,7 @@ class RMSNorm(torch.autograd.Function):
         precise = torch.promote_types(x.dtype, torch.float32)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise)
         scale = length.square_().div_(x.shape[-1]).add_(NORM_EPS).rsqrt_()
-        y: torch.Tensor = (x * scale).to(x.dtype)
+        y = (x * scale).to(x.dtype)
         ctx.save_for_backward(y, scale.to(x.dtype))
         return y
 
@@ -55,8 +53,7 @@ class RMSNorm(torch.autograd.Function):
         y, scale = ctx.saved_tensors  # type: ignore[attr-defined]
         precise = torch.promote_types(y.dtype, torch.float32)
         mean = (y * grad_output).sum(dim=-1, keepdim=True, dtype=precise) / -y.shape[-1]
-        result: torch.Tensor = torch.addcmul(grad_output, y, mean.to(y.dtype)).mul_(scale)
-        return result
+        return torch.addcmul(grad_output, y, mean.to(y.dtype)).mul_(scale)
 
 
 class ReLUSquared(torch.autograd.Function):
@@ -73,5 +70,4 @@ class ReLUSquared(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx, grad_output: torch.Tensor
     ) -> torch.Tensor:
         (positive,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        result: torch.Tensor = (grad_output * positive).mul_(2)
-        return result
+        return (grad_output * positive).mul_(2)

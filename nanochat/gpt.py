@@ -187,8 +187,7 @@ class Linear(nn.Linear):
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
     """Make an embedding with undefined weights; drawing them on meta would import the compiler."""
-    embedding: nn.Embedding = nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
-    return embedding
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
 class Attention(nn.Module):
@@ -220,8 +219,7 @@ class Attention(nn.Module):
             v = v + gate * value_embedding.view_as(v)
         q, k = norm(apply_rope(q, *rotary)), norm(apply_rope(k, *rotary))
         y = attention(q, k, v, self.layer, self.window)
-        out: torch.Tensor = self.out(y.reshape(B, T, -1))
-        return out
+        return self.out(y.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -231,8 +229,7 @@ class MLP(nn.Module):
         self.down = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.down(relu_squared(self.up(x)))
-        return out
+        return self.down(relu_squared(self.up(x)))
 
 
 class Block(nn.Module):

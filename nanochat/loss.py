@@ -60,8 +60,7 @@ def _gradient(probabilities: torch.Tensor, s: torch.Tensor, targets: torch.Tenso
     """Compute (p - one-hot) s (1 - s) in the memory of p. p and s are (t, V), targets (t, 1)."""
     minus_one = s.new_full((1, 1), -1.0).expand_as(targets)
     probabilities.scatter_add_(1, targets, minus_one)
-    result: torch.Tensor = torch.ops.aten.sigmoid_backward(probabilities, s)
-    return result
+    return torch.ops.aten.sigmoid_backward(probabilities, s)
 
 
 def _token_losses(
@@ -235,10 +234,7 @@ def softcapped_losses(
     tests compare with. The backward pass computes each chunk's logits again, so that (N, V) logits
     never exist at once.
     """
-    losses: torch.Tensor = _token_losses_op(
-        hidden, weight, targets, softcap, vocab_size, temperature
-    )[0]
-    return losses
+    return _token_losses_op(hidden, weight, targets, softcap, vocab_size, temperature)[0]
 
 
 def summed_softcapped_loss(
@@ -256,7 +252,4 @@ def summed_softcapped_loss(
     the head's arithmetic and half of the exponentials. In return, the head's gradient (V', C) is
     kept until the backward pass.
     """
-    total: torch.Tensor = _summed_loss_op(
-        hidden, weight, targets, weights, softcap, vocab_size, temperature
-    )[0]
-    return total
+    return _summed_loss_op(hidden, weight, targets, weights, softcap, vocab_size, temperature)[0]

@@ -91,8 +91,7 @@ def orthogonalize(
     for a, b, c in coefficients or polar_express_coefficients():
         gram = x @ x.mT  # (S, r, r) with r the shorter side
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    result: torch.Tensor = x.mT if tall else x
-    return result
+    return x.mT if tall else x
 
 
 def muon_update(

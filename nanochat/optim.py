@@ -372,8 +372,7 @@ class Optimizer:
 
     def _real_rows(self, unit: Unit) -> int:
         """Number of entries in this rank's share, without padding."""
-        real: int = max(0, min(unit.own.stop, unit.rows) - unit.own.start)
-        return real
+        return max(0, min(unit.own.stop, unit.rows) - unit.own.start)
 
     def _as_dtensor(self, unit: Unit, local: torch.Tensor) -> torch.Tensor:
         from torch.distributed.device_mesh import init_device_mesh

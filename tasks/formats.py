@@ -104,7 +104,7 @@ def is_messages(value: Row) -> bool:
 def _openai(messages: Row) -> Messages:
     """Convert messages; a tool's answer, and the text after it, join the message with the call."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        return messages  # type: ignore[no-any-return]  # validate says what is wrong
+        return messages  # validate says what is wrong
     out: Messages = []
     grouped: list[int] = []  # assistants' messages whose content is a list of lists of parts
     waiting: dict[str, list[dict[str, str]]] = {}  # calls without an answer, by id

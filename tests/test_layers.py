@@ -11,7 +11,7 @@ STANDS_ON: dict[str, set[str]] = {
     "": {"data", "eval"},  # the hall
     "data": set(),
     "tools": set(),
-    "infer": {"tools"},
+    "infer": {"data", "tools"},
     "eval": {"data", "infer"},
     "rl": {"data", "infer", "eval", "tools"},
     "serve": {"infer", "tools"},

@@ -150,8 +150,7 @@ class _Fitted(TokenStore):
         return len(self._indices)
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
-        lengths: np.ndarray = np.minimum(super().lengths(self._indices[indices]), self._limit)
-        return lengths
+        return np.minimum(super().lengths(self._indices[indices]), self._limit)
 
     def _span(self, index: int, start: int, stop: int | None) -> slice:
         if not 0 <= index < len(self):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, cast
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from nanochat.data.corpus import Corpus, Shard, Split
 from nanochat.errors import BadRows, UserError
@@ -575,7 +575,7 @@ def read_parquet(path: Path, column: str) -> Iterator[FileRow]:
 
 def _values(column: Any) -> "list[str | Unusable | None]":
     try:
-        return cast("list[str | Unusable | None]", column.to_pylist())
+        return column.to_pylist()
     except UnicodeDecodeError:  # rare: find the row
         return [
             None if not scalar.is_valid else _decoded(scalar.as_buffer().to_pybytes(), False)

@@ -115,8 +115,7 @@ class _Window:
 
     def row(self, row: int) -> list[list[int]]:
         """List [source, document, start, stop] of each piece of a row."""
-        pieces: list[list[int]] = self.pieces[self.offsets[row] : self.offsets[row + 1]].tolist()
-        return pieces
+        return self.pieces[self.offsets[row] : self.offsets[row + 1]].tolist()
 
     def rest(self, row: int) -> np.ndarray:
         """Return the parts in the rows from `row` on.

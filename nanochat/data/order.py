@@ -10,30 +10,27 @@ import numpy as np
 from nanochat.errors import UserError
 
 _MASK = 2**64 - 1
-
-
-_GOLDEN = 0x9E3779B97F4A7C15
-
+GOLDEN = 0x9E3779B97F4A7C15
+"""Odd number by which splitmix64 advances its state."""
 
 Ints = TypeVar("Ints", int, np.ndarray)
 
 
-def _scramble(x: Ints) -> Ints:
-    """Mix the bits of a 64-bit integer; the output function of splitmix64, a bijection.
+def scramble(x: Ints) -> Ints:
+    """Mix the bits of a 64-bit integer by splitmix64's finaliser (Steele et al., OOPSLA 2014).
 
-    x is a Python int or a uint64 array; the masks keep Python ints to 64 bits.
+    It is a bijection. x is a Python int or a uint64 array; the masks keep Python ints to 64 bits.
     """
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    mixed: Ints = x ^ (x >> 31)
-    return mixed
+    return x ^ (x >> 31)
 
 
 def make_key(*parts: int) -> int:
     """Make one 64-bit key of several integers; -1 and 1 give different keys."""
     key = 0
     for part in parts:
-        key = _scramble(((key ^ (part & _MASK)) + _GOLDEN) & _MASK)
+        key = scramble(((key ^ (part & _MASK)) + GOLDEN) & _MASK)
     return key
 
 
@@ -62,9 +59,8 @@ class Permutation:
         base = self._base
         left, right = x // base, x % base
         for key in self._round_keys:
-            left, right = right, (left + _scramble(right ^ key) % base) % base
-        joined: Ints = left * base + right
-        return joined
+            left, right = right, (left + scramble(right ^ key) % base) % base
+        return left * base + right
 
     def __getitem__(self, index: int) -> int:
         if not 0 <= index < self.n:

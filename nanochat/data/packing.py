@@ -100,8 +100,7 @@ def _checked_lengths(lengths: Sequence[int] | np.ndarray, capacity: int) -> np.n
 
 def _full_rows(sizes: np.ndarray, capacity: int) -> np.ndarray:
     """Number of full rows that each document fills before its remainder of 2..capacity tokens."""
-    rows: np.ndarray = np.maximum(0, -((capacity - sizes) // (capacity - 1)))
-    return rows
+    return np.maximum(0, -((capacity - sizes) // (capacity - 1)))
 
 
 def _best_fit(sizes: list[int], capacity: int) -> tuple[list[int], int]:

@@ -145,8 +145,7 @@ class TokenStore:
         Stores of earlier versions have no digests; theirs is of what they were made from.
         """
         if "files" not in self.meta:
-            fingerprint: str = self.meta["fingerprint"]
-            return fingerprint
+            return self.meta["fingerprint"]
         digests = {name: file["sha256"] for name, file in self.meta["files"].items()}
         return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
@@ -225,8 +224,7 @@ class TokenStore:
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """Number of tokens in each of the documents `indices`; int64, same shape."""
-        lengths: np.ndarray = self._offsets[indices + 1] - self._offsets[indices]
-        return lengths
+        return self._offsets[indices + 1] - self._offsets[indices]
 
     def _span(self, index: int, start: int, stop: int | None) -> slice:
         if not 0 <= index < len(self):
@@ -239,8 +237,7 @@ class TokenStore:
 
     def ids(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens `start:stop` of document `index` as a read-only view (tokens,); no copy."""
-        tokens: np.ndarray = self._tokens[self._span(index, start, stop)]
-        return tokens
+        return self._tokens[self._span(index, start, stop)]
 
     def mask_bytes(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray | None:
         """Bytes of mask.bin for the same tokens as `ids`, uint8; None for plain documents."""

@@ -68,8 +68,7 @@ def load_hf(
     )
 
     def forward(ids: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
-        return logits
+        return model(input_ids=ids, use_cache=False).logits
 
     scorer = LogitsScorer(forward, context_length, model.config.vocab_size, runtime.device)
     return scorer, HFEncoder(tokenizer)

@@ -172,8 +172,7 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=mask is None and T > 1, enable_gqa=q.shape[1] != k.shape[1]
         )
-        out: torch.Tensor = self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
-        return out
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -183,8 +182,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.fc2(F.relu(self.fc1(x)).square())
-        return out
+        return self.fc2(F.relu(self.fc1(x)).square())
 
 
 class DecoderLayer(GradientCheckpointingLayer):

@@ -64,10 +64,7 @@ class Product:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.packed is not None:
-            y: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(
-                x, self.packed, None, "none", [], ""
-            )
-            return y
+            return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, None, "none", [], "")
         assert self.weight is not None
         if self.scale is None:
             return F.linear(x, self.weight)
@@ -84,7 +81,7 @@ def _pack(weight: torch.Tensor) -> torch.Tensor | None:
     if not torch.backends.mkldnn.is_available():
         return None
     try:
-        packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         probe = weight.new_zeros(1, weight.shape[1])
         torch.ops.mkldnn._linear_pointwise.default(probe, packed, None, "none", [], "")
     except (AttributeError, RuntimeError):
@@ -194,7 +191,7 @@ class Decoder:
                 counts = torch.ones_like(cache.lengths)
             if self.device.type == "cuda":
                 torch.compiler.cudagraph_mark_step_begin()  # the last step's logits have been read
-            logits: torch.Tensor = self.compiled_step(
+            logits = self.compiled_step(
                 ids, counts, cache.lengths, cache.keys, cache.values, cache.capacity
             )
             cache.widen_bounds(1, counts)

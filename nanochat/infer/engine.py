@@ -18,12 +18,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import torch
 
+from nanochat.data.order import make_key
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.infer.decoder import Decoder
 from nanochat.infer.requests import Completion, Event, Request
 from nanochat.infer.rows import Prefill, Row, Slots, start_prefill
-from nanochat.infer.sampling import Sampler, SamplingParams, stream_key
+from nanochat.infer.sampling import Sampler, SamplingParams
 from nanochat.infer.transcript import Transcript, truncate_chat
 from nanochat.kv_cache import KVCache
 from nanochat.tokenizer import Tokenizer
@@ -308,7 +309,7 @@ class Engine:
             request = prefill.requests[which]
             transcript = Transcript(self.tokenizer, request.params.stop)
             request.completions[sample].parts = transcript.parts
-            key = stream_key(request.params.seed, request.index, sample)
+            key = make_key(request.params.seed, request.index, sample)
             rows.append(Row(request, sample, transcript, key, len(request.prompt)))
         sources = [which for which, _ in taken]
         waiting = len(prefill.samples)

@@ -25,7 +25,7 @@ class Row:
     sample: int
     transcript: Transcript
     key: int
-    """Key of the sample's random stream (`sampling.stream_key`)."""
+    """Key of the sample's random stream (`order.make_key`)."""
     position: int
     """Number of the row's tokens in the cache."""
     next_id: int = 0

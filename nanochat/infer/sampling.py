@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from nanochat.data.order import GOLDEN, scramble
 from nanochat.errors import UserError
 
 CANDIDATES, SPARE_CANDIDATES = 250, 14
@@ -58,33 +59,13 @@ class SamplingParams:
             raise UserError(f"stop {self.stop!r} must be a tuple of non-empty strings")
 
 
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """Mix the bits of uint64 values by splitmix64's finaliser (Steele et al., OOPSLA 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: np.ndarray = x ^ (x >> np.uint64(31))
-    return mixed
-
-
-def stream_key(seed: int, index: int, sample: int) -> int:
-    """Compute the 64-bit key of a sample's random stream."""
-    key = np.zeros(1, dtype=np.uint64)
-    for value in (seed, index, sample):
-        key = _mix((key ^ np.array([value % 2**64], dtype=np.uint64)) + _GAMMA)
-    return int(key[0])
-
-
 def uniforms(keys: np.ndarray, steps: np.ndarray) -> np.ndarray:
     """Draw one float32 in [0, 1) per stream (uint64 keys) and step, without any state.
 
     A number has 24 random bits, so that u * total < total in float32 for every total.
     """
-    bits = _mix(keys + (steps.astype(np.uint64) + np.uint64(1)) * _GAMMA) >> np.uint64(40)
-    uniform: np.ndarray = bits.astype(np.float32) * np.float32(2**-24)
-    return uniform
+    bits = scramble(keys + (steps.astype(np.uint64) + 1) * GOLDEN) >> 40
+    return bits.astype(np.float32) * np.float32(2**-24)
 
 
 class Sampler:
@@ -105,7 +86,7 @@ class Sampler:
     ):
         """Prepare the limits of each row.
 
-        keys: `stream_key` of each row. history(row): ids of the row's prompt and completion so far.
+        keys: `order.make_key` of each row. history(row): ids of its prompt and completion so far.
         """
         self.device, self.vocab_size = device, vocab_size
         self.keys = np.array(keys, dtype=np.uint64)

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import ToolCaller, scripted, tiny_model, tiny_tokenizer
 
+from nanochat.data.order import make_key
 from nanochat.errors import UserError
 from nanochat.hardware import tune_cpu
 from nanochat.infer.decoder import Decoder
@@ -146,6 +147,13 @@ def test_looking_at_few_candidates_changes_nothing() -> None:
             assert tokens == expected
             assert logprobs == pytest.approx(expected_logprobs, abs=1e-4)
     assert 30 < taken < 90  # both ways were gone
+
+
+def test_a_seed_keeps_its_random_numbers() -> None:
+    keys = np.full(3, make_key(1337, 3, 2), dtype=np.uint64)
+    assert int(keys[0]) == 4306521615492894075
+    expected = [0.19608306884765625, 0.5528751015663147, 0.5558859705924988]
+    assert uniforms(keys, np.arange(3)).tolist() == expected
 
 
 def test_uniforms_are_uniform_and_independent() -> None:

@@ -88,8 +88,10 @@ if [ "$profile" = gpu ]; then
 
     # Enough shards for the token budget of this depth; the first few suffice for the tokenizer.
     # Only of climbmix and fineweb-edu it is known how much a shard holds.
-    shards="$(python -m scripts.plan --depth "$depth" --gpus "$gpus" --corpus "$corpus" \
-        --print num_shards)"
+    # --keep-last 1 halves what the disk must hold: 4 stages, 15 GB a checkpoint at depth 20.
+    keep=(--keep-last 1)
+    shards="$(python -m scripts.plan --depth "$depth" --gpus "$gpus" --corpus "$corpus" --tag "$name" \
+        "${keep[@]}" --check-disk --print num_shards)"
     download=""
     if [ -z "$shards" ] || [ "$shards" = None ]; then
         shards="${SHARDS:-8}"
@@ -114,13 +116,13 @@ if [ "$profile" = gpu ]; then
     fi
     run python -m scripts.tok_encode --corpus "$corpus" --tokenizer "$name"
     train scripts.base_train --depth "$depth" --corpus "$corpus" --tokenizer "$name" --tag "$name" \
-        --save-every 1000 --resume
+        --save-every 1000 "${keep[@]}" --resume
     train scripts.base_eval --source "base/$name" --corpus "$corpus" --resume
-    train scripts.mid_train --source "base/$name" --tag "$name" --corpus "$corpus" --save-every 500 --resume
-    train scripts.chat_sft --source "mid/$name" --tag "$name" --corpus "$corpus" --save-every 500 --resume
+    train scripts.mid_train --source "base/$name" --tag "$name" --corpus "$corpus" --save-every 500 "${keep[@]}" --resume
+    train scripts.chat_sft --source "mid/$name" --tag "$name" --corpus "$corpus" --save-every 500 "${keep[@]}" --resume
     if [ "${RL:-1}" != 0 ]; then
         train scripts.chat_rl --source "sft/$name" --tag "$name" --mix gsm8k --num-steps 120 \
-            --prompts-per-step 32 --save-every 40 --resume
+            --prompts-per-step 32 --save-every 40 "${keep[@]}" --resume
     fi
     for stage in "${stages[@]}"; do
         train scripts.chat_eval --source "$stage/$name" --resume --task mmlu --task arc:easy --task arc:challenge \

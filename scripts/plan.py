@@ -1,4 +1,4 @@
-"""Plan a run: its steps, memory, time and cost. No GPU is needed, and nothing is started.
+"""Plan a run: its steps, memory, disk, time and cost. No GPU is needed, and nothing is started.
 
 Examples:
     python -m scripts.plan --depth 20 --gpus 8 --gpu h100
@@ -10,16 +10,21 @@ checkpoint that they start from, or for --depth if there is none yet.
 """
 
 import gc
+import math
+import shutil
 import sys
 
 if __name__ == "__main__":
     gc.disable()  # saves a third of the time for importing torch and its compiler
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.table import Table
 
+from nanochat import paths
 from nanochat.checkpoint_manager import find, read_meta
 from nanochat.cli import launch
 from nanochat.config import (
@@ -32,7 +37,7 @@ from nanochat.config import (
     SftConfig,
     from_dict,
 )
-from nanochat.data.hub import NAMED
+from nanochat.data.hub import NAMED, SHARD_BYTES, SHARD_CHARACTERS, NamedCorpus
 from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig, config_from_depth, extend_context
 from nanochat.hardware import GPUS, Machine
@@ -72,6 +77,8 @@ class Hardware:
     """Vocabulary size, if there is no tokenizer yet."""
     print: str | None = None
     """Print only this value (num_shards, num_steps, hours, ...), for shell scripts."""
+    check_disk: bool = False
+    """Fail if the disk lacks room for what the run will write."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,13 @@ class RlPlan(RlConfig):
     hardware: Hardware = field(default_factory=Hardware)
     model: StartingModel = field(default_factory=StartingModel)
 
+
+CHARACTERS_PER_TOKEN = 4.8
+"""Characters of a token of text from the web, with a vocabulary of 65,536; fewer with a smaller
+one."""
+TASK_BYTES = 6_000_000_000
+"""Bytes of the tasks' data sets, as downloaded and as encoded, about."""
+TRAINING_STAGES: tuple[Stage, ...] = ("base", "mid", "sft", "rl")
 
 AnyPlan = Config | MidPlan | SftPlan | RlPlan
 CONFIGS: dict[str, type[AnyPlan]] = {"base": Config, "mid": MidPlan, "sft": SftPlan, "rl": RlPlan}
@@ -221,6 +235,11 @@ def main(cfg: AnyPlan, runtime: Runtime) -> dict[str, Any]:
     for phase, kinds in job.other_memory.items():
         memory |= {f"{phase}: {kind}": size for kind, size in kinds.items()}
         total = max(total, always + sum(kinds.values()))
+    shards = _num_shards(cfg, plan.tokens) if isinstance(cfg, Config) else None
+    checkpoint = memory["weights"] + world_size * memory["optimizer shard"]
+    disk = disk_needed(cfg, checkpoint, shards)
+    if hardware.check_disk:
+        check_disk(cfg, disk)
     result: dict[str, Any] = {
         "stage": cfg.stage,
         "model": job.about_model,
@@ -229,7 +248,8 @@ def main(cfg: AnyPlan, runtime: Runtime) -> dict[str, Any]:
         "memory": {**memory, "total": total},
         "memory_limit": limit,
         "kv_cache_per_chat": cache_memory(job.model, dtype),
-        "num_shards": _num_shards(cfg, plan.tokens) if isinstance(cfg, Config) else None,
+        "num_shards": shards,
+        "disk": {**disk, "total": sum(disk.values())},
         "hours": None,
         "price": None,
         "cost": None,
@@ -250,13 +270,60 @@ def main(cfg: AnyPlan, runtime: Runtime) -> dict[str, Any]:
 def _num_shards(cfg: Config, tokens: int) -> int | None:
     """Number of shards of a named corpus that hold the run's tokens, and a tenth more.
 
+    They are counted in characters, since a token's length depends on the tokenizer.
+
     None for corpora without shards of a known size: a path, bbe, a mixture.
     """
     source = None if cfg.mix else NAMED.get(cfg.corpus)
     if source is None:
         return None
-    per_shard = source.total_tokens / source.train_shards
-    return min(source.train_shards, max(8, -int(-1.1 * tokens // per_shard)))
+    shards = 1.1 * tokens * CHARACTERS_PER_TOKEN / SHARD_CHARACTERS
+    return min(source.train_shards, max(8, math.ceil(shards)))
+
+
+def disk_needed(cfg: AnyPlan, checkpoint: int, shards: int | None) -> dict[str, int]:
+    """Bytes that the run will write, by kind: a base run with all stages after it, or one stage.
+
+    checkpoint: bytes of a checkpoint with its optimizer state. A save is written before the oldest
+    one is deleted, so one more than --keep-last exists for a time. Text of unknown size is not
+    counted. (Encoding holds the tokens twice for a time, before there are checkpoints.)
+    """
+    stages = len(TRAINING_STAGES) if cfg.stage == "base" else 1
+    needed = {"checkpoints": checkpoint * (stages * (cfg.saving.keep_last or 1) + 1)}
+    if cfg.stage == "base" and shards is not None:
+        needed["text"] = shards * SHARD_BYTES
+        needed["tokens"] = int(2 * shards * SHARD_CHARACTERS / CHARACTERS_PER_TOKEN)
+        needed["tasks"] = TASK_BYTES
+    return needed
+
+
+def check_disk(cfg: AnyPlan, needed: dict[str, int]) -> None:
+    """Raise UserError if the disk has less room than `needed`, bytes by kind.
+
+    What an earlier start of the same run has written is not needed again.
+    """
+    stages = TRAINING_STAGES if cfg.stage == "base" else (cfg.stage,)
+    written = {"checkpoints": _size(paths.checkpoints_dir(stage, cfg.run.tag) for stage in stages)}
+    if isinstance(cfg, Config) and "text" in needed:
+        written["text"] = _size([NamedCorpus(NAMED[cfg.corpus]).folder])
+        written["tokens"] = _size([paths.stores_dir()])
+    missing = sum(max(0, size - written.get(kind, 0)) for kind, size in needed.items())
+    base = paths.base_dir()
+    existing = next(folder for folder in (base, *base.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if missing > free:
+        kinds = ", ".join(f"{kind} {size / 1e9:.0f}" for kind, size in needed.items())
+        raise UserError(
+            f"the run will write about {missing / 1e9:.0f} GB more ({kinds} GB in all), and "
+            f"{existing} has {free / 1e9:.0f} GB free: free some space, set NANOCHAT_BASE_DIR to a "
+            "folder on a larger disk, or choose a smaller depth or --keep-last 1"
+        )
+
+
+def _size(folders: Iterable[Path]) -> int:
+    """Bytes of all files in these folders, which may be missing."""
+    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in files)
 
 
 def show(cfg: AnyPlan, plan: Plan, result: dict[str, Any], runtime: Runtime) -> None:
@@ -285,6 +352,12 @@ def show(cfg: AnyPlan, plan: Plan, result: dict[str, Any], runtime: Runtime) -> 
         )
     if result["num_shards"] is not None:
         runtime.print(f"data: {result['num_shards']} shards of {getattr(cfg, 'corpus', '')}")
+    kinds = {kind: size for kind, size in result["disk"].items() if kind != "total"}
+    runtime.print(
+        f"disk: {result['disk']['total'] / 1e9:.0f} GB ("
+        + ", ".join(f"{kind} {size / 1e9:.0f}" for kind, size in kinds.items())
+        + (", of all stages)" if cfg.stage == "base" else ")")
+    )
     if result["hours"] is not None:
         what = "without rollouts, " if cfg.stage == "rl" else ""
         runtime.print(

@@ -43,8 +43,6 @@ class NamedSource:
     name: str
     repository: str
     train_shards: int
-    total_tokens: float
-    """Tokens of all shards together with GPT-2's tokenizer or a similar one, for plans."""
     licence: str
     pattern: str = "shard_{:05d}.parquet"
     column: str = "text"
@@ -53,13 +51,16 @@ class NamedSource:
         return self.pattern.format(index)
 
 
-# Repository names, shard counts and licences have not been checked against the hub. If a count is
-# wrong, a file is missing when downloading; correct it here.
+SHARD_CHARACTERS = 250_000_000
+"""Characters of a shard of the named corpora, about. Their publisher cut them to this size."""
+SHARD_BYTES = 100_000_000
+"""Bytes of such a shard, compressed, about."""
+
 NAMED = {
     source.name: source
     for source in (
-        NamedSource("climbmix", "karpathy/climbmix-400b-shuffle", 6542, 400e9, "CC BY-NC 4.0"),
-        NamedSource("fineweb-edu", "karpathy/fineweb-edu-100b-shuffle", 1822, 100e9, "ODC-By 1.0"),
+        NamedSource("climbmix", "karpathy/climbmix-400b-shuffle", 6542, "CC BY-NC 4.0"),
+        NamedSource("fineweb-edu", "karpathy/fineweb-edu-100b-shuffle", 1822, "ODC-By 1.0"),
     )
 }
 
@@ -201,7 +202,6 @@ def download(spec: str, num_shards: int, workers: int = 4) -> list[Path]:
     return [folder / file for file in files]
 
 
-# This address has not been checked either.
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 _BUNDLE = "eval_bundle"
 

@@ -557,7 +557,7 @@ def test_damaged_parquet(tmp_path: Path) -> None:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> NamedSource:
-    source = NamedSource("tiny", "org/tiny", train_shards=5, total_tokens=1e4, licence="CC0")
+    source = NamedSource("tiny", "org/tiny", train_shards=5, licence="CC0")
     monkeypatch.setitem(hub_module.NAMED, "tiny", source)
     return source
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+import types
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -184,6 +186,43 @@ def test_one_value_for_shell_scripts(capsys: pytest.CaptureFixture[str]) -> None
         plan("--depth 4 --print nothing")
     with pytest.raises(UserError, match="--gpus 0 must be at least 1"):
         plan("--gpus 0")
+
+
+def test_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The profile of a node: 4 stages' checkpoints with optimizer state, and one being written."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "not" / "there"))
+    line = "--depth 20 --gpus 8"
+    result = plan(f"{line} --keep-last 1")
+    checkpoint = result["memory"]["weights"] + 8 * result["memory"]["optimizer shard"]
+    disk = result["disk"]
+    assert disk["checkpoints"] == 5 * checkpoint
+    assert 100e9 < disk["total"] < 115e9
+    assert "disk: 107 GB (checkpoints 76, text 12, tokens 13, tasks 6" in capsys.readouterr().out
+    assert plan(line)["disk"]["checkpoints"] == 9 * checkpoint
+    one = plan("--stage mid --depth 20 --num-steps 9 --gpus 8")["disk"]
+    assert one == {"checkpoints": 3 * checkpoint, "total": 3 * checkpoint}
+
+    def free(size: float) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=size))
+
+    free(disk["total"])
+    plan(f"{line} --keep-last 1 --check-disk")
+    free(90e9)
+    expected = rf"about 107 GB more \(checkpoints 76, .*\), and {tmp_path} has 90 GB free: free"
+    with pytest.raises(UserError, match=expected):
+        plan(f"{line} --keep-last 1 --check-disk")
+    # What is there already is not needed again.
+    monkeypatch.setattr("scripts.plan._size", lambda folders: 10e9 * len(list(folders)))
+    plan(f"{line} --keep-last 1 --check-disk")
+
+
+def test_shards_hold_the_tokens_whatever_the_tokenizer() -> None:
+    """Tokens of 4.8 characters are the longest that are expected; a tenth more is downloaded."""
+    result = plan("--depth 20 --gpus 8")
+    characters = result["num_shards"] * 250e6
+    assert 1.1 <= characters / (4.8 * result["tokens"]) < 1.12
 
 
 @pytest.mark.parametrize("corpus", ["--corpus ./my_texts", "--corpus bbe", "--mix climbmix bbe"])

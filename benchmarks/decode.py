@@ -35,7 +35,8 @@ from nanochat.export import hf
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.hardware import tune_cpu
 from nanochat.infer.decoder import Decoder
-from nanochat.infer.engine import Engine, SamplingParams
+from nanochat.infer.engine import Engine
+from nanochat.infer.sampling import SamplingParams
 from nanochat.runtime import DTYPES
 from nanochat.tokenizer import Tokenizer
 

@@ -26,7 +26,8 @@ from nanochat.data.store import TokenStore
 from nanochat.gpt import GPT
 from nanochat.hardware import tune_cpu
 from nanochat.infer.decoder import Decoder
-from nanochat.infer.engine import Engine, SamplingParams
+from nanochat.infer.engine import Engine
+from nanochat.infer.sampling import SamplingParams
 from nanochat.runtime import single
 from nanochat.tokenizer import Tokenizer
 

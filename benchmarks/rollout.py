@@ -28,7 +28,9 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.config import Learning
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.hardware import tune_cpu
-from nanochat.infer.engine import Completion, Engine, SamplingParams
+from nanochat.infer.engine import Engine
+from nanochat.infer.requests import Completion
+from nanochat.infer.sampling import SamplingParams
 from nanochat.optim import Hypers, Optimizer, parameter_rules
 from nanochat.rl.rollouts import Prompt, Verdict, as_sample, roll_out, tally
 from nanochat.rl.rows import pack_samples, policy_batches

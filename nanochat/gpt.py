@@ -78,6 +78,14 @@ class GPTConfig:
         """Return True for every second layer, counted back from the last one."""
         return self.value_embeddings and layer % 2 == (self.n_layer - 1) % 2
 
+    def check_length(self, tokens: int) -> None:
+        """Raise UserError for more tokens than the context has."""
+        if tokens > self.context_length:
+            raise UserError(
+                f"{tokens} tokens are more than the context length {self.context_length}; "
+                "shorten the input, or extend the model with mid_train --context-length"
+            )
+
     @property
     def is_portable(self) -> bool:
         """True if transformers' `nanochat` model type computes the same function."""
@@ -429,24 +437,13 @@ class GPT(nn.Module):
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """Create an empty cache in the compute dtype on the model's device."""
-        if capacity > self.config.context_length:
-            self._check_length(capacity, None)
-        return KVCache(
-            self.config.n_layer,
-            self.config.n_kv_head,
-            self.config.head_dim,
-            batch_size,
-            capacity,
-            dtype=self.compute_dtype,
-            device=self.device,
-        )
+        config = self.config
+        config.check_length(capacity)
+        shape = (config.n_layer, config.n_kv_head, config.head_dim, batch_size, capacity)
+        return KVCache(*shape, dtype=self.compute_dtype, device=self.device)
 
     def _check_length(self, T: int, cache: KVCache | None) -> None:
-        if self.config.context_length < T:
-            raise UserError(
-                f"{T} tokens are more than the context length {self.config.context_length}; "
-                "shorten the input, or extend the model with mid_train --context-length"
-            )
+        self.config.check_length(T)
         if cache is not None and cache.capacity < T:
             raise ValueError(f"{T} tokens do not fit into a cache of {cache.capacity}")
 
@@ -535,7 +532,7 @@ class GPT(nn.Module):
             self.config.softcap,
             self.config.vocab_size,
             temperature,
-        )
+        )[0]
 
     def _token_losses(
         self, inputs: torch.Tensor, targets: torch.Tensor, layout: Layout, temperature: float = 1.0

@@ -63,19 +63,26 @@ def _gradient(probabilities: torch.Tensor, s: torch.Tensor, targets: torch.Tenso
     return torch.ops.aten.sigmoid_backward(probabilities, s)
 
 
-def _token_losses(
+@torch.library.custom_op("nanochat::token_losses", mutates_args=())
+def softcapped_losses(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
     softcap: float,
     vocab_size: int,
-    temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses (N,) and the logarithms of the softmax's denominators (N,), both float32."""
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """Compute each token's loss (N,) float32 in nats; targets of -1 are ignored and give 0.
+
+    hidden is (N, C), weight (V', C) with V' >= V rows, targets (N,). The result equals
+    F.cross_entropy(softcap * tanh(hidden @ weight.T / softcap) / temperature, targets), which the
+    tests compare with. The backward pass computes each chunk's logits again, so that (N, V) logits
+    never exist at once.
+    """
     height = softcap / temperature  # the bound of the capped logits divided by the temperature
     cast = _capped(hidden, weight, softcap, vocab_size)
     kind = hidden.device.type
-    losses, normalizers = [], []
+    losses = []
     for rows in _spans(0, len(hidden), chunk_tokens(vocab_size, kind)):
         logits = F.linear(hidden[rows], cast)
         for part in _spans(0, len(logits), block_tokens(vocab_size, kind)):
@@ -85,50 +92,26 @@ def _token_losses(
             # log sum exp(2 height s), larger than that of the tempered logits by the height
             normalizer = s.mul_(2 * height).exp_().sum(dim=-1).log_()
             losses.append(torch.where(target >= 0, normalizer - 2 * height * chosen, 0.0))
-            normalizers.append(normalizer)
-    return torch.cat(losses), torch.cat(normalizers)
+    return torch.cat(losses)
 
 
-def _token_losses_backward(
-    grad_output: torch.Tensor,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    normalizers: torch.Tensor,
-    softcap: float,
-    vocab_size: int,
-    temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of hidden (N, C) and weight (V', C), each in its dtype."""
-    height = softcap / temperature
-    cast = _capped(hidden, weight, softcap, vocab_size)
-    kind = hidden.device.type
-    grad_hidden = []
-    grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-    scale = 2 * height * torch.where(targets >= 0, grad_output, 0.0)[:, None]
-    scaled = (hidden * (scale * (2 / softcap))).to(hidden.dtype)
-    index = targets.clamp(min=0)[:, None]
-    for rows in _spans(0, len(hidden), chunk_tokens(vocab_size, kind)):
-        logits = F.linear(hidden[rows], cast)
-        for part in _spans(0, len(logits), block_tokens(vocab_size, kind)):
-            s = logits[part].float().sigmoid_()
-            p = torch.add(-normalizers[rows][part, None], s, alpha=2 * height).exp_()
-            logits[part] = _gradient(p, s, index[rows][part])
-        grad_hidden.append(((logits @ cast) * scale[rows]).to(hidden.dtype))
-        grad_weight[:vocab_size] += logits.t() @ scaled[rows]
-    return torch.cat(grad_hidden), grad_weight.to(weight.dtype)
-
-
-def _summed_loss(
+@torch.library.custom_op("nanochat::summed_loss", mutates_args=())
+def summed_softcapped_loss(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     targets: torch.Tensor,
     weights: torch.Tensor,
     softcap: float,
     vocab_size: int,
-    temperature: float,
+    temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute the loss, a float32 scalar, and the gradients of hidden (N, C) and weight (V', C)."""
+    """Sum of weights * softcapped_losses, a float32 scalar, and its gradients.
+
+    weights is (N,); the other arguments are those of `softcapped_losses`. The gradients are those
+    of hidden (N, C) and weight (V', C). As the forward pass computes them, a quarter of the head's
+    arithmetic and half of the exponentials are saved. In return, the head's gradient is kept until
+    the backward pass.
+    """
     height = softcap / temperature
     cast = _capped(hidden, weight, softcap, vocab_size)
     kind = hidden.device.type
@@ -152,31 +135,15 @@ def _summed_loss(
     return total, torch.cat(grad_hidden), grad_weight
 
 
-# The operators, and the shapes of their results for tracing.
-
-_token_losses_op = torch.library.custom_op("nanochat::token_losses", mutates_args=())(_token_losses)
-_token_losses_backward_op = torch.library.custom_op(
-    "nanochat::token_losses_backward", mutates_args=()
-)(_token_losses_backward)
-_summed_loss_op = torch.library.custom_op("nanochat::summed_loss", mutates_args=())(_summed_loss)
+# Shapes of the operators' results for tracing, and their derivatives
 
 
-@_token_losses_op.register_fake
-def _(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *rest: object
-) -> tuple[torch.Tensor, torch.Tensor]:
-    losses = hidden.new_empty(len(hidden), dtype=torch.float32)
-    return losses, torch.empty_like(losses)
+@softcapped_losses.register_fake
+def _(hidden: torch.Tensor, *rest: object) -> torch.Tensor:
+    return hidden.new_empty(len(hidden), dtype=torch.float32)
 
 
-@_token_losses_backward_op.register_fake
-def _(
-    grad_output: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, *rest: object
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(hidden), torch.empty_like(weight)
-
-
-@_summed_loss_op.register_fake
+@summed_softcapped_loss.register_fake
 def _(
     hidden: torch.Tensor, weight: torch.Tensor, *rest: object
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -184,20 +151,16 @@ def _(
     return total, torch.empty_like(hidden), torch.empty_like(weight, dtype=torch.float32)
 
 
-def _keep_for_token_losses(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    hidden, weight, targets, *ctx.numbers = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(hidden, weight, targets, output[1])
+def _keep_for_token_losses(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    *tensors, ctx.softcap, ctx.vocab_size, ctx.temperature = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _derive_token_losses(
-    ctx: Any, grad_output: torch.Tensor | None, grad_normalizers: None
-) -> tuple[torch.Tensor | None, ...]:
-    if grad_output is None:
-        return (None,) * 6
-    grads = _token_losses_backward_op(grad_output, *ctx.saved_tensors, *ctx.numbers)
-    return *grads, *(None,) * 4
+def _derive_token_losses(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of the sum of the losses, weighted by their gradients."""
+    numbers = ctx.softcap, ctx.vocab_size, ctx.temperature
+    _, grad_hidden, grad_weight = summed_softcapped_loss(*ctx.saved_tensors, grad_output, *numbers)
+    return grad_hidden, grad_weight.to(ctx.saved_tensors[1].dtype), *(None,) * 4
 
 
 def _keep_for_summed_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -215,41 +178,5 @@ def _derive_summed_loss(
     return grad_hidden * grad_output, grad_weight * grad_output, *(None,) * 5
 
 
-_token_losses_op.register_autograd(_derive_token_losses, setup_context=_keep_for_token_losses)
-_summed_loss_op.register_autograd(_derive_summed_loss, setup_context=_keep_for_summed_loss)
-
-
-def softcapped_losses(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    softcap: float,
-    vocab_size: int,
-    temperature: float = 1.0,
-) -> torch.Tensor:
-    """Compute each token's loss (N,) in nats; targets of -1 are ignored and give 0.
-
-    hidden is (N, C), weight (V', C) with V' >= V rows, targets (N,). The result equals
-    F.cross_entropy(softcap * tanh(hidden @ weight.T / softcap) / temperature, targets), which the
-    tests compare with. The backward pass computes each chunk's logits again, so that (N, V) logits
-    never exist at once.
-    """
-    return _token_losses_op(hidden, weight, targets, softcap, vocab_size, temperature)[0]
-
-
-def summed_softcapped_loss(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    weights: torch.Tensor,
-    softcap: float,
-    vocab_size: int,
-    temperature: float = 1.0,
-) -> torch.Tensor:
-    """Sum of weights * softcapped_losses, a scalar; the forward pass computes its gradient too.
-
-    weights is (N,); the other arguments are those of `softcapped_losses`. This saves a quarter of
-    the head's arithmetic and half of the exponentials. In return, the head's gradient (V', C) is
-    kept until the backward pass.
-    """
-    return _summed_loss_op(hidden, weight, targets, weights, softcap, vocab_size, temperature)[0]
+softcapped_losses.register_autograd(_derive_token_losses, setup_context=_keep_for_token_losses)
+summed_softcapped_loss.register_autograd(_derive_summed_loss, setup_context=_keep_for_summed_loss)

@@ -29,7 +29,7 @@ from nanochat.errors import UserError
 from nanochat.eval import record
 from nanochat.eval.core import describe_core, evaluate_core
 from nanochat.eval.losses import bits_per_byte, text_loss
-from nanochat.export.load import load_hf
+from nanochat.export.hf import load_hf
 from nanochat.infer.samples import sample_texts
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer

@@ -37,9 +37,13 @@ from nanochat.conversation import parts, validate
 from nanochat.data.files import parse_json
 from nanochat.errors import UserError
 from nanochat.infer.decoder import Decoder
-from nanochat.infer.engine import Completion, Engine, SamplingParams, python_tool, truncate_chat
+from nanochat.infer.engine import Engine
+from nanochat.infer.requests import Completion
+from nanochat.infer.sampling import SamplingParams
+from nanochat.infer.transcript import truncate_chat
 from nanochat.paths import atomic_write, base_dir, user_path
 from nanochat.runtime import Runtime
+from nanochat.tools.tool import python_tool
 
 
 @dataclass(frozen=True)

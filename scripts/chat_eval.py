@@ -37,7 +37,9 @@ from nanochat.eval import record
 from nanochat.eval.options import GPTScorer, crop, length_blocks
 from nanochat.eval.results import clustered_interval, pass_at_k, task_result
 from nanochat.gpt import GPT
-from nanochat.infer.engine import Engine, Request, SamplingParams
+from nanochat.infer.engine import Engine
+from nanochat.infer.requests import Request
+from nanochat.infer.sampling import SamplingParams
 from nanochat.progress import Bar, progress_bar
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import SystemStyle, Tokenizer

@@ -22,11 +22,13 @@ from nanochat.cli import launch
 from nanochat.config import Computing, Decoding, Tools
 from nanochat.errors import UserError
 from nanochat.infer.decoder import Decoder
-from nanochat.infer.engine import Engine, SamplingParams, python_tool
+from nanochat.infer.engine import Engine
+from nanochat.infer.sampling import SamplingParams
 from nanochat.runtime import Runtime
 from nanochat.serve.app import create_app
 from nanochat.serve.guard import PromptConnection
 from nanochat.serve.service import Limits, Served, Service
+from nanochat.tools.tool import python_tool
 from tasks.registry import examples
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +44,9 @@ if TYPE_CHECKING:  # the worker processes need no torch, which takes seconds to 
 
 
 @dataclass(frozen=True)
-class Config:
-    corpus: tuple[str, ...] = ("climbmix",)
-    """Encoded corpora to search."""
-    store: tuple[Path, ...] = ()
-    """Token stores to search instead, of text or conversations."""
+class Tasks:
+    """Evaluation tasks to search for."""
+
     task: tuple[str, ...] = ("arc:easy", "arc:challenge", "mmlu", "gsm8k", "humaneval")
     """Evaluation tasks; `--task` alone means none. Generated tasks cannot leak."""
     split: str = "test"
@@ -57,6 +55,15 @@ class Config:
     """Folder of CORE's task files; default: NANOCHAT_BASE_DIR/eval_bundle, if it exists."""
     ngram: int = 13
     """Number of consecutive words that make a match."""
+
+
+@dataclass(frozen=True)
+class Config:
+    tasks: Tasks = field(default_factory=Tasks)
+    corpus: tuple[str, ...] = ("climbmix",)
+    """Encoded corpora to search."""
+    store: tuple[Path, ...] = ()
+    """Token stores to search instead, of text or conversations."""
     drop: bool = False
     """Write the stores anew without the documents found."""
     workers: int = 0
@@ -67,17 +74,18 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
     """Returns the reports by the store's name (nothing on ranks other than 0)."""
     if not runtime.is_main:
         return {}
-    if cfg.ngram < 1 or cfg.workers < 0:
+    sought = cfg.tasks
+    if sought.ngram < 1 or cfg.workers < 0:
         raise UserError(
-            f"--ngram {cfg.ngram} must be at least 1, --workers {cfg.workers} 0 or more"
+            f"--ngram {sought.ngram} must be at least 1, --workers {cfg.workers} 0 or more"
         )
     folders = cfg.store or [open_corpus(corpus).store_folder("train") for corpus in cfg.corpus]
     stores = [TokenStore.open(folder) for folder in folders]
-    options = corpus_options(cfg.task, Tokenizer.find(stores[0].meta["tokenizer_hash"]))
-    items = list(evaluation_items(cfg, runtime, **options))
+    options = corpus_options(sought.task, Tokenizer.find(stores[0].meta["tokenizer_hash"]))
+    items = list(evaluation_items(sought, runtime, **options))
     if not items:
         raise UserError("there is no evaluation task to look for; name some with --task")
-    index = NgramIndex(items, cfg.ngram)
+    index = NgramIndex(items, sought.ngram)
     reports = {}
     for store in stores:
         tokenizer = Tokenizer.find(store.meta["tokenizer_hash"])
@@ -86,7 +94,7 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
         share = report["contaminated"] / report["documents"]
         runtime.print(
             f"{store.name}: {report['contaminated']:,} of {report['documents']:,} documents "
-            f"({share:.3%}) share {cfg.ngram} words with an evaluation task"
+            f"({share:.3%}) share {sought.ngram} words with an evaluation task"
         )
         if cfg.drop and report["contaminated"]:
             cleaned = drop_documents(store, tokenizer, report)
@@ -102,11 +110,11 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, Any]:
 # The evaluation tasks
 
 
-def evaluation_items(cfg: Config, runtime: Runtime, **options: Any) -> Iterator[Item]:
-    for spec in cfg.task:
-        yield from task_items(build(spec, cfg.split, **options), spec)
-    bundle = cfg.bundle or paths.eval_bundle_dir()
-    if cfg.bundle is not None or bundle.is_dir():
+def evaluation_items(sought: Tasks, runtime: Runtime, **options: Any) -> Iterator[Item]:
+    for spec in sought.task:
+        yield from task_items(build(spec, sought.split, **options), spec)
+    bundle = sought.bundle or paths.eval_bundle_dir()
+    if sought.bundle is not None or bundle.is_dir():
         from nanochat.eval.core import load_bundle
 
         tasks, missing = load_bundle(bundle)

@@ -26,12 +26,12 @@ from nanochat.cli import launch
 from nanochat.config import Computing
 from nanochat.data.sources import open_store
 from nanochat.errors import UserError
-from nanochat.eval.long_context import losses_by_position
-from nanochat.eval.losses import bits_per_byte, summed
+from nanochat.eval.losses import bits_per_byte, losses_by_position, summed
 from nanochat.eval.options import GPTScorer
 from nanochat.eval.record import record
 from nanochat.gpt import GPT, extend_context
-from nanochat.infer.engine import Engine, SamplingParams
+from nanochat.infer.engine import Engine
+from nanochat.infer.sampling import SamplingParams
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
 from tasks.common import Conversation, row_random

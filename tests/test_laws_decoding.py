@@ -14,7 +14,10 @@ from tiny_models import ToolCaller, likes_tools, tiny_model, tiny_tokenizer
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
 from nanochat.infer.decoder import Decoder
-from nanochat.infer.engine import Completion, Engine, SamplingParams, truncate_chat
+from nanochat.infer.engine import Engine
+from nanochat.infer.requests import Completion
+from nanochat.infer.sampling import SamplingParams
+from nanochat.infer.transcript import truncate_chat
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},

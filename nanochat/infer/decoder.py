@@ -163,20 +163,9 @@ class Decoder:
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """Create an empty cache in the compute dtype; UserError beyond the context length."""
         config = self.config
-        if capacity > config.context_length:
-            raise UserError(
-                f"{capacity} tokens are more than the context length {config.context_length}; "
-                "shorten the input, or extend the model with mid_train --context-length"
-            )
-        return KVCache(
-            config.n_layer,
-            config.n_kv_head,
-            config.head_dim,
-            batch_size,
-            capacity,
-            dtype=self.compute_dtype,
-            device=self.device,
-        )
+        config.check_length(capacity)
+        shape = (config.n_layer, config.n_kv_head, config.head_dim, batch_size, capacity)
+        return KVCache(*shape, dtype=self.compute_dtype, device=self.device)
 
     @torch.no_grad()  # with gradients, oneDNN uses its training kernels: 50 times slower for a row
     def next_logits(

@@ -25,21 +25,10 @@ from nanochat.infer.decoder import Decoder
 from nanochat.infer.requests import Completion, Event, Request
 from nanochat.infer.rows import Prefill, Row, Slots, start_prefill
 from nanochat.infer.sampling import Sampler, SamplingParams
-from nanochat.infer.transcript import Transcript, truncate_chat
+from nanochat.infer.transcript import Transcript
 from nanochat.kv_cache import KVCache
 from nanochat.tokenizer import Tokenizer
-from nanochat.tools.tool import Tool, calculator_tool, python_tool
-
-__all__ = [
-    "Completion",
-    "Engine",
-    "Event",
-    "Request",
-    "SamplingParams",
-    "calculator_tool",
-    "python_tool",
-    "truncate_chat",
-]
+from nanochat.tools.tool import Tool, calculator_tool
 
 TOOL_OUTPUT_CHARACTERS = 2000
 """Largest number of tokens of a tool's output; the rest is cut off, as it takes up the context."""

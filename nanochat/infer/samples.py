@@ -1,7 +1,8 @@
 """Samples during training: continuations of a few texts, and answers to a few questions."""
 
 from nanochat.gpt import GPT
-from nanochat.infer.engine import Engine, SamplingParams
+from nanochat.infer.engine import Engine
+from nanochat.infer.sampling import SamplingParams
 from nanochat.tokenizer import SystemStyle, Tokenizer
 
 BEGINNINGS = ("In the beginning", "The king said to his men,", "And it came about that", "")

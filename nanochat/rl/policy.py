@@ -15,7 +15,9 @@ from nanochat.conversation import parts
 from nanochat.data.order import MixtureOrder
 from nanochat.errors import UserError
 from nanochat.eval.results import pass_at_k
-from nanochat.infer.engine import Completion, Engine, SamplingParams
+from nanochat.infer.engine import Engine
+from nanochat.infer.requests import Completion
+from nanochat.infer.sampling import SamplingParams
 from nanochat.rl.rollouts import (
     Group,
     Judge,

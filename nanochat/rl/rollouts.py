@@ -23,7 +23,9 @@ import torch
 
 from nanochat.data.order import MixtureOrder
 from nanochat.errors import UserError
-from nanochat.infer.engine import Completion, Engine, SamplingParams
+from nanochat.infer.engine import Engine
+from nanochat.infer.requests import Completion
+from nanochat.infer.sampling import SamplingParams
 from nanochat.rl.rows import Sample
 from nanochat.runtime import Runtime
 

@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from nanochat.errors import UserError
-from nanochat.infer.engine import truncate_chat
+from nanochat.infer.transcript import truncate_chat
 from nanochat.serve.guard import Guard
 from nanochat.serve.protocol import (
     ChatRequest,

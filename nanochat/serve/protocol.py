@@ -16,8 +16,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from nanochat.conversation import validate
 from nanochat.errors import UserError
-from nanochat.infer import engine as decoding
-from nanochat.infer.engine import Completion, Event, SamplingParams
+from nanochat.infer.requests import Completion, Event, Request
+from nanochat.infer.sampling import SamplingParams
 from nanochat.serve.service import ApiError, Job, Limits, Served
 
 
@@ -306,7 +306,7 @@ class _Progress:
     def __init__(self, job: Job):
         self.served = job.served
         first = 0
-        self.first: dict[decoding.Request, int] = {}
+        self.first: dict[Request, int] = {}
         for request in job.requests:
             self.first[request] = first
             first += len(request.completions)

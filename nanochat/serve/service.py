@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 from fastapi.responses import JSONResponse
 
-from nanochat.infer import engine as decoding
-from nanochat.infer.engine import Engine, Event
+from nanochat.infer.engine import Engine
+from nanochat.infer.requests import Event, Request
 from nanochat.tokenizer import SystemStyle
 
 LOG = logging.getLogger("nanochat.serve.app")
@@ -84,7 +84,7 @@ class ApiError(Exception):
 class Job:
     """Prompts of one HTTP request in the engine, with their events so far."""
 
-    def __init__(self, served: Served, requests: list[decoding.Request]):
+    def __init__(self, served: Served, requests: list[Request]):
         self.served, self.requests = served, requests
         self.samples = sum(len(request.completions) for request in requests)
         self.left = self.samples
@@ -130,7 +130,7 @@ class Service:
         self.histograms: dict[str, list[float]] = defaultdict(lambda: [0.0] * (len(BUCKETS) + 2))
         self._seconds = 1.0  # running mean of the duration of requests
         self._commands: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
-        self._jobs: dict[decoding.Request, Job] = {}
+        self._jobs: dict[Request, Job] = {}
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -144,7 +144,7 @@ class Service:
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
 
-    def open(self, served: Served, requests: list[decoding.Request]) -> Job:
+    def open(self, served: Served, requests: list[Request]) -> Job:
         """Give prompts to the engine; ApiError 429 if too many samples wait already."""
         job = Job(served, requests)
         rows = served.engine.max_slots

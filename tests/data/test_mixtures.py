@@ -405,7 +405,9 @@ def data_commands(runtime: Runtime, folder: Path, first: str, second: str) -> di
         task=("arithmetic:9",),
         batch_size=4,
     )
-    leaks = decontaminate.Config(corpus=(first,), task=("arithmetic:9",), ngram=1, workers=1)
+    leaks = decontaminate.Config(
+        tasks=decontaminate.Tasks(("arithmetic:9",), ngram=1), corpus=(first,), workers=1
+    )
     tiny_runs.train("base", folder, base, runtime)
     tiny_runs.train("mid", folder, mid, runtime)
     with tiny_runs.base_dir(folder):

@@ -19,7 +19,7 @@ from nanochat.errors import UserError
 from nanochat.runtime import single
 from nanochat.tokenizer import Tokenizer
 from scripts import decontaminate, tok_encode
-from scripts.decontaminate import Config, task_items
+from scripts.decontaminate import Config, Tasks, task_items
 from tasks import registry
 from tasks.common import Conversation, Task, choice_conversation
 
@@ -95,7 +95,7 @@ def test_documents_that_share_thirteen_words_are_found_and_dropped(
     tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = store_of(tokenizer, tmp_path / "text", DOCUMENTS)
-    cfg = Config(store=(store.folder,), task=("quiz",), workers=1)
+    cfg = Config(store=(store.folder,), tasks=Tasks(("quiz",)), workers=1)
     report = decontaminate.main(cfg, single())["text"]
     assert [match["document"] for match in report["matches"]] == [1, 3, 4]
     assert [match["item"] for match in report["matches"]] == [
@@ -309,7 +309,7 @@ def test_conversations_keep_their_masks(tokenizer: Tokenizer, tmp_path: Path) ->
     ) as writer:
         writer.add_store(plain)
         writer.add_store(store)
-    cfg = Config(store=(tmp_path / "both",), task=("quiz",), drop=True, workers=1)
+    cfg = Config(store=(tmp_path / "both",), tasks=Tasks(("quiz",)), drop=True, workers=1)
     decontaminate.main(cfg, single())
     cleaned = TokenStore.open(tmp_path / "both")
     assert len(cleaned) == 4
@@ -333,7 +333,9 @@ def test_words_do_not_go_on_from_one_message_to_the_next(
             }
 
     store = conversations_store(Cut(2), tokenizer)
-    report = decontaminate.main(Config(store=(store.folder,), task=("quiz",), workers=1), single())
+    report = decontaminate.main(
+        Config(store=(store.folder,), tasks=Tasks(("quiz",)), workers=1), single()
+    )
     assert report[store.name]["contaminated"] == 0
 
 
@@ -346,12 +348,16 @@ def test_the_encoded_corpus_is_cleaned_and_stays_current(
     corpus = str(tmp_path / "corpus")
     encode = tok_encode.Config(corpus, workers=1)
     before = tok_encode.main(encode, single())["train"]
-    decontaminate.main(Config((corpus,), task=("quiz",), drop=True, workers=1), single())
+    decontaminate.main(
+        Config(corpus=(corpus,), tasks=Tasks(("quiz",)), drop=True, workers=1), single()
+    )
     after = tok_encode.main(encode, single())["train"]
     assert 0 < len(after) < len(before)
     (tmp_path / "other.txt").write_text("one")
     with pytest.raises(UserError, match=r"build it first.*scripts\.tok_encode"):
-        decontaminate.main(Config((str(tmp_path / "other.txt"),), task=("quiz",)), single())
+        decontaminate.main(
+            Config(corpus=(str(tmp_path / "other.txt"),), tasks=Tasks(("quiz",))), single()
+        )
 
 
 def test_core_tasks_are_looked_for_where_the_bundle_is(
@@ -390,7 +396,9 @@ def test_core_tasks_are_looked_for_where_the_bundle_is(
         "l " * 9 + "m n o p",
     ]
     store = store_of(tokenizer, tmp_path / "text", documents)
-    report = decontaminate.main(Config(store=(store.folder,), task=(), workers=1), single())["text"]
+    report = decontaminate.main(
+        Config(store=(store.folder,), tasks=Tasks(()), workers=1), single()
+    )["text"]
     assert [m["document"] for m in report["matches"]] == [0, 3, 4]
     assert list(report["tasks"]) == ["CORE choice", "CORE scheme", "CORE language"]
     assert "lacks them: absent" in capsys.readouterr().out
@@ -401,12 +409,15 @@ def test_what_makes_no_sense_is_refused(tokenizer: Tokenizer, tmp_path: Path) ->
         with pytest.raises(UserError, match=match):
             decontaminate.main(dataclasses.replace(cfg, **settings), single())
 
+    def sought(**settings: Any) -> Tasks:
+        return dataclasses.replace(cfg.tasks, **settings)
+
     store = store_of(tokenizer, tmp_path / "text", [DOCUMENTS[1]])
-    cfg = Config(store=(store.folder,), task=("quiz",), workers=1)
-    fails("--ngram 0 must be at least 1", ngram=0)
+    cfg = Config(store=(store.folder,), tasks=Tasks(("quiz",)), workers=1)
+    fails("--ngram 0 must be at least 1", tasks=sought(ngram=0))
     fails("--workers -1", workers=-1)
-    fails("no evaluation task to look for", task=())
-    fails("core.yaml is missing", bundle=tmp_path)
+    fails("no evaluation task to look for", tasks=Tasks(()))
+    fails("core.yaml is missing", tasks=sought(bundle=tmp_path))
     fails("every document of .*text would be dropped", drop=True)
     assert len(TokenStore.open(store.folder)) == 1
     many = [Item(str(i), str(i), ["a b"]) for i in range(64)]

@@ -14,7 +14,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 from nanochat.errors import UserError
 from nanochat.eval.core import describe_core, evaluate_core, load_bundle
 from nanochat.eval.options import GPTScorer, LogitsScorer
-from nanochat.export.load import load_hf
+from nanochat.export.hf import load_hf
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime, single
 

@@ -33,11 +33,12 @@ from nanochat.data.loader import DataLoader
 from nanochat.data.sources import Source
 from nanochat.data.store import LongDocuments
 from nanochat.errors import UserError
-from nanochat.eval.long_context import losses_by_position
+from nanochat.eval.losses import losses_by_position
 from nanochat.eval.record import read_measurements
 from nanochat.gpt import GPT, GPTConfig, config_from_depth, extend_context
 from nanochat.hardware import Machine
-from nanochat.infer.engine import Engine, SamplingParams
+from nanochat.infer.engine import Engine
+from nanochat.infer.sampling import SamplingParams
 from nanochat.kv_cache import KVCache
 from nanochat.plan import Phase, Plan, context_schedule, make_plan
 from nanochat.report import sections

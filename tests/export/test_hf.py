@@ -22,7 +22,8 @@ from nanochat.errors import UserError
 from nanochat.export import hf
 from nanochat.export import tokenizer as hf_tokenizer
 from nanochat.gpt import GPT
-from nanochat.infer.engine import Engine, SamplingParams
+from nanochat.infer.engine import Engine
+from nanochat.infer.sampling import SamplingParams
 from nanochat.tokenizer import Tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

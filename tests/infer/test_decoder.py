@@ -11,7 +11,8 @@ from nanochat.errors import UserError
 from nanochat.gpt import GPT, Block
 from nanochat.infer import decoder as decoding
 from nanochat.infer.decoder import Decoder, Product
-from nanochat.infer.engine import Engine, SamplingParams
+from nanochat.infer.engine import Engine
+from nanochat.infer.sampling import SamplingParams
 
 
 def logits_of(model: GPT | Decoder, rows: int = 3, T: int = 20) -> torch.Tensor:

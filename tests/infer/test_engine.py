@@ -22,18 +22,13 @@ from nanochat.data.order import make_key
 from nanochat.errors import UserError
 from nanochat.hardware import tune_cpu
 from nanochat.infer.decoder import Decoder
-from nanochat.infer.engine import (
-    Engine,
-    Event,
-    Request,
-    SamplingParams,
-    calculator_tool,
-    truncate_chat,
-)
+from nanochat.infer.engine import Engine
+from nanochat.infer.requests import Event, Request
 from nanochat.infer.rows import Row
-from nanochat.infer.sampling import Sampler, uniforms
-from nanochat.infer.transcript import Transcript
+from nanochat.infer.sampling import Sampler, SamplingParams, uniforms
+from nanochat.infer.transcript import Transcript, truncate_chat
 from nanochat.kv_cache import KVCache
+from nanochat.tools.tool import calculator_tool
 
 # Sampling
 

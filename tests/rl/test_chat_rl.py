@@ -29,7 +29,8 @@ from nanochat import runtime
 from nanochat.checkpoint_manager import latest, list_steps, load_model, meta_digest, read_meta
 from nanochat.config import Preferences, RlConfig, RlEvaluating, Rollouts, Run, Saving, to_dict
 from nanochat.errors import UserError
-from nanochat.infer.engine import Engine, SamplingParams
+from nanochat.infer.engine import Engine
+from nanochat.infer.sampling import SamplingParams
 from nanochat.report.sections import write_report
 from nanochat.rl import policy
 from nanochat.rl.dpo import pair_scores

@@ -18,7 +18,9 @@ from nanochat import runtime
 from nanochat.data.order import MixtureOrder
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
-from nanochat.infer.engine import Completion, Engine, SamplingParams
+from nanochat.infer.engine import Engine
+from nanochat.infer.requests import Completion
+from nanochat.infer.sampling import SamplingParams
 from nanochat.optim import Hypers
 from nanochat.rl import rollouts
 from nanochat.rl.rollouts import (

@@ -24,7 +24,8 @@ from tiny_models import tiny_model, tiny_tokenizer
 from benchmarks import serving
 from nanochat.cli import parse
 from nanochat.errors import UserError
-from nanochat.infer.engine import Engine, SamplingParams
+from nanochat.infer.engine import Engine
+from nanochat.infer.sampling import SamplingParams
 from nanochat.runtime import single
 from nanochat.serve.app import UI
 from nanochat.serve.guard import PromptConnection

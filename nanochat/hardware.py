@@ -2,10 +2,12 @@
 
 import contextlib
 import ctypes
+import math
 import os
 import platform
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +28,25 @@ class Machine:
     """Bytes that a rank may use; None if no limit is known."""
 
 
+def cpus(root: Path = Path("/")) -> int:
+    """Number of processors that this process may use, hyper-threads included.
+
+    On Linux its affinity limits them, and the time that a container grants (rounded up).
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    return max(1, math.ceil(min(len(os.sched_getaffinity(0)), _granted_cpus(root))))
+
+
 def physical_cores() -> int:
     """Number of cores this process may use; on Linux, two hyper-threads count as one core."""
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
+    return min(_allowed_cores(), cpus())
+
+
+def _allowed_cores() -> int:
+    """Number of cores that this process's affinity names."""
     allowed = os.sched_getaffinity(0)
     seen = set()
     for cpu in allowed:
@@ -51,23 +68,44 @@ def machine_memory(root: Path = Path("/")) -> int | None:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (OSError, ValueError, AttributeError):
         return None
+    for folder, version in _control_groups(root, "memory"):
+        name = "memory.max" if version == 2 else "memory.limit_in_bytes"
+        with contextlib.suppress(OSError, ValueError):  # no such file, or its content is "max"
+            memory = min(memory, int((folder / name).read_text()))
+    return memory
+
+
+def _granted_cpus(root: Path) -> float:
+    """Processors' time that the process's control groups grant it; infinite without a limit."""
+    granted = math.inf
+    for folder, version in _control_groups(root, "cpu"):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or its content is "max"
+            if version == 2:
+                quota, period = map(int, (folder / "cpu.max").read_text().split())
+            else:
+                quota = int((folder / "cpu.cfs_quota_us").read_text())
+                period = int((folder / "cpu.cfs_period_us").read_text())
+            if quota > 0 and period > 0:  # -1: no limit
+                granted = min(granted, quota / period)
+    return granted
+
+
+def _control_groups(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
+    """Yield folder and version (1 or 2) of the process's control group and of all around it."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
-        return memory
+        return
     for line in groups:  # 4:memory:/group in version 1, 0::/group in version 2
         _, controllers, group = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-        name = "memory.limit_in_bytes" if controllers else "memory.max"
+        top = root / "sys/fs/cgroup" / (controller if controllers else "")
         folder = top / group.lstrip("/")
         for place in (folder, *folder.parents):
             if not place.is_relative_to(top):
                 break
-            with contextlib.suppress(OSError, ValueError):  # no such file, or its content is "max"
-                memory = min(memory, int((place / name).read_text()))
-    return memory
+            yield place, 1 if controllers else 2
 
 
 ONEDNN_KERNELS = 128

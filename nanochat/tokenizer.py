@@ -17,7 +17,6 @@ without the spaces shown here. Text that spells a special token is encoded as or
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -265,9 +264,10 @@ class Tokenizer:
         return self._encoding.encode_ordinary(text)
 
     def encode_batch(self, texts: list[str], num_threads: int | None = None) -> list[list[int]]:
-        """Encode each text, on `num_threads` threads (default: as many as there are CPUs)."""
-        threads = num_threads or os.cpu_count() or 1
-        return self._encoding.encode_ordinary_batch(texts, num_threads=threads)
+        """Encode each text, on `num_threads` threads (default: one for each CPU we may use)."""
+        from nanochat.hardware import cpus  # not above: a tokenizer needs no torch
+
+        return self._encoding.encode_ordinary_batch(texts, num_threads=num_threads or cpus())
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Bytes that `ids` stand for; special tokens give their names."""

@@ -127,13 +127,7 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, record.Measurement]:
     meta = read_meta(folder)
     tokenizer = tokenizer_of(meta, folder)
     specs = cfg.task or EVALUATED
-    options = corpus_options(specs, tokenizer)
-    tasks = {spec: build(spec, cfg.split, **options) for spec in specs}
-    for spec, task in tasks.items():
-        check_task(task, spec)
-    examples = {
-        spec: load_examples(spec, task, cfg.shots, **options) for spec, task in tasks.items()
-    }
+    tasks, examples = runtime.in_turns(lambda: open_tasks(cfg, specs, tokenizer))
     settings = {
         spec: settings_of(task, examples[spec], cfg, runtime) for spec, task in tasks.items()
     }
@@ -234,6 +228,20 @@ def has_estimates(result: Mapping[str, Any], drawn: Answering) -> bool:
     """True if pass@k was recorded for each k that is requested now."""
     wanted = {str(k) for k in drawn.pass_at if k <= result.get("samples", 0)}
     return wanted <= set(result.get("pass_at", {}))
+
+
+def open_tasks(
+    cfg: Config, specs: Sequence[str], tokenizer: Tokenizer
+) -> tuple[dict[str, Task], dict[str, list[Conversation]]]:
+    """Open the tasks and the examples that each one shows, by spec; prepares their data sets."""
+    options = corpus_options(specs, tokenizer)
+    tasks = {spec: build(spec, cfg.split, **options) for spec in specs}
+    for spec, task in tasks.items():
+        check_task(task, spec)
+    examples = {
+        spec: load_examples(spec, task, cfg.shots, **options) for spec, task in tasks.items()
+    }
+    return tasks, examples
 
 
 def load_examples(spec: str, task: Task, shots: int, **options: Any) -> list[Conversation]:

@@ -15,6 +15,7 @@ Examples:
 """
 
 from dataclasses import replace
+from functools import partial
 
 from nanochat.cli import launch
 from nanochat.config import RlConfig
@@ -45,7 +46,7 @@ def main(cfg: RlConfig, runtime: Runtime) -> Stage | OpenRun:
         if cfg.algo == "dpo":
             method = PreferencePairs(cfg, start, runtime)
         else:
-            mixture, held_out = open_tasks(cfg, start.tokenizer)
+            mixture, held_out = runtime.in_turns(partial(open_tasks, cfg, start.tokenizer))
             method = PolicyGradient(cfg, start, mixture.order, mixture.tasks, held_out, runtime)
         model, stream, updates = start.model, method.stream, method.updates
         plan = plan_rollouts(

@@ -311,6 +311,19 @@ def test_files_are_built_once_and_then_found(
     assert [text.strip() for text in said] == [str(value) for value in found]
 
 
+def build_nothing(runtime: Runtime) -> None:
+    def build() -> None:
+        raise UserError("the data set is gone")
+
+    runtime.in_turns(build)
+
+
+def test_ranks_that_wait_for_their_turn_hear_of_a_failure(tmp_path: Path) -> None:
+    status, said = run_job(tmp_path, 2, build_nothing)
+    assert status == [1, 1]
+    assert "the data set is gone" in said[0]
+
+
 TORCHRUN_JOB = """
 import os
 from nanochat.errors import UserError

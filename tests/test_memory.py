@@ -8,6 +8,7 @@ import os
 import runpy
 import shutil
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from nanochat.cli import is_out_of_memory, launch
 from nanochat.config import BaseConfig
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, config_from_depth
-from nanochat.hardware import Machine, machine_memory
+from nanochat.hardware import Machine, cpus, machine_memory
 from nanochat.infer import decoder
 from nanochat.memory import (
     Shape,
@@ -246,6 +247,34 @@ def test_the_smallest_limit_of_all_control_groups_counts(tmp_path: Path) -> None
     write("proc/self/cgroup", "5:cpu:/x\n4:memory:/docker/123\n0::/\n")
     write("sys/fs/cgroup/memory/memory.limit_in_bytes", "2000000\n")
     assert machine_memory(tmp_path) == 2_000_000
+
+
+def test_processors_follow_affinity_and_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control groups of both versions; the smallest limit of ours and those around it holds."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+
+    def count(groups: str, **files: str) -> int:
+        root = Path(tempfile.mkdtemp(dir=tmp_path))
+        for name, text in {"proc/self/cgroup": groups, **files}.items():
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return cpus(root)
+
+    top = "sys/fs/cgroup"
+    assert count("") == 16
+    assert count("0::/a/b\n", **{f"{top}/a/b/cpu.max": "max 100000\n"}) == 16
+    around = {f"{top}/a/b/cpu.max": "400000 100000\n", f"{top}/a/cpu.max": "250000 100000\n"}
+    assert count("0::/a/b\n", **around) == 3, "2.5 processors of the group around ours"
+    assert count("0::/\n", **{f"{top}/cpu.max": "50000 100000\n"}) == 1
+    first = {f"{top}/cpu/cpu.cfs_quota_us": "-1\n", f"{top}/cpu/cpu.cfs_period_us": "100000\n"}
+    assert count("4:memory:/x\n3:cpu,cpuacct:/docker/1\n", **first) == 16
+    first[f"{top}/cpu/cpu.cfs_quota_us"] = "600000\n"
+    assert count("3:cpu,cpuacct:/docker/1\n0::/\n", **first) == 6
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5})
+    assert count("3:cpu,cpuacct:/docker/1\n", **first) == 2
 
 
 def planned(rank: Runtime) -> int | None:

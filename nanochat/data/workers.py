@@ -1,7 +1,6 @@
 """Worker processes that run one function on many jobs."""
 
 import multiprocessing
-import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -65,10 +64,10 @@ def in_processes(
 
 
 def cpus() -> int:
-    """Count the processors that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Number of processors that this process may use, as `hardware.cpus` counts them."""
+    from nanochat import hardware  # not above: worker processes need no torch
+
+    return hardware.cpus()
 
 
 _worker: tuple[Callable[[Any, Any], Any], Any, Any]

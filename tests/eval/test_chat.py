@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import threading
+import time
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -143,6 +144,40 @@ def test_results_depend_neither_on_batch_size_nor_on_ranks() -> None:
     for batch_size in (5, 64):
         assert both(single(), batch_size) == expected
     assert processes.run_ranks(both, 2, 3) == [expected, expected]
+
+
+def open_in_turn(rank: Runtime, folder: Path) -> bool:
+    """Open the tasks of a chat_eval on one rank; returns whether the data was there already."""
+    marker, found = folder / "prepared", []
+
+    class Opened(Exception):
+        pass
+
+    def build(*_: Any, **__: Any) -> Task:
+        found.append(marker.exists())
+        time.sleep(0.2)  # ranks that do not wait look for it in this time
+        marker.touch()
+        return Choosing()
+
+    def stop(*_: Any) -> None:
+        raise Opened
+
+    changes: dict[str, Any] = {
+        "find": lambda *_: folder,
+        "read_meta": lambda _: {},
+        "tokenizer_of": lambda *_: None,
+    }
+    changes |= {"corpus_options": lambda *_: {}, "build": build, "settings_of": stop}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, change in changes.items():
+            patch.setattr(chat_eval, name, change)
+        with pytest.raises(Opened):
+            chat_eval.main(Config(task=("choosing",)), rank)
+    return found[0]
+
+
+def test_data_sets_are_prepared_by_one_rank_first(tmp_path: Path) -> None:
+    assert processes.run_ranks(open_in_turn, 2, tmp_path) == [False, True]
 
 
 def test_another_seed_draws_other_samples() -> None:

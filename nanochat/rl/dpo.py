@@ -14,6 +14,7 @@ import io
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -134,7 +135,7 @@ class AnswerPairs:
     """A store of pairs with the reference's log-probabilities."""
 
     store: TokenStore
-    reference: np.ndarray
+    reference: torch.Tensor
     """Log-probability of each answer under the reference, (documents,) float64."""
 
     def __len__(self) -> int:
@@ -142,31 +143,16 @@ class AnswerPairs:
 
     def samples(self, indices: Sequence[int]) -> list[Sample]:
         """List the samples of some pairs: chosen and rejected answer of each pair in turn."""
-        return [
-            Sample(self.store.ids(d).tolist(), self._mask(d).tolist())
-            for i in indices
-            for d in (2 * i, 2 * i + 1)
-        ]
-
-    def of_reference(self, indices: Sequence[int]) -> torch.Tensor:
-        """Reference's log-probabilities (2 len(indices),) in the order of `samples`."""
-        documents = [d for i in indices for d in (2 * i, 2 * i + 1)]
-        return torch.from_numpy(self.reference[documents])
-
-    def _mask(self, document: int) -> np.ndarray:
-        mask = self.store.mask(document)
-        assert mask is not None
-        return mask
+        stored = ((self.store.ids(d), self.store.mask(d)) for d in answers_of(indices))
+        return [Sample(ids.tolist(), mask.tolist()) for ids, mask in stored if mask is not None]
 
 
-def with_reference(
-    store: TokenStore,
-    model: GPT,
-    name: str,
-    rows_per_batch: int,
-    runtime: Runtime,
-    fill_up: bool = False,
-) -> AnswerPairs:
+def answers_of(indices: Sequence[int]) -> list[int]:
+    """Documents of some pairs: chosen and rejected answer of each pair in turn."""
+    return [document for i in indices for document in (2 * i, 2 * i + 1)]
+
+
+def with_reference(store: TokenStore, model: GPT, name: str, runtime: Runtime) -> AnswerPairs:
     """Score every answer with the model's present weights; keep the result in the store's folder.
 
     `name` identifies the weights; a result saved under that name is reused. Every rank must call
@@ -175,30 +161,25 @@ def with_reference(
     path = store.folder / f"reference-{name}.npy"
     known = None
     if runtime.is_main and path.is_file():
-        try:
+        with suppress(OSError, ValueError, EOFError):
             known = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            known = None
         if known is not None and known.shape != (len(store),):
             known = None
     known = runtime.broadcast_object(known)
     if known is not None:
-        return AnswerPairs(store, known)
-    pairs = AnswerPairs(store, np.zeros(len(store)))
-    logprobs = torch.zeros(len(store), dtype=torch.float64)
+        return AnswerPairs(store, torch.from_numpy(known))
+    pairs = AnswerPairs(store, torch.zeros(len(store), dtype=torch.float64))
     mine = range(len(pairs))[runtime.rank :: runtime.world_size]
     for start in range(0, len(mine), 64):
         block = mine[start : start + 64]
-        answers, _ = answer_logprobs(model, pairs, block, rows_per_batch, fill_up)
-        logprobs[[d for i in block for d in (2 * i, 2 * i + 1)]] = answers
+        pairs.reference[answers_of(block)], _ = answer_logprobs(model, pairs, block, 4)
     if runtime.world_size > 1:
-        logprobs = runtime.all_reduce_sum(logprobs.to(runtime.device)).cpu()
-    values = logprobs.numpy()
+        pairs.reference.copy_(runtime.all_reduce_sum(pairs.reference.to(runtime.device)))
     if runtime.local_rank == 0:
         buffer = io.BytesIO()
-        np.save(buffer, values, allow_pickle=False)
+        np.save(buffer, pairs.reference.numpy(), allow_pickle=False)
         paths.atomic_write(path, buffer.getvalue())
-    return AnswerPairs(store, values)
+    return pairs
 
 
 def answer_logprobs(
@@ -253,11 +234,6 @@ def pair_scores(
     return PairScores(margins, torch.nn.functional.softplus(-beta * margins), weights)
 
 
-def answer_lengths(samples: Sequence[Sample]) -> torch.Tensor:
-    """Number of tokens of each answer, (len(samples),)."""
-    return torch.tensor([sum(sample.mask) for sample in samples])
-
-
 def tally_pairs(scores: PairScores, ours: torch.Tensor) -> dict[str, float]:
     """Sum measurements over pairs; a tie counts as half a win."""
     wins = (torch.sign(scores.margins) + 1) / 2
@@ -271,80 +247,9 @@ def tally_pairs(scores: PairScores, ours: torch.Tensor) -> dict[str, float]:
     }
 
 
-def open_pairs(cfg: RlConfig, start: Start) -> TokenStore:
-    return pairs_store(
-        Path(cfg.preferences.pairs).expanduser(),
-        start.tokenizer,
-        start.model.config.context_length + 1,
-        system=start.system,
-        bad_rows=cfg.preferences.bad_rows,
-    )
-
-
-def compare(
-    cfg: RlConfig, stage: Stage, pairs: AnswerPairs, indices: Sequence[int]
-) -> tuple[PairScores, torch.Tensor, list[Rows]]:
-    """Score some pairs; returns DPO's scores, the log-probabilities, and the answers' rows."""
-    ours, rows = answer_logprobs(
-        stage.model,
-        pairs,
-        indices,
-        stage.plan.device_batch_size,
-        fill_up=cfg.run.compiles(stage.runtime.device),
-    )
-    scores = pair_scores(
-        ours,
-        pairs.of_reference(indices),
-        answer_lengths(pairs.samples(indices)),
-        beta=cfg.preferences.beta,
-        length_normalised=cfg.preferences.length_normalised,
-    )
-    return scores, ours, rows
-
-
-def learn_preferences(
-    cfg: RlConfig, stage: Stage, pairs: AnswerPairs, stream: RowStream
-) -> tuple[StepStats, dict[str, float]]:
-    """Take one optimizer step on the next pairs; returns its stats and further measurements."""
-    runtime, began = stage.runtime, time.perf_counter()
-    indices = [next(stream)[2] for _ in range(cfg.rollouts.prompts_per_step)]
-    mine = indices[runtime.rank :: runtime.world_size]
-    scores, ours, rows = compare(cfg, stage, pairs, mine)
-    stats = train_step(
-        stage.model,
-        stage.optimizer,
-        [r.weighted(scores.weights) for r in rows],
-        stage.plan.hypers(stage.state.step),
-        runtime,
-        stage.loss_scale,
-        divisor=len(indices),
-        step=stage.state.step + 1,
-    )
-    sums = {**tally_pairs(scores, ours), "tokens": float(sum(r.tokens for r in rows))}
-    sums = sum_over_ranks(sums, runtime)
-    tokens = int(sums.pop("tokens"))
-    stream.count(0, len(indices), tokens)
-    seconds = time.perf_counter() - began
-    metrics = pair_metrics(sums)
-    return replace(stats, loss=metrics["pair_loss"], tokens=tokens, seconds=seconds), metrics
-
-
 def pair_metrics(sums: dict[str, float]) -> dict[str, float]:
     """Compute means over pairs from the sums of `tally_pairs`."""
     return {name: value / sums["pairs"] for name, value in sums.items() if name != "pairs"}
-
-
-def evaluate_pairs(
-    cfg: RlConfig, stage: Stage, pairs: AnswerPairs, held_out: Sequence[int]
-) -> dict[str, float]:
-    """Compute loss, wins and margins on held-out pairs; each rank scores a share."""
-    runtime = stage.runtime
-    mine = list(held_out)[runtime.rank :: runtime.world_size]
-    stage.model.eval()
-    scores, ours, _ = compare(cfg, stage, pairs, mine)
-    stage.model.train()
-    metrics = pair_metrics(sum_over_ranks(tally_pairs(scores, ours), runtime))
-    return metrics
 
 
 class PreferencePairs:
@@ -353,24 +258,73 @@ class PreferencePairs:
     updates = 1
 
     def __init__(self, cfg: RlConfig, start: Start, runtime: Runtime):
-        self.cfg, count = cfg, cfg.rollouts.prompts_per_step
-        store = runtime.in_turns(lambda: open_pairs(cfg, start))
+        self.cfg, preferences, self.count = cfg, cfg.preferences, cfg.rollouts.prompts_per_step
+        path = Path(preferences.pairs).expanduser()
+        store = runtime.in_turns(
+            lambda: pairs_store(
+                path,
+                start.tokenizer,
+                start.model.config.context_length + 1,
+                system=start.system,
+                bad_rows=preferences.bad_rows,
+            )
+        )
         size = len(store) // 2
         self.held_out = range(size - max(1, min(cfg.evaluating.eval_problems, size // 10)), size)
         if len(self.held_out) == size:
-            raise UserError(f"--pairs {cfg.preferences.pairs} holds one pair; give at least two")
+            raise UserError(f"--pairs {preferences.pairs} holds one pair; give at least two")
         order = MixtureOrder([self.held_out.start], [1.0], cfg.run.seed)
-        self.stream = RowStream(order, [Path(cfg.preferences.pairs).stem])
-        self.num_steps = cfg.num_steps or max(1, cfg.epochs * self.held_out.start // count)
-        self.samples, self.what = 2 * count, f"{count} pairs"
+        self.stream = RowStream(order, [path.stem])
+        self.num_steps = cfg.num_steps or max(1, cfg.epochs * self.held_out.start // self.count)
+        self.samples, self.what = 2 * self.count, f"{self.count} pairs"
         name = f"{start.meta['digest'][:16]}-{str(runtime.dtype).removeprefix('torch.')}"
         start.model.eval()
-        self.pairs = with_reference(store, start.model, name, 4, runtime)
+        self.pairs = with_reference(store, start.model, name, runtime)
         start.model.train()
 
+    def compare(
+        self, stage: Stage, indices: Sequence[int]
+    ) -> tuple[PairScores, torch.Tensor, list[Rows]]:
+        """Score some pairs; returns DPO's scores, the log-probabilities, and the answers' rows."""
+        compiles = self.cfg.run.compiles(stage.runtime.device)
+        rows_per_batch = stage.plan.device_batch_size
+        ours, rows = answer_logprobs(stage.model, self.pairs, indices, rows_per_batch, compiles)
+        scores = pair_scores(
+            ours,
+            self.pairs.reference[answers_of(indices)],
+            torch.tensor([sum(sample.mask) for sample in self.pairs.samples(indices)]),
+            beta=self.cfg.preferences.beta,
+            length_normalised=self.cfg.preferences.length_normalised,
+        )
+        return scores, ours, rows
+
     def evaluate(self, stage: Stage) -> dict[str, float]:
-        return evaluate_pairs(self.cfg, stage, self.pairs, self.held_out)
+        """Compute loss, wins and margins on held-out pairs; each rank scores a share."""
+        runtime = stage.runtime
+        stage.model.eval()
+        scores, ours, _ = self.compare(stage, self.held_out[runtime.rank :: runtime.world_size])
+        stage.model.train()
+        return pair_metrics(sum_over_ranks(tally_pairs(scores, ours), runtime))
 
     def learn(self, stage: Stage) -> Iterator[tuple[StepStats, dict[str, float]]]:
         """Take the optimizer step on the next pairs; yields its stats and further measurements."""
-        yield learn_preferences(self.cfg, stage, self.pairs, self.stream)
+        runtime, began = stage.runtime, time.perf_counter()
+        indices = [next(self.stream)[2] for _ in range(self.count)]
+        scores, ours, rows = self.compare(stage, indices[runtime.rank :: runtime.world_size])
+        stats = train_step(
+            stage.model,
+            stage.optimizer,
+            [r.weighted(scores.weights) for r in rows],
+            stage.plan.hypers(stage.state.step),
+            runtime,
+            stage.loss_scale,
+            divisor=len(indices),
+            step=stage.state.step + 1,
+        )
+        sums = {**tally_pairs(scores, ours), "tokens": float(sum(r.tokens for r in rows))}
+        sums = sum_over_ranks(sums, runtime)
+        tokens = int(sums.pop("tokens"))
+        self.stream.count(0, len(indices), tokens)
+        seconds = time.perf_counter() - began
+        metrics = pair_metrics(sums)
+        yield replace(stats, loss=metrics["pair_loss"], tokens=tokens, seconds=seconds), metrics

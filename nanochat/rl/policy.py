@@ -107,7 +107,48 @@ class PolicyGradient:
         if due(step, in_rounds(every, self.updates), step + self.updates == stage.plan.num_steps):
             stage.show(lambda: self.shown(rollout))
         for update in range(self.updates):
-            yield learn(self.cfg, stage, rollout, update)
+            yield self.take_step(stage, rollout, update)
+
+    def take_step(
+        self, stage: Stage, rollout: Rollout, update: int
+    ) -> tuple[StepStats, dict[str, float]]:
+        """Take one optimizer step on a rollout; returns its stats and further measurements.
+
+        A rollout without any advantage is skipped and counted, since a step would move the weights
+        by momentum alone.
+        """
+        runtime, rollouts = self.runtime, self.cfg.rollouts
+        more = rollout.metrics if update == 0 else {}
+        seconds = rollout.seconds if update == 0 else 0.0
+        began = time.perf_counter()
+        if rollout.targets == 0:
+            agree_to_stop(runtime)
+            seconds += time.perf_counter() - began
+            return StepStats(0.0, 0, 0, seconds, skipped=True), more
+        batches, clipped = policy_batches(
+            self.model,
+            rollout.rows,
+            rollout.advantages,
+            temperature=rollouts.temperature,
+            max_importance=rollouts.max_importance if update else None,
+        )
+        stats = train_step(
+            self.model,
+            stage.optimizer,
+            batches,
+            stage.plan.hypers(stage.state.step),
+            runtime,
+            stage.loss_scale,
+            temperature=rollouts.temperature,
+            divisor=rollout.divisor,
+            step=stage.state.step + 1,
+        )
+        if update:
+            clipped = sum_over_ranks({"clipped": clipped}, runtime)["clipped"]
+            more = {"clipped": clipped / rollout.targets}
+        learning = time.perf_counter() - began
+        more = {**more, "update_tokens_per_second": rollout.tokens / learning}
+        return replace(stats, tokens=rollout.tokens, seconds=seconds + learning), more
 
     def _prompt(self, number: int, source: int, conversation: dict[str, Any]) -> Prompt | None:
         """Make the prompt of a conversation; None if it is too long."""
@@ -309,45 +350,3 @@ def last_question(prompt: Prompt) -> dict[str, Any]:
     """Message of a prompt that is to be answered."""
     messages = [m for m in prompt.conversation["messages"] if m["role"] == "user"]
     return dict(messages[-1] if messages else prompt.conversation["messages"][0])
-
-
-def learn(
-    cfg: RlConfig, stage: Stage, rollout: Rollout, update: int
-) -> tuple[StepStats, dict[str, float]]:
-    """Take one optimizer step on a rollout; returns its stats and further measurements.
-
-    A rollout without any advantage is skipped and counted, since a step would move the weights by
-    momentum alone.
-    """
-    runtime = stage.runtime
-    more = rollout.metrics if update == 0 else {}
-    seconds = rollout.seconds if update == 0 else 0.0
-    began = time.perf_counter()
-    if rollout.targets == 0:
-        agree_to_stop(runtime)
-        seconds += time.perf_counter() - began
-        return StepStats(0.0, 0, 0, seconds, skipped=True), more
-    batches, clipped = policy_batches(
-        stage.model,
-        rollout.rows,
-        rollout.advantages,
-        temperature=cfg.rollouts.temperature,
-        max_importance=cfg.rollouts.max_importance if update else None,
-    )
-    stats = train_step(
-        stage.model,
-        stage.optimizer,
-        batches,
-        stage.plan.hypers(stage.state.step),
-        runtime,
-        stage.loss_scale,
-        temperature=cfg.rollouts.temperature,
-        divisor=rollout.divisor,
-        step=stage.state.step + 1,
-    )
-    if update:
-        clipped = sum_over_ranks({"clipped": clipped}, runtime)["clipped"]
-        more = {"clipped": clipped / rollout.targets}
-    learning = time.perf_counter() - began
-    more = {**more, "update_tokens_per_second": rollout.tokens / learning}
-    return replace(stats, tokens=rollout.tokens, seconds=seconds + learning), more

@@ -499,14 +499,14 @@ def test_a_loss_that_is_not_finite_names_the_step_as_it_is_logged(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first two steps have nothing to tell, so no update came before the third."""
-    learn = policy.learn
+    take_step = policy.PolicyGradient.take_step
 
-    def spoiled(cfg: RlConfig, stage: Stage, rollout: Any, update: int) -> Any:
-        if stage.state.step < 2:
-            rollout = replace(rollout, targets=0)
-        return learn(cfg, stage, replace(rollout, advantages=rollout.advantages * math.nan), update)
+    def spoiled(self: Any, stage: Stage, rollout: Any, update: int) -> Any:
+        targets = 0 if stage.state.step < 2 else rollout.targets
+        spoilt = rollout.advantages * math.nan
+        return take_step(self, stage, replace(rollout, targets=targets, advantages=spoilt), update)
 
-    monkeypatch.setattr(policy, "learn", spoiled)
+    monkeypatch.setattr(policy.PolicyGradient, "take_step", spoiled)
     with pytest.raises(NonFiniteLoss, match="step 3: the loss of rank 0 is nan"):
         run(folder, config())
     assert [record["step"] for record in records(folder, "train")] == [1, 2]

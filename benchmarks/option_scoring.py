@@ -143,7 +143,8 @@ def measure_chat_eval(
         for name, scorer in SIDES.items():
             with patch.object(chat_eval, "GPTScorer", scorer):
                 start = time.perf_counter()
-                result, _ = chat_eval.evaluate_task(model, tokenizer, task, settings, started)
+                asked = chat_eval.Asked(task, (), tokenizer, "tokens", settings, started)
+                result, _ = asked.measure(model, task.name)
             if repeat:  # the first is for warming up
                 seconds[name].append(time.perf_counter() - start)
             right[name] = result["correct"]

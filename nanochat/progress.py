@@ -66,10 +66,10 @@ class Bar:
 
 
 @contextmanager
-def progress_bar(label: str, total: float) -> Iterator[Bar]:
-    """Show a bar on stderr during the `with` block."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
+def progress_bar(label: str, total: float, hidden: bool = False) -> Iterator[Bar]:
+    """Show a bar on stderr during the `with` block, unless it is hidden."""
+    console = Console(stderr=True, quiet=hidden)
+    if hidden or not console.is_terminal:
         yield Bar(label, total, console, None)
         return
     columns = (

@@ -21,7 +21,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,17 +95,6 @@ class Config:
     """Keep the results that an earlier run of this command has for this checkpoint."""
 
 
-@dataclass
-class Answers:
-    """Answers to one rank's problems of a task, and their verdicts."""
-
-    problems: list[dict[str, Any]] = field(default_factory=list)
-    """Results of the problems: "problem" (its number in the task), "right" (number of right
-    samples), "truncated" (the prompt was cut or lost examples to fit the context), "answers",
-    ..."""
-    shown: list[str] = field(default_factory=list)
-
-
 def main(cfg: Config, runtime: Runtime) -> dict[str, record.Measurement]:
     """Returns the measurement of each requested task, new or kept."""
     drawn = cfg.answering
@@ -128,9 +116,12 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, record.Measurement]:
     tokenizer = tokenizer_of(meta, folder)
     specs = cfg.task or EVALUATED
     tasks, examples = runtime.in_turns(lambda: open_tasks(cfg, specs, tokenizer))
-    settings = {
-        spec: settings_of(task, examples[spec], cfg, runtime) for spec, task in tasks.items()
+    system = system_style(meta)
+    asked = {
+        spec: Asked(task, examples[spec], tokenizer, system, cfg, runtime)
+        for spec, task in tasks.items()
     }
+    settings = {spec: one.settings() for spec, one in asked.items()}
     results: dict[str, record.Measurement] = {}
     if cfg.resume:
         known = runtime.broadcast_object(record.of_checkpoint(meta))
@@ -140,22 +131,13 @@ def main(cfg: Config, runtime: Runtime) -> dict[str, record.Measurement]:
                 results[spec] = kept
                 accuracy = kept["result"]["accuracy"]
                 runtime.print(f"{spec}: {accuracy:.4f}, kept from an earlier run")
-    todo = {spec: task for spec, task in tasks.items() if spec not in results}
+    todo = [spec for spec in tasks if spec not in results]
     if todo:
         model, _, meta = load_model(cfg.source, runtime, step=cfg.step, tokenizer=tokenizer)
     title = f"{meta['stage']}/{meta['tag']} step {meta['step']}"
     runtime.print(f"{title}: {', '.join(todo) or 'all tasks are measured'}")
-    for spec, task in todo.items():
-        result, problems = evaluate_task(
-            model,
-            tokenizer,
-            task,
-            cfg,
-            runtime,
-            label=spec,
-            system=system_style(meta),
-            examples=examples[spec],
-        )
+    for spec in todo:
+        result, problems = asked[spec].measure(model, label=spec)
         if runtime.is_main:
             results[spec] = record.record(meta, "task", spec, settings[spec], result, problems)
     results = runtime.broadcast_object({spec: results[spec] for spec in tasks if spec in results})
@@ -188,40 +170,6 @@ def compared(results: Mapping[str, record.Measurement], source: str) -> list[str
                 f"{test['lost']} no longer; McNemar's p = {test['p']:.3g}"
             )
     return lines
-
-
-def settings_of(
-    task: Task, examples: Sequence[Conversation], cfg: Config, runtime: Runtime
-) -> dict[str, Any]:
-    """All that a result depends on beside the model."""
-    chosen = chosen_problems(task, cfg)
-    digest = hashlib.sha256(f"{type(task).__name__} {task.VERSION}".encode())
-    for conversation in (*examples, *(task[i] for i in chosen)):
-        digest.update(json.dumps(conversation, sort_keys=True, default=str).encode())
-    settings: dict[str, Any] = {
-        "split": cfg.split,
-        "problems": len(chosen),
-        "of": len(task),
-        "shots": cfg.shots,
-        "digest": digest.hexdigest(),
-        "dtype": str(runtime.dtype),
-    }
-    if task.eval_type == "generative":
-        drawn = cfg.answering
-        settings |= {
-            "max_tokens": drawn.max_tokens,
-            "temperature": drawn.temperature,
-            "num_samples": drawn.num_samples,
-        }
-        if drawn.temperature > 0:
-            settings |= {"top_k": drawn.top_k, "seed": drawn.seed}
-    return settings
-
-
-def chosen_problems(task: Task, cfg: Config) -> list[int]:
-    """Choose problems evenly spread over the task, since many tasks are sorted by subject."""
-    count = min(len(task), cfg.max_problems or len(task))
-    return [k * len(task) // count for k in range(count)]
 
 
 def has_estimates(result: Mapping[str, Any], drawn: Answering) -> bool:
@@ -267,34 +215,6 @@ def load_examples(spec: str, task: Task, shots: int, **options: Any) -> list[Con
     return [row for rows in kept.values() for row in rows]
 
 
-def examples_for(
-    conversation: Conversation, examples: Sequence[Conversation]
-) -> list[Conversation]:
-    subject = conversation.get("subject")
-    return [example for example in examples if example.get("subject") == subject]
-
-
-def render_prompt(
-    tokenizer: Tokenizer,
-    conversation: Conversation,
-    examples: Sequence[Conversation],
-    limit: int,
-    system: SystemStyle,
-) -> tuple[list[int], bool]:
-    """Render the prompt with the last examples that fit into `limit` tokens.
-
-    Also tells whether an example was left out. Without examples it may be longer than `limit`.
-    """
-    shown = examples_for(conversation, examples)
-    for left_out in range(len(shown) + 1):
-        turns = [message for example in shown[left_out:] for message in example["messages"]]
-        whole = {**conversation, "messages": [*turns, *conversation["messages"]]}
-        prompt = tokenizer.render_for_completion(whole, system)
-        if len(prompt) <= limit:
-            break
-    return prompt, left_out > 0
-
-
 def check_task(task: Task, spec: str) -> None:
     """Raise UserError for a task that cannot be measured."""
     if len(task) == 0:
@@ -303,141 +223,243 @@ def check_task(task: Task, spec: str) -> None:
         raise UserError(f"{spec} has no answers to check; leave it out")
 
 
-def evaluate_task(
-    model: GPT,
-    tokenizer: Tokenizer,
-    task: Task,
-    cfg: Config,
-    runtime: Runtime,
-    *,
-    label: str | None = None,
-    system: SystemStyle = "tokens",
-    examples: Sequence[Conversation] = (),
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Measure a task over all ranks; returns (result, its problems in order) on every rank.
+@dataclass(frozen=True)
+class Asked:
+    """A task whose problems a model is asked."""
 
-    Problem i and its samples have random streams of their own. The result therefore depends neither
-    on the batch size nor on the number of ranks (up to the rounding of matrix products).
-    """
-    label = label or task.name
-    check_task(task, label)
-    chosen = chosen_problems(task, cfg)
-    categorical = task.eval_type == "categorical"
-    samples = 1 if categorical else cfg.answering.num_samples
-    measure = _answer_categorical if categorical else _answer_generative
-    with progress_bar(label, 1) if runtime.is_main else nullcontext() as bar:
-        answers = measure(model, tokenizer, task, chosen, cfg, runtime, system, examples, bar)
-    for text in answers.shown:
-        runtime.print(text)
+    task: Task
+    examples: Sequence[Conversation]
+    """Solved rows, some of which are shown before each problem."""
+    tokenizer: Tokenizer
+    system: SystemStyle
+    cfg: Config
+    runtime: Runtime
 
-    found = [one for part in runtime.gather_objects(answers.problems) for one in part]
-    problems = sorted(found, key=lambda one: int(one["problem"]))
-    count, hits = len(problems), [int(one["right"]) for one in problems]
-    chance = math.fsum(1 / one["options"] for one in problems) / count if categorical else 0.0
-    more: dict[str, Any] = {
-        "truncated": sum(one["truncated"] for one in problems),
-        "eval_type": task.eval_type,
-    }
-    by_subject: dict[str, list[int]] = defaultdict(list)
-    for one in problems:
-        if one.get("subject"):
-            by_subject[one["subject"]].append(one["right"])
-    if by_subject:
-        more["by_subject"] = {
-            subject: {"correct": sum(right) / samples, "total": len(right)}
-            for subject, right in sorted(by_subject.items())
+    @property
+    def chosen(self) -> list[int]:
+        """Problems to ask, evenly spread over the task, since many tasks are sorted by subject."""
+        count = min(len(self.task), self.cfg.max_problems or len(self.task))
+        return [k * len(self.task) // count for k in range(count)]
+
+    def settings(self) -> dict[str, Any]:
+        """All that a result depends on beside the model."""
+        chosen, task, drawn = self.chosen, self.task, self.cfg.answering
+        digest = hashlib.sha256(f"{type(task).__name__} {task.VERSION}".encode())
+        for conversation in (*self.examples, *(task[i] for i in chosen)):
+            digest.update(json.dumps(conversation, sort_keys=True, default=str).encode())
+        settings: dict[str, Any] = {
+            "split": self.cfg.split,
+            "problems": len(chosen),
+            "of": len(task),
+            "shots": self.cfg.shots,
+            "digest": digest.hexdigest(),
+            "dtype": str(self.runtime.dtype),
         }
-    if task.BY_KIND:
-        rows = [task[one["problem"]] for one in problems]
-        kinds: dict[str, list[int]] = defaultdict(list)
-        for row, right in zip(rows, hits, strict=True):
-            kinds[row["kind"]].append(right)
-        more["kinds"] = {
-            kind: task_result(sum(right) / samples, len(right), 0.0)
-            for kind, right in kinds.items()
+        if task.eval_type == "generative":
+            names = ["max_tokens", "temperature", "num_samples"]
+            names += ["top_k", "seed"] if drawn.temperature > 0 else []
+            settings |= {name: getattr(drawn, name) for name in names}
+        return settings
+
+    def shown_before(self, conversation: Conversation) -> list[Conversation]:
+        subject = conversation.get("subject")
+        return [example for example in self.examples if example.get("subject") == subject]
+
+    def prompt(self, conversation: Conversation, limit: int) -> tuple[list[int], bool]:
+        """Render the prompt with the last examples that fit into `limit` tokens.
+
+        Also tells whether an example was left out. Without examples it may be longer than `limit`.
+        """
+        shown = self.shown_before(conversation)
+        for left_out in range(len(shown) + 1):
+            turns = [message for example in shown[left_out:] for message in example["messages"]]
+            whole = {**conversation, "messages": [*turns, *conversation["messages"]]}
+            prompt = self.tokenizer.render_for_completion(whole, self.system)
+            if len(prompt) <= limit:
+                break
+        return prompt, left_out > 0
+
+    def measure(self, model: GPT, label: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Ask all problems over all ranks; returns (result, the problems in order) on every rank.
+
+        Problem i and its samples have random streams of their own. The result therefore depends
+        neither on the batch size nor on the number of ranks (up to the rounding of matrix
+        products). A problem has the keys "problem" (its number in the task), "right" (number of
+        right samples), "truncated" (the prompt was cut or lost examples to fit the context),
+        "answers", and more.
+        """
+        categorical = self.task.eval_type == "categorical"
+        ask = self.choose_options if categorical else self.write_answers
+        shown: list[str] = []
+        with progress_bar(label, 1, hidden=not self.runtime.is_main) as bar:
+            mine = ask(model, bar, shown)
+        for text in shown:
+            self.runtime.print(text)
+        found = [one for part in self.runtime.gather_objects(mine) for one in part]
+        problems = sorted(found, key=lambda one: int(one["problem"]))
+        return self.result(problems), problems
+
+    def result(self, problems: list[dict[str, Any]]) -> dict[str, Any]:
+        """Compute the task's accuracy from the results of its problems."""
+        task, categorical = self.task, self.task.eval_type == "categorical"
+        samples = 1 if categorical else self.cfg.answering.num_samples
+        count, hits = len(problems), [int(one["right"]) for one in problems]
+        chance = math.fsum(1 / one["options"] for one in problems) / count if categorical else 0.0
+        more: dict[str, Any] = {
+            "truncated": sum(one["truncated"] for one in problems),
+            "eval_type": task.eval_type,
         }
-        places = _in_turn([row["kind"] for row in rows])[:MAX_EXCHANGES]
-        more["exchanges"] = [_exchange(rows[place], problems[place]) for place in places]
-    if samples == 1:
-        return task_result(sum(hits), count, chance, **more), problems
-    more["samples"] = samples
-    more["pass_at"] = {
-        str(k): math.fsum(pass_at_k(samples, n, k) for n in hits) / count
-        for k in cfg.answering.pass_at
-        if k <= samples
-    }
-    if "majority" in problems[0]:
-        more["majority"] = sum(one["majority"] for one in problems) / count
-    interval = list(clustered_interval(hits, samples))
-    return task_result(sum(hits) / samples, count, chance, ci=interval, **more), problems
+        by_subject: dict[str, list[int]] = defaultdict(list)
+        for one in problems:
+            if one.get("subject"):
+                by_subject[one["subject"]].append(one["right"])
+        if by_subject:
+            more["by_subject"] = {
+                subject: {"correct": sum(right) / samples, "total": len(right)}
+                for subject, right in sorted(by_subject.items())
+            }
+        if task.BY_KIND:
+            rows = [task[one["problem"]] for one in problems]
+            kinds: dict[str, list[int]] = defaultdict(list)
+            for row, right in zip(rows, hits, strict=True):
+                kinds[row["kind"]].append(right)
+            more["kinds"] = {
+                kind: task_result(sum(right) / samples, len(right), 0.0)
+                for kind, right in kinds.items()
+            }
+            places = _in_turn([row["kind"] for row in rows])[:MAX_EXCHANGES]
+            more["exchanges"] = [_exchange(rows[place], problems[place]) for place in places]
+        if samples == 1:
+            return task_result(sum(hits), count, chance, **more)
+        more["samples"] = samples
+        more["pass_at"] = {
+            str(k): math.fsum(pass_at_k(samples, n, k) for n in hits) / count
+            for k in self.cfg.answering.pass_at
+            if k <= samples
+        }
+        if "majority" in problems[0]:
+            more["majority"] = sum(one["majority"] for one in problems) / count
+        interval = list(clustered_interval(hits, samples))
+        return task_result(sum(hits) / samples, count, chance, ci=interval, **more)
 
-
-def _answer_categorical(
-    model: GPT,
-    tokenizer: Tokenizer,
-    task: Task,
-    chosen: Sequence[int],
-    cfg: Config,
-    runtime: Runtime,
-    system: SystemStyle,
-    examples: Sequence[Conversation],
-    bar: Bar | None,
-) -> Answers:
-    """Choose the most likely of each problem's options."""
-    answers = Answers()
-    scorer = GPTScorer(model)
-    # This is known for all problems without encoding them.
-    lengths = [
-        sum(
-            len(str(message["content"]))
-            for one in (task[i], *examples_for(task[i], examples))
-            for message in one["messages"]
-        )
-        for i in chosen
-    ]
-    blocks = length_blocks(lengths, cfg.batch_size)[runtime.rank :: runtime.world_size]
-    if bar is not None:
-        bar.resize(sum(len(block) for block in blocks))
-    for block in blocks:
-        conversations = [task[chosen[k]] for k in block]
-        prompts, options, cuts = [], [], []
-        for conversation in conversations:
-            encoded = encode_options(tokenizer, conversation["letters"])
-            limit = scorer.context_length + 1 - max(len(option) for option in encoded)
-            prompt, fewer = render_prompt(tokenizer, conversation, examples, limit, system)
-            prompt, encoded, cut = _crop_chat(prompt, encoded, scorer.context_length)
-            prompts.append(prompt)
-            options.append(encoded)
-            cuts.append(fewer or cut)
-        for k, conversation, scored, cut in zip(
-            block, conversations, scorer.score(prompts, options), cuts, strict=True
-        ):
-            values = [option.logprob for option in scored]
-            answer = conversation["letters"][values.index(max(values))]
-            right = task.evaluate(conversation, answer)
-            answers.problems.append(
-                {
-                    "problem": chosen[k],
-                    "right": int(right),
-                    "options": len(scored),
-                    "truncated": cut,
-                    "answers": [answer],
-                    **_known(conversation),
-                    "logprobs": dict(zip(conversation["letters"], values, strict=True)),
-                }
+    def choose_options(self, model: GPT, bar: Bar, shown: list[str]) -> list[dict[str, Any]]:
+        """Choose the most likely of the options of this rank's problems."""
+        task, runtime, chosen = self.task, self.runtime, self.chosen
+        problems: list[dict[str, Any]] = []
+        scorer = GPTScorer(model)
+        # This is known for all problems without encoding them.
+        lengths = [
+            sum(
+                len(str(message["content"]))
+                for one in (task[i], *self.shown_before(task[i]))
+                for message in one["messages"]
             )
-            if len(answers.shown) < cfg.show:
-                chances = ", ".join(
-                    f"{letter} {math.exp(value):.3f}"
-                    for letter, value in zip(conversation["letters"], values, strict=True)
+            for i in chosen
+        ]
+        blocks = length_blocks(lengths, self.cfg.batch_size)[runtime.rank :: runtime.world_size]
+        bar.resize(sum(len(block) for block in blocks))
+        for block in blocks:
+            conversations = [task[chosen[k]] for k in block]
+            prompts, options, cuts = [], [], []
+            for conversation in conversations:
+                encoded = encode_options(self.tokenizer, conversation["letters"])
+                limit = scorer.context_length + 1 - max(len(option) for option in encoded)
+                prompt, fewer = self.prompt(conversation, limit)
+                prompt, encoded, cut = _crop_chat(prompt, encoded, scorer.context_length)
+                prompts.append(prompt)
+                options.append(encoded)
+                cuts.append(fewer or cut)
+            for k, conversation, scored, cut in zip(
+                block, conversations, scorer.score(prompts, options), cuts, strict=True
+            ):
+                values = {
+                    letter: option.logprob
+                    for letter, option in zip(conversation["letters"], scored, strict=True)
+                }
+                answer = max(values, key=values.__getitem__)
+                right = task.evaluate(conversation, answer)
+                problems.append(
+                    {
+                        "problem": chosen[k],
+                        "right": int(right),
+                        "options": len(scored),
+                        "truncated": cut,
+                        "answers": [answer],
+                        **_known(conversation),
+                        "logprobs": values,
+                    }
                 )
-                verdict = "right" if right else f"wrong: {conversation.get('answer')}"
-                answers.shown.append(
-                    _shown(task, chosen[k], conversation, [f"{answer} ({verdict}; {chances})"])
-                )
-        if bar is not None:
-            bar.set(len(answers.problems))
-    return answers
+                if len(shown) < self.cfg.show:
+                    chances = ", ".join(f"{key} {math.exp(x):.3f}" for key, x in values.items())
+                    verdict = "right" if right else f"wrong: {conversation.get('answer')}"
+                    shown.append(
+                        _shown(task, chosen[k], conversation, [f"{answer} ({verdict}; {chances})"])
+                    )
+            bar.set(len(problems))
+        return problems
+
+    def write_answers(self, model: GPT, bar: Bar, shown: list[str]) -> list[dict[str, Any]]:
+        """Decode answers to this rank's problems; threads judge them, as that may run programs."""
+        task, chosen, drawn = self.task, self.chosen, self.cfg.answering
+        names = ("temperature", "top_k", "max_tokens", "seed")
+        params = SamplingParams(**{name: getattr(drawn, name) for name in names})
+        engine = Engine(model, self.tokenizer, max_slots=self.cfg.batch_size)
+        mine = chosen[self.runtime.rank :: self.runtime.world_size]
+        # A longer prompt is cut, so that the answer has a quarter of the context (or --max-tokens).
+        room = min(drawn.max_tokens, max(1, engine.context_length // 4))
+        limit = max(1, engine.context_length - room)
+        conversations = {i: task[i] for i in mine}
+        prompts: dict[int, list[int]] = {}
+        truncated: dict[int, bool] = {}
+        for i, conversation in conversations.items():
+            prompt, fewer = self.prompt(conversation, limit)
+            truncated[i] = fewer or len(prompt) > limit
+            if len(prompt) > limit:
+                end = prompt[len(prompt) - limit + 1 :]
+                prompt = [prompt[0], *end] if limit > 1 else prompt[-1:]
+            prompts[i] = prompt
+        requests: dict[Request, int] = {}
+        # The longest prompts come first, so that prompts read together have similar lengths.
+        for i in sorted(mine, key=lambda i: (-len(prompts[i]), i)):
+            requests[engine.submit(prompts[i], params, drawn.num_samples, index=i)] = i
+
+        bar.resize(len(mine) * drawn.num_samples)
+        verdicts: dict[int, dict[int, Future[bool]]] = {i: {} for i in mine}  # by sample
+        with ThreadPoolExecutor(thread_name_prefix="judge") as pool:
+            while not engine.idle:
+                for event in engine.step():
+                    if event.finished:
+                        i = requests[event.request]
+                        verdicts[i][event.sample] = pool.submit(
+                            task.evaluate, conversations[i], event.completion.text
+                        )
+                        bar.advance(1)
+        problems = []
+        votes = drawn.num_samples > 1 and type(task).vote is not Task.vote
+        completed = {i: request.completions for request, i in requests.items()}
+        for i, conversation in conversations.items():
+            right = [bool(verdicts[i][sample].result()) for sample in sorted(verdicts[i])]
+            one: dict[str, Any] = {
+                "problem": i,
+                "right": sum(right),
+                "truncated": truncated[i],
+                "answers": [completion.written for completion in completed[i]],
+                **_known(conversation),
+            }
+            if drawn.num_samples > 1:
+                one["verdicts"] = right
+            if votes:
+                cast = [task.vote(conversation, completion.text) for completion in completed[i]]
+                one["majority"] = majority(cast, right)
+            problems.append(one)
+            if len(shown) < self.cfg.show:
+                texts = [
+                    f"{written.written} ({'right' if verdict else 'wrong'}, "
+                    f"{written.finish_reason})"
+                    for written, verdict in zip(completed[i], right, strict=True)
+                ]
+                shown.append(_shown(task, i, conversation, texts))
+        return problems
 
 
 def _known(conversation: Conversation) -> dict[str, Any]:
@@ -470,91 +492,6 @@ def _crop_chat(
     return list(short), [list(option) for option in fitting], cut
 
 
-def _answer_generative(
-    model: GPT,
-    tokenizer: Tokenizer,
-    task: Task,
-    chosen: Sequence[int],
-    cfg: Config,
-    runtime: Runtime,
-    system: SystemStyle,
-    examples: Sequence[Conversation],
-    bar: Bar | None,
-) -> Answers:
-    """Decode answers and judge them; judging is in threads, since it may run programs."""
-    answers = Answers()
-    drawn = cfg.answering
-    params = SamplingParams(
-        temperature=drawn.temperature,
-        top_k=drawn.top_k,
-        max_tokens=drawn.max_tokens,
-        seed=drawn.seed,
-    )
-    engine = Engine(model, tokenizer, max_slots=cfg.batch_size)
-    mine = range(len(chosen))[runtime.rank :: runtime.world_size]
-    # A longer prompt is cut, so that the answer has a quarter of the context (or --max-tokens).
-    room = min(drawn.max_tokens, max(1, engine.context_length // 4))
-    limit = max(1, engine.context_length - room)
-    conversations: dict[int, Conversation] = {}
-    prompts: dict[int, list[int]] = {}
-    truncated: dict[int, bool] = {}
-    for k in mine:
-        conversations[k] = task[chosen[k]]
-        prompt, fewer = render_prompt(tokenizer, conversations[k], examples, limit, system)
-        truncated[k] = fewer or len(prompt) > limit
-        if len(prompt) > limit:
-            prompt = [prompt[0], *prompt[len(prompt) - limit + 1 :]] if limit > 1 else prompt[-1:]
-        prompts[k] = prompt
-    requests: dict[Request, int] = {}
-    # The longest prompts come first, so that prompts read together have similar lengths.
-    for k in sorted(mine, key=lambda k: (-len(prompts[k]), k)):
-        requests[engine.submit(prompts[k], params, drawn.num_samples, index=chosen[k])] = k
-
-    if bar is not None:
-        bar.resize(len(mine) * drawn.num_samples)
-    verdicts: dict[int, dict[int, Future[bool]]] = {k: {} for k in mine}  # by sample
-    with ThreadPoolExecutor(thread_name_prefix="judge") as pool:
-        while not engine.idle:
-            for event in engine.step():
-                if not event.finished:
-                    continue
-                k = requests[event.request]
-                verdicts[k][event.sample] = pool.submit(
-                    task.evaluate, conversations[k], event.completion.text
-                )
-                if bar is not None:
-                    bar.advance(1)
-        right = {
-            k: [bool(futures[sample].result()) for sample in sorted(futures)]
-            for k, futures in verdicts.items()
-        }
-    by_problem = {k: request for request, k in requests.items()}
-    votes = drawn.num_samples > 1 and type(task).vote is not Task.vote
-    for k in mine:
-        completions = by_problem[k].completions
-        one: dict[str, Any] = {
-            "problem": chosen[k],
-            "right": sum(right[k]),
-            "truncated": truncated[k],
-            "answers": [completion.written for completion in completions],
-            **_known(conversations[k]),
-        }
-        if drawn.num_samples > 1:
-            one["verdicts"] = right[k]
-        if votes:
-            cast = [task.vote(conversations[k], completion.text) for completion in completions]
-            one["majority"] = majority(cast, right[k])
-        answers.problems.append(one)
-    for one in answers.problems[: cfg.show]:
-        k = chosen.index(one["problem"])
-        texts = [
-            f"{completion.written} ({'right' if verdict else 'wrong'}, {completion.finish_reason})"
-            for completion, verdict in zip(by_problem[k].completions, right[k], strict=True)
-        ]
-        answers.shown.append(_shown(task, one["problem"], conversations[k], texts))
-    return answers
-
-
 def majority(votes: Sequence[Any], right: Sequence[bool]) -> bool:
     """True if the answer that most samples gave is right; among equals, the first one counts.
 
@@ -578,14 +515,18 @@ def _in_turn(kinds: Sequence[str]) -> list[int]:
     return [place for _, place in sorted(rounds)]
 
 
+def _said(row: Conversation) -> list[list[str]]:
+    """List [role, text] of each message before the answer."""
+    messages = row["messages"]
+    messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    return [[m["role"], "".join(part["text"] for part in parts(m))] for m in messages]
+
+
 def _exchange(row: Conversation, problem: dict[str, Any]) -> dict[str, Any]:
     """Make a record of a conversation without its reference, and of the first answer."""
-    said = list(row["messages"])
-    if said[-1]["role"] == "assistant":
-        said.pop()
     return {
         "kind": row["kind"],
-        "messages": [[m["role"], "".join(part["text"] for part in parts(m))] for m in said],
+        "messages": _said(row),
         "answer": problem["answers"][0],
         "right": bool(problem.get("verdicts", [problem["right"]])[0]),
     }
@@ -593,13 +534,8 @@ def _exchange(row: Conversation, problem: dict[str, Any]) -> dict[str, Any]:
 
 def _shown(task: Task, index: int, conversation: Conversation, answers: list[str]) -> str:
     """Format a problem for the console; under torchrun rank 0 shows its own problems."""
-    messages = list(conversation["messages"])
-    if messages[-1]["role"] == "assistant":
-        messages.pop()
-    lines = [f"--- {task.where(index)}"]
-    for message in messages:
-        lines.append(f"{message['role']}: {''.join(part['text'] for part in parts(message))}")
-    return "\n".join([*lines, *(f"answer: {answer}" for answer in answers)])
+    lines = [f"{role}: {text}" for role, text in _said(conversation)]
+    return "\n".join([f"--- {task.where(index)}", *lines, *(f"answer: {a}" for a in answers)])
 
 
 def make_table(results: Mapping[str, record.Measurement], title: str) -> Table:

@@ -28,7 +28,6 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -176,13 +175,12 @@ def evaluate_core(
         for i in block
     )
     counts = torch.zeros(len(tasks), 2, dtype=torch.int64)  # correct, cropped
-    with progress_bar("CORE", work) if runtime.is_main else nullcontext() as bar:
+    with progress_bar("CORE", work, hidden=not runtime.is_main) as bar:
         for number, (task, blocks, costs) in enumerate(plans):
             for block in blocks[runtime.rank :: runtime.world_size]:
                 correct, cropped = _score_block(task, block, scorer, tokenizer)
                 counts[number] += torch.tensor([correct, cropped])
-                if bar is not None:
-                    bar.advance(sum(costs[i] for i in block))
+                bar.advance(sum(costs[i] for i in block))
     if isinstance(model, GPT):
         model.train(was_training)
     counts = runtime.all_reduce_sum(counts.to(runtime.device)).cpu()
@@ -380,6 +378,3 @@ def _read_items(path: Path, kind: str) -> list[dict[str, Any]]:
     if not items:
         raise UserError(f"{path} has no items")
     return items
-
-
-# Models from elsewhere

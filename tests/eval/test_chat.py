@@ -19,7 +19,7 @@ from nanochat.eval.record import labels, problems_path
 from nanochat.eval.results import clustered_interval, mcnemar, pass_at_k, wilson_interval
 from nanochat.runtime import Runtime, single
 from scripts import chat_eval
-from scripts.chat_eval import Answering, Config, encode_options, evaluate_task, majority
+from scripts.chat_eval import Answering, Asked, Config, encode_options, majority
 from tasks.common import Conversation, Task
 
 
@@ -84,6 +84,17 @@ GENERATIVE = Config(
 
 def answering(cfg: Config, **changes: Any) -> Config:
     return dataclasses.replace(cfg, answering=dataclasses.replace(cfg.answering, **changes))
+
+
+def evaluate_task(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    cfg: Config,
+    runtime: Runtime,
+    examples: Any = (),
+) -> Any:
+    return Asked(task, examples, tokenizer, "tokens", cfg, runtime).measure(model, task.name)
 
 
 def evaluate(task: Task, cfg: Config, runtime: Runtime | None = None) -> dict[str, Any]:
@@ -379,9 +390,7 @@ def test_examples_of_the_subject_stand_before_the_question(
     model = tiny_model()
     long = dataclasses.replace(model.config, context_length=2000)
     model.config = long
-    result, _ = evaluate_task(
-        model, Watched(), Exam(), cfg, single(), examples=examples  # type: ignore[arg-type]
-    )  # fmt: skip
+    result, _ = evaluate_task(model, Watched(), Exam(), cfg, single(), examples)
     assert result["truncated"] == 0
     shown = {tuple(turns[:-1]) for turns in asked}
     assert shown == {("sea 0", "sea 2"), ("king 1", "king 3")}
@@ -394,9 +403,7 @@ def test_examples_of_the_subject_stand_before_the_question(
     asked.clear()
     lengths = [len(tokenizer.render_for_completion(Exam()[i])) for i in range(12)]
     model.config = dataclasses.replace(long, context_length=max(lengths) + 12)
-    result, _ = evaluate_task(
-        model, Watched(), Exam(), cfg, single(), examples=examples  # type: ignore[arg-type]
-    )  # fmt: skip
+    result, _ = evaluate_task(model, Watched(), Exam(), cfg, single(), examples)
     assert result["truncated"] > 0
     assert min(len(turns) for turns in asked) < 3, "some were asked with fewer examples"
     assert not any(turns[-1].startswith(("sea", "king")) for turns in asked)

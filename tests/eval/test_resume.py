@@ -75,7 +75,7 @@ def test_a_finished_task_is_not_measured_again(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    calls = counted(monkeypatch, chat_eval, "evaluate_task")
+    calls = counted(monkeypatch, chat_eval.Asked, "measure")
     loads = counted(monkeypatch, chat_eval, "load_model")
     first, second = CHAT.task
 
@@ -90,11 +90,11 @@ def test_a_finished_task_is_not_measured_again(
             raise KeyboardInterrupt
         return task(*_, **keywords)
 
-    task = chat_eval.evaluate_task
-    monkeypatch.setattr(chat_eval, "evaluate_task", interrupt)
+    task = chat_eval.Asked.measure
+    monkeypatch.setattr(chat_eval.Asked, "measure", interrupt)
     with pytest.raises(KeyboardInterrupt):
         chat_eval.main(CHAT, single())
-    monkeypatch.setattr(chat_eval, "evaluate_task", task)
+    monkeypatch.setattr(chat_eval.Asked, "measure", task)
     assert measured(CHAT) == [second]
     whole = on_record(base)
     assert [one["name"] for one in whole] == [first, second]

@@ -1,4 +1,4 @@
-"""What holds for every test: one thread, no ranks from outside, artifacts in a temporary folder."""
+"""Settings of every test: one thread, no ranks from outside, artifacts in a temporary folder."""
 
 import os
 from pathlib import Path

@@ -71,7 +71,7 @@ DATA = {
 
 @dataclass
 class Tally:
-    """What became of a stage's kills."""
+    """Outcomes of a stage's kills."""
 
     kills: int = 0
     in_a_save: int = 0
@@ -184,7 +184,7 @@ def checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def differences(folder: Path, whole: Path) -> list[str]:
-    """What of a checkpoint is not as in the uninterrupted run's."""
+    """List what a checkpoint has otherwise than the uninterrupted run's."""
     (tensors, position), (wanted, expected) = checkpoint(folder), checkpoint(whole)
     wrong = [k for k in expected if position[k] != expected[k]]
     wrong += sorted(tensors.keys() ^ wanted.keys())

@@ -40,7 +40,7 @@ LIMIT = 300.0
 
 
 def reason_not_to() -> str | None:
-    """Why this cannot run here; None where it can."""
+    """Reason why this cannot run here; None where it can."""
     if sys.platform != "linux":
         return "network namespaces are Linux only"
     if os.geteuid() != 0:

@@ -470,7 +470,7 @@ def test_a_failed_save_leaves_the_one_before_as_the_newest(
 def test_a_failed_save_is_noticed_after_the_next_step(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not at the next save, which may be hours away."""
+    """The next save may be hours away."""
 
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")

@@ -470,7 +470,7 @@ def test_ranks_save_and_end_when_torchrun_is_killed(tmp_path: Path) -> None:
 
 
 def is_running(process: int) -> bool:
-    """Whether there is such a process, other than a dead one that nobody has waited for."""
+    """True if there is such a process, other than a dead one that nobody has waited for."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

@@ -188,7 +188,7 @@ def test_all_ranks_are_identical_after_every_step(
 
 
 def test_lion_is_sharded_like_the_other_rules(stores: Path) -> None:
-    """It moves by signs, so an entry whose gradient is mostly rounding may go the other way."""
+    """Lion moves by signs, so an entry whose gradient is mostly rounding may go the other way."""
     lion = dataclasses.replace(LEARNING, matrix_optimizer="lion", matrix_lr=0.003)
     (alone,) = processes.run_ranks(train, 1, stores, 4, lion)
     first, *others = processes.run_ranks(train, 3, stores, 2, lion)

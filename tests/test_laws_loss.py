@@ -64,7 +64,7 @@ def trained(encoded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def unigram_bits_per_byte(train: TokenStore, val: TokenStore, sizes: np.ndarray) -> float:
-    """What a model reaches that knows how frequent each token is, and nothing else."""
+    """Loss of a model that knows how frequent each token is, and nothing else."""
     counts = np.ones(len(sizes))
     for i in range(len(train)):
         counts += np.bincount(train.ids(i)[1:], minlength=len(sizes))

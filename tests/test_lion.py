@@ -49,7 +49,7 @@ def trained(kind: str, lr: float) -> tuple[float, int]:
 
 
 RATES = {"muon": 0.02, "adamw": 0.003, "lion": 0.003}
-"""What the help advises."""
+"""Learning rate that the help advises."""
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""What is installed is what was tested: every dependency stands in the lock, within its bounds."""
+"""Dependencies are installed as they were tested: each stands in the lock, within its bounds."""
 
 import re
 import sys

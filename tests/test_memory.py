@@ -1,4 +1,4 @@
-"""What training will need, and what is said when there is less.
+"""Estimates of the memory that training needs, and advice when there is less.
 
 B batch, T time
 """
@@ -40,7 +40,7 @@ CPU = Machine("cpu", torch.float32)
 
 
 def really_saved(config: GPTConfig, B: int, T: int, dtype: torch.dtype) -> int:
-    """What autograd keeps of a step on real tensors, with several documents to a row."""
+    """Bytes that autograd keeps of a step on real tensors, with several documents to a row."""
     model = GPT(config, dtype).init_weights(0)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}

@@ -162,7 +162,7 @@ def test_equals_torch_muon_with_matched_settings(
 def update(
     gradient: torch.Tensor, parameter: torch.Tensor | None = None, **settings: float
 ) -> torch.Tensor:
-    """What one step subtracts from the parameter."""
+    """Difference that one step subtracts from the parameter."""
     parameter = torch.zeros_like(gradient) if parameter is None else parameter
     after = parameter.clone()
     S, R = gradient.shape[:2]

@@ -67,7 +67,7 @@ def test_moving_into_buffers_changes_no_value() -> None:
 
 
 def test_gradients_and_parameters_stay_views_of_the_buffers() -> None:
-    """Through backward passes, steps and zero_grad: else the step would read stale memory."""
+    """Backward passes, steps and zero_grad keep them; else a step would read stale memory."""
     model, optimizer = make()
     for seed in range(3):
         backward(model, seed)

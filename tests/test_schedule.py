@@ -35,7 +35,7 @@ def test_shape_of_a_long_run() -> None:
 
 
 def test_linear_to_zero_over_the_whole_run() -> None:
-    """What SFT uses."""
+    """This is SFT's schedule."""
     rates = [lr_multiplier(s, 10, warmup=0.0, warmdown=1.0) for s in range(10)]
     assert rates == pytest.approx([1 - s / 10 for s in range(10)])
 

@@ -1,4 +1,4 @@
-"""What surrounds the loop of every stage: set-up, resuming with other settings, logging."""
+"""Frame of every stage's loop: set-up, resuming with other settings, logging."""
 
 import gc
 import json

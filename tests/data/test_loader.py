@@ -1,4 +1,4 @@
-"""What a batch holds, where the stream ends, and what is refused."""
+"""Contents of a batch, end of the stream, and bad settings."""
 
 from pathlib import Path
 

@@ -79,7 +79,7 @@ def test_a_corpus_is_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_shares_of_the_targets_are_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the sizes: after so many epochs that all have gone through whole passes."""
+    """Shares hold for all sizes, after so many epochs that all have gone through whole passes."""
     stores = {
         "large": numbered_store(tmp_path / "large", [31, 8, 20, 45] * 7),
         "small": numbered_store(tmp_path / "small", [9, 2, 3, 7, 4], vocab_size=2**17),

@@ -53,7 +53,7 @@ class Choosing(Task):
 
 
 class Writing(Task):
-    """Whatever is said is right or wrong by its hash: any other token would show."""
+    """Answers are right or wrong by their hash: any other token would show."""
 
     def __init__(self, size: int = 12):
         super().__init__("writing", "test")

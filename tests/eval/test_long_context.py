@@ -758,7 +758,7 @@ def test_losses_by_position_and_context_gain(tmp_path: Path) -> None:
 
 
 def test_ranks_share_the_measurements(tmp_path: Path) -> None:
-    """What ranks sum up is what one rank measures."""
+    """Sums over ranks are what one rank measures."""
     store = numbered_store(tmp_path / "s", [65, 40, 131, 64])
     cfg, sums = long_eval.Config(), []
     model: Any = ByContext()

@@ -60,7 +60,7 @@ def tiny_tokenizer() -> Tokenizer:
 
 
 def tiny_model(**settings: Any) -> GPT:
-    """It never ends its answer."""
+    """A model that never ends its answer."""
     model = any_tiny_model(**{"vocab_size": tiny_tokenizer().vocab_size, **settings})
     with torch.no_grad():
         for name in ("<|assistant_end|>", "<|bos|>"):
@@ -221,7 +221,7 @@ def packed(model: Any, lengths: list[int], **options: Any) -> tuple[torch.Tensor
 
 @torch.no_grad()
 def test_documents_packed_into_a_row_do_not_see_each_other(exported: tuple[GPT, Path]) -> None:
-    """By position_ids that begin anew, as trainers pack rows without padding."""
+    """Trainers pack rows without padding, with position_ids that begin anew."""
     model, folder = exported
     theirs = load(folder)
     lengths = [11, 1, 1, 23, 7]

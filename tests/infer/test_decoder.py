@@ -16,7 +16,7 @@ from nanochat.infer.sampling import SamplingParams
 
 
 def logits_of(model: GPT | Decoder, rows: int = 3, T: int = 20) -> torch.Tensor:
-    """After each of two chunks, for the same ids."""
+    """Logits after each of two chunks, for the same ids."""
     ids = torch.randint(0, 300, (rows, T), generator=torch.Generator().manual_seed(0))
     cache = model.new_cache(rows, T + 1)
     with torch.no_grad():

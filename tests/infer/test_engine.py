@@ -111,7 +111,7 @@ def test_greedy_takes_the_largest_and_reports_the_plain_softmax() -> None:
 
 
 def test_equal_logits_are_kept_or_dropped_together() -> None:
-    """So the outcome cannot depend on how a sort happens to break ties."""
+    """The outcome cannot depend on how a sort happens to break ties."""
     logits = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]])
     sampler = sampler_of([SamplingParams(top_k=2)], 5)
     drawn = {sampler.draw(logits, [step])[0][0] for step in range(200)}
@@ -361,7 +361,7 @@ def test_tools_can_be_off_and_other_ones_plugged_in() -> None:
 
 
 def test_a_slow_tool_does_not_hold_up_other_rows() -> None:
-    """And the sample it belongs to is the same as with a fast one."""
+    """The sample it belongs to is the same as with a fast one."""
     model, tokenizer = ToolCaller(tiny_model()), tiny_tokenizer()
     params = SamplingParams(max_tokens=60, seed=4)
     fast = Engine(model, tokenizer, tools=lambda source: "7").generate([[1, 2], [3]], params, 2)
@@ -580,7 +580,7 @@ def resident_after(counts: list[int], pipe: Connection) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_ever_new_lengths_leave_nothing_behind() -> None:
-    """Not in the libraries either, which keep kernels for shapes they have met."""
+    """Libraries keep kernels for shapes they have met; their number is bounded."""
     receiver, sender = processes.context.Pipe(duplex=False)
     assert processes.finish(processes.start(resident_after, [200, 500], sender)) == 0
     early, late = receiver.recv()

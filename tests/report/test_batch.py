@@ -1,4 +1,4 @@
-"""What show_batch shows is what the loader gives, and the page is safe to open."""
+"""Views of batches show what the loader gives, and the page is safe to open."""
 
 from dataclasses import replace
 from html.parser import HTMLParser

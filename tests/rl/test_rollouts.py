@@ -492,7 +492,7 @@ def exact_gradient(
 def estimated_gradient(
     rank: Runtime, model: GPT, reward: Callable[[Completion], float], max_tokens: int, group: int
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """Through engine, advantages, rows and train_step, as scripts.chat_rl goes."""
+    """Gradient by engine, advantages, rows and train_step, as scripts.chat_rl computes it."""
     engine = Engine(model, TOKENIZER, max_slots=512)
     params = SamplingParams(temperature=TEMPERATURE, max_tokens=max_tokens, seed=11)
     prompts = [prompt(n) for n in range(GROUPS * GROUP // group)][rank.rank :: rank.world_size]

@@ -495,7 +495,7 @@ def test_completion_of_commands_files_and_models(
 
 
 def shown(pieces: list[str], width: int) -> str:
-    """What a terminal of this width gets when an answer comes in these pieces."""
+    """Text that a terminal of this width gets when an answer comes in these pieces."""
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, color_system=None, width=width)
     printer = chat_cli.Printer(console, show_tools=True)

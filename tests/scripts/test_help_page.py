@@ -17,7 +17,7 @@ SCRIPTS = sorted(p.stem for p in (Path(__file__).parents[2] / "scripts").glob("[
 
 @dataclass(frozen=True)
 class Inner:
-    """What belongs together."""
+    """Flags that belong together."""
 
     limit: int | None = None
     """Most of them."""
@@ -32,7 +32,7 @@ class Outer:
     """A text that takes more than one line in the source, and continues with a
     256 and a half sentence."""
     fast: bool = False
-    """Whether it hurries."""
+    """Hurry."""
 
 
 def test_a_field_that_is_a_dataclass_is_a_heading_and_its_flags_have_no_prefix(
@@ -43,14 +43,14 @@ def test_a_field_that_is_a_dataclass_is_a_heading_and_its_flags_have_no_prefix(
     assert heading
     assert "--count INT" in own
     assert "--limit INT  " not in own
-    for part in ("What belongs together.", "--limit INT", "Most of them. (default: 3)"):
+    for part in ("Flags that belong together.", "--limit INT", "Most of them. (default: 3)"):
         assert part in inner
     line = ["--names", "a", "b", "--count", "2", "--names", "c"]
     assert parse(Outer, line) == Outer(inner=Inner(3, ("a", "b", "c")), count=2)
 
 
 def test_no_page_is_a_long_list() -> None:
-    """What belongs together stands together."""
+    """Flags that belong together stand together."""
     for name in SCRIPTS:
         cfg = config_of(importlib.import_module(f"scripts.{name}"))
         for cls in typing.get_args(cfg) or [cfg]:
@@ -73,9 +73,9 @@ def test_one_flag_one_text_and_its_default(
     page = help_of(Outer, capsys)
     assert "source, and continues with a 256 and a half sentence. (default: none)" in page
     assert "--count INT" in page
-    assert "Whether it hurries. (default: off)" in page
+    assert "Hurry. (default: off)" in page
     assert "inner options" in page
-    assert "What belongs together." in page
+    assert "Flags that belong together." in page
     assert "Most of them. (default: 3)" in page
     assert "Their names; default: all.  " in page  # said once
     assert "None" not in page

@@ -122,7 +122,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
 
 
 class Page:
-    """What a person does with the page."""
+    """Actions of a person on the page."""
 
     def __init__(self, browser: WebDriver, url: str):
         self.browser, self.url = browser, url

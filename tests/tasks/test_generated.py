@@ -105,7 +105,7 @@ def test_the_reference_answer_is_right_and_another_is_not(kind: str, split: str)
     ],
 )
 def test_a_well_formed_answer_can_be_judged(kind: str, wrong: str, unreadable: str):
-    """What a format bonus is for: a wrong answer may have it, an unreadable one not."""
+    """A wrong answer may have the format bonus, an unreadable one not."""
     task = make(kind, "test", size=20)
     for conversation in task:
         assert task.well_formed(conversation, said(conversation))

@@ -58,7 +58,7 @@ def without_fillers(text: str) -> str:
 
 
 def is_held_out(text: str) -> bool:
-    """Whether the text, or one of its clauses, is a held-out question up to filler words."""
+    """True if the text, or one of its clauses, is a held-out question up to filler words."""
     held_out = {without_fillers(question) for question in HELD_OUT_QUESTIONS}
     return any(without_fillers(t) in held_out for t in [text, *re.split(r"[.?!,:;]", text)])
 

@@ -166,7 +166,7 @@ def test_any_text_gives_a_result_or_the_one_error(text: str) -> None:
 
 
 def test_intermediate_values_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is computed, no operand ever exceeds the stated size: that bounds the time."""
+    """No operand ever exceeds the stated size: that bounds the time."""
     seen = []
 
     def watch(function):  # type: ignore[no-untyped-def]

@@ -52,7 +52,7 @@ def run(code: str, timeout: float = 30.0, **settings: int) -> ExecutionResult:
 
 
 class World:
-    """What the attacks aim at: files, sockets, another process, an open descriptor."""
+    """Targets of the attacks: files, sockets, another process, an open descriptor."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -975,7 +975,7 @@ def test_without_the_seccomp_layer_children_die_with_their_group(
 
 
 def wait_until_dead(pid: int) -> bool:
-    """Whether a process that is no child of ours ends within seconds (a zombie is dead)."""
+    """True if a process that is no child of ours ends within seconds (a zombie is dead)."""
     for _ in range(1000):
         try:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
@@ -1026,7 +1026,7 @@ def test_bad_settings(settings: dict[str, object], message: str) -> None:
 
 
 def _decide(rules: list[tuple[int, int, int, int]], call: bytes) -> int:
-    """What the kernel would return for one `struct seccomp_data`."""
+    """Value that the kernel would return for one `struct seccomp_data`."""
     accumulator = position = 0
     while True:
         code, if_true, if_false, constant = rules[position]

@@ -45,6 +45,8 @@ class Layout:
     """
 
     backend: str
+    begins: torch.Tensor
+    """True at the first token of a document in its row, bool (B, T) or (1, T)."""
     masks: dict[int, torch.Tensor | None]
     """Masks by window size (0: no window), bool (B, 1, T, T) or (1, 1, T, T), True where attended.
     None stands for plain causal attention."""
@@ -111,13 +113,14 @@ def make_layout(
     doc_ids makes the host wait for the GPU.
     """
     B, T = shape
+    begins = first_tokens(torch.zeros(1, T, device=device) if doc_ids is None else doc_ids)
     if backend == "varlen":
         if boundaries is None and doc_ids is None:
             boundaries = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=device)
         elif boundaries is None and doc_ids is not None:
             ends = document_boundaries(doc_ids)
             boundaries = pad_boundaries(ends, padded_documents(len(ends) - 1, B * T))
-        return Layout(backend, {}, boundaries, T)
+        return Layout(backend, begins, {}, boundaries, T)
     one_document = (
         doc_ids is None
         or (
@@ -139,7 +142,16 @@ def make_layout(
         if not one_document and doc_ids is not None:
             visible = visible & (doc_ids[:, :, None] == doc_ids[:, None, :])
         masks[window] = visible[:, None]
-    return Layout(backend, masks)
+    return Layout(backend, begins, masks)
+
+
+def first_tokens(doc_ids: torch.Tensor) -> torch.Tensor:
+    """Mark each row's first token of a document, bool (B, T).
+
+    >>> first_tokens(torch.tensor([[0, 0, 1], [0, 0, 0]])).int().tolist()
+    [[1, 0, 1], [1, 0, 0]]
+    """
+    return F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True)
 
 
 def document_boundaries(doc_ids: torch.Tensor) -> torch.Tensor:
@@ -148,9 +160,7 @@ def document_boundaries(doc_ids: torch.Tensor) -> torch.Tensor:
     >>> document_boundaries(torch.tensor([[0, 0, 1], [0, 0, 0]]))
     tensor([0, 2, 3, 6], dtype=torch.int32)
     """
-    starts = torch.ones_like(doc_ids, dtype=torch.bool)
-    starts[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
-    offsets = starts.flatten().nonzero().flatten().to(torch.int32)
+    offsets = first_tokens(doc_ids).flatten().nonzero().flatten().to(torch.int32)
     return F.pad(offsets, (0, 1), value=doc_ids.numel())
 
 

@@ -441,6 +441,14 @@ def read_meta_once(folder: Path, runtime: Runtime) -> dict[str, Any]:
     return dict(found)
 
 
+def saved_config(meta: dict[str, Any], where: str) -> GPTConfig:
+    """The model's configuration in a checkpoint's metadata; `where` names it in errors.
+
+    Checkpoints from before the token shift have none.
+    """
+    return from_dict(GPTConfig, {"token_shift": False} | meta["model_config"], where)
+
+
 def build_model(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> GPT:
     """Build a model with undefined weights; the caller loads them."""
     with torch.device("meta"):
@@ -456,7 +464,7 @@ def restore(
     meta is the result of `read_meta`. Raises UserError if it describes another model, or a file is
     damaged.
     """
-    saved = from_dict(GPTConfig, meta["model_config"], str(folder / "meta.json"))
+    saved = saved_config(meta, str(folder / "meta.json"))
     if saved != model.config:
         ours = to_dict(model.config)
         other = {k: v for k, v in to_dict(saved).items() if ours[k] != v}
@@ -488,7 +496,7 @@ def load_model(
     """
     folder = find(source, step)
     meta = read_meta(folder)
-    config = from_dict(GPTConfig, meta["model_config"], str(folder / "meta.json"))
+    config = saved_config(meta, str(folder / "meta.json"))
     if tokenizer is None:
         tokenizer = tokenizer_of(meta, folder)
     check_tokenizer(meta, tokenizer, folder)

@@ -5,8 +5,9 @@ B batch, T time, C channels, H query heads, K key/value heads, D head dim, V voc
 Rotary positions, QK-norm, weightless RMSNorm, ReLU^2 MLP (arXiv 2109.08668), no biases, untied
 embedding and head, grouped-query attention, logit softcap (Gemma 2, arXiv 2408.00118). Optional:
 value embeddings on alternating layers behind a gate per head (ResFormer, arXiv 2410.17897),
-per-layer scalars on the residual stream and on the first embedding, sliding windows. The portable
-variant has none of the options and loads as transformers' own `nanochat` model type.
+per-layer scalars on the residual stream and on the first embedding, a token shift (an embedding
+gets a share of the one before it, per channel; RWKV, arXiv 2305.13048), sliding windows. The
+portable variant has none of the options and loads as transformers' own `nanochat` model type.
 
 Precision: weights are float32; the activations run in `compute_dtype`, to which `Linear` casts its
 weight. Norms, softmax and the loss reduce in float32.
@@ -53,6 +54,7 @@ class GPTConfig:
     """`rope_base` before the first extension of the context; None: never extended."""
     value_embeddings: bool = True
     residual_scalars: bool = True
+    token_shift: bool = True
     softcap: float = 15.0
 
     def __post_init__(self) -> None:
@@ -89,7 +91,8 @@ class GPTConfig:
     @property
     def is_portable(self) -> bool:
         """True if transformers' `nanochat` model type computes the same function."""
-        plain = not (self.value_embeddings or self.residual_scalars or any(self.windows))
+        options = self.value_embeddings or self.residual_scalars or self.token_shift
+        plain = not (options or any(self.windows))
         return plain and self.head_dim * self.n_head == self.n_embd
 
 
@@ -135,6 +138,7 @@ def config_from_depth(
         windows=tuple(windows) if any(windows) else (),
         value_embeddings=not portable,
         residual_scalars=not portable,
+        token_shift=not portable,
     )
 
 
@@ -282,6 +286,8 @@ class GPT(nn.Module):
         if config.residual_scalars:
             self.residual_scale = nn.Parameter(torch.ones(config.n_layer))
             self.first_scale = nn.Parameter(torch.zeros(config.n_layer))
+        if config.token_shift:
+            self.shift_scale = nn.Parameter(torch.zeros(C))
         self.token_losses: Callable[..., torch.Tensor] = self._token_losses
         self.summed_loss: Callable[..., torch.Tensor] = self._summed_loss
 
@@ -289,8 +295,8 @@ class GPT(nn.Module):
         """Draw every parameter from one seeded stream, the same on any device; returns self.
 
         Matrices and value embeddings are uniform in +-sqrt(3)/sqrt(C) (standard deviation
-        1/sqrt(C)). Output projections and gates are zero. The head is normal with standard
-        deviation 0.001, the embedding normal with 0.8.
+        1/sqrt(C)). Output projections, gates and the token shift are zero. The head is normal with
+        standard deviation 0.001, the embedding normal with 0.8.
         """
         generator = torch.Generator().manual_seed(seed)
         bound = math.sqrt(3 / self.config.n_embd)
@@ -303,7 +309,7 @@ class GPT(nn.Module):
                     value.normal_(0, 0.001, generator=generator)
                 elif name == "residual_scale":
                     value.fill_(1.0)
-                elif name == "first_scale" or name.endswith(
+                elif name in ("first_scale", "shift_scale") or name.endswith(
                     ("attention.out.weight", "mlp.down.weight", "value_gate.weight")
                 ):
                     value.zero_()
@@ -326,7 +332,8 @@ class GPT(nn.Module):
             "block_matrices": blocks - gates,
             "head": self.head.weight.numel(),
             "gates_and_scalars": gates
-            + (2 * self.config.n_layer if self.config.residual_scalars else 0),
+            + (2 * self.config.n_layer if self.config.residual_scalars else 0)
+            + (self.config.n_embd if self.config.token_shift else 0),
         }
 
     def flops_per_token(self, context_length: int | None = None) -> int:
@@ -369,12 +376,25 @@ class GPT(nn.Module):
             )
         return tables
 
+    def _embedded(self, ids: torch.Tensor) -> torch.Tensor:
+        """Look up normalised embeddings (..., C) of ids (...), in the compute dtype."""
+        return norm(self.embedding(ids).to(self.compute_dtype))
+
     def _trunk(
-        self, ids: torch.Tensor, positions: torch.Tensor, attention: Callable[..., torch.Tensor]
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        attention: Callable[..., torch.Tensor],
+        before: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """Compute normalised hidden states (B, T, C) of ids (B, T), in the compute dtype."""
+        """Compute normalised hidden states (B, T, C) of ids (B, T), in the compute dtype.
+
+        `before` gives the embeddings of the tokens before these, from those of these (B, T, C).
+        """
         rotary = self._rotary(positions)
-        x = norm(self.embedding(ids).to(self.compute_dtype))
+        x = self._embedded(ids)
+        if self.config.token_shift:
+            x = x + self.shift_scale.to(x.dtype) * before(x)
         first = x
         for i, block in enumerate(self.blocks):
             if self.config.residual_scalars:
@@ -398,8 +418,11 @@ class GPT(nn.Module):
         ) -> torch.Tensor:
             return attend(q, k, v, layout, window)
 
+        def before(x: torch.Tensor) -> torch.Tensor:
+            return F.pad(x[:, :-1], (0, 0, 1, 0)).masked_fill(layout.begins[..., None], 0)
+
         positions = torch.arange(ids.shape[1], device=ids.device)
-        return self._trunk(ids, positions, attention)
+        return self._trunk(ids, positions, attention, before)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Compute softcapped float32 logits (..., V) of hidden (..., C), padding rows left out."""
@@ -460,8 +483,13 @@ class GPT(nn.Module):
             keys, values = cache.append(layer, reading.slots, k, v)
             return attend_cached(q, keys, values, reading.biases[window])
 
-        hidden = self._trunk(ids, reading.positions, attention)
-        cache.advance(T, counts)
+        def before(x: torch.Tensor) -> torch.Tensor:
+            known = (cache.last_ids >= 0)[:, None]
+            last = self._embedded(cache.last_ids.clamp(min=0)) * known.to(x.dtype)
+            return torch.cat((last[:, None], x[:, :-1]), dim=1)
+
+        hidden = self._trunk(ids, reading.positions, attention, before)
+        cache.advance(ids, counts)
         return hidden
 
     def nll(

@@ -30,7 +30,8 @@ class KVCache:
     """Keys and values of up to `capacity` tokens in each of `batch_size` rows.
 
     `lengths` (B,) int64 counts the tokens of each row. Slots from there on hold garbage that no
-    query sees, so right-padded tokens may be appended.
+    query sees, so right-padded tokens may be appended. `last_ids` (B,) int64 are the ids of the
+    rows' last tokens, -1 in an empty row.
 
     `shortest` and `longest` bound `lengths` from below and above. The host knows them without
     asking the device, and skips slots that no row needs. A caller that knows the lengths may
@@ -55,6 +56,7 @@ class KVCache:
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layer)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layer)]
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.last_ids = torch.full_like(self.lengths, -1)
         self.batch_size = batch_size
         self.capacity = capacity
         self.shortest = 0
@@ -63,7 +65,7 @@ class KVCache:
 
     def pin(self) -> None:
         """Tell compiled graphs, which write to the cache, that its memory never moves."""
-        for tensor in (self.lengths, *self.keys, *self.values):
+        for tensor in (self.lengths, self.last_ids, *self.keys, *self.values):
             torch._dynamo.mark_static_address(tensor)
         self.pinned = True
 
@@ -99,19 +101,22 @@ class KVCache:
         write(values, slots, v)
         return keys, values
 
-    def advance(self, T: int, counts: torch.Tensor | None) -> None:
-        """Count T appended tokens in every row, or counts (B,) of them, each at most T."""
+    def advance(self, ids: torch.Tensor, counts: torch.Tensor | None) -> None:
+        """Count the appended ids (B, T) in every row, or the first counts (B,) of them."""
+        T = ids.shape[1]
         self.lengths += T if counts is None else counts
+        keep_last(self.last_ids, ids, counts)
         self.widen_bounds(T, counts)
 
     def widen_bounds(self, T: int, counts: torch.Tensor | None) -> None:
-        """Advance only `shortest` and `longest`; a compiled graph has advanced `lengths`."""
+        """Advance only `shortest` and `longest`; a compiled graph has advanced the rest."""
         self.shortest += T if counts is None else 0
         self.longest = min(self.longest + T, self.capacity)
 
     def reset(self, rows: torch.Tensor | slice = slice(None)) -> None:
         """Empty these rows."""
         self.lengths[rows] = 0
+        self.last_ids[rows] = -1
         self.shortest = 0
 
     def head(self, rows: int) -> "KVCache":
@@ -119,7 +124,7 @@ class KVCache:
         view = object.__new__(KVCache)
         view.keys = [t[:rows] for t in self.keys]
         view.values = [t[:rows] for t in self.values]
-        view.lengths = self.lengths[:rows]
+        view.lengths, view.last_ids = self.lengths[:rows], self.last_ids[:rows]
         view.batch_size, view.capacity = rows, self.capacity
         view.shortest, view.longest = self.shortest, self.longest
         view.pinned = False
@@ -141,6 +146,7 @@ class KVCache:
             for to, of in zip(mine, theirs, strict=True):
                 to[target, :, :length] = of[source, :, :length]
         self.lengths[target] = other.lengths[source]
+        self.last_ids[target] = other.last_ids[source]
         self.shortest = min(self.shortest, other.shortest)
         self.longest = max(self.longest, min(other.longest, length))
 
@@ -153,6 +159,8 @@ class KVCache:
                 to[:rows, :, :length] = of[:rows, :, :length]
         self.lengths.zero_()
         self.lengths[:rows] = other.lengths[:rows].clamp(max=self.capacity)
+        self.last_ids.fill_(-1)
+        self.last_ids[:rows] = other.last_ids[:rows]
         self.shortest, self.longest = 0, length
 
 
@@ -182,6 +190,18 @@ def plan_reading(
         bias = torch.zeros(unseen.shape, dtype=dtype, device=device)
         biases[window] = bias.masked_fill_(unseen, -math.inf)[:, None]
     return Reading(positions, slots, biases)
+
+
+def keep_last(last_ids: torch.Tensor, ids: torch.Tensor, counts: torch.Tensor | None) -> None:
+    """Set last_ids (B,) to each row's last valid id of ids (B, T), in place.
+
+    The first counts[b] of row b are valid; by default all are. A row with none keeps its id.
+    """
+    if counts is None:
+        last_ids.copy_(ids[:, -1])
+    else:
+        last = ids.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
+        last_ids.copy_(torch.where(counts > 0, last, last_ids))
 
 
 def write(vectors: torch.Tensor, slots: torch.Tensor, new: torch.Tensor) -> None:

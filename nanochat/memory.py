@@ -71,7 +71,8 @@ def saved_for_backward(config: GPTConfig, shape: Shape, dtype: torch.dtype, back
     boundaries = torch.zeros(T + 1, dtype=torch.int32, device="meta")
     mask = torch.ones(rows, 1, T, T, dtype=torch.bool, device="meta")
     windows = {config.window(layer) for layer in range(config.n_layer)}
-    layout = Layout(backend, dict.fromkeys(windows, mask), boundaries, T)
+    begins = torch.zeros(rows, T, dtype=torch.bool, device="meta")
+    layout = Layout(backend, begins, dict.fromkeys(windows, mask), boundaries, T)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.summed_loss(ids, ids, ids.float(), layout)
     kept = sum(storage.nbytes() for storage in storages.values())

@@ -186,7 +186,7 @@ def parameter_rules(
             rules[name] = Rule("adamw", learning.head_lr * adam_scale, betas=betas)
         elif name.startswith(("embedding.", "value_embeddings.")):
             rules[name] = Rule("adamw", learning.embedding_lr * adam_scale, betas=betas)
-        elif name.endswith("value_gate.weight"):
+        elif name.endswith("value_gate.weight") or name == "shift_scale":
             rules[name] = Rule("adamw", learning.gate_lr * adam_scale, betas=betas)
         else:
             # Scalars act on the whole residual stream, so they get a longer memory, and no scaling

@@ -28,6 +28,7 @@ from nanochat.checkpoint_manager import (
     read_meta,
     read_meta_once,
     restore,
+    saved_config,
     tokenizer_of,
 )
 from nanochat.config import (
@@ -37,12 +38,11 @@ from nanochat.config import (
     RlConfig,
     changes,
     check_ranges,
-    from_dict,
     to_dict,
 )
 from nanochat.errors import UserError
 from nanochat.fp8 import check_fp8, convert_to_fp8
-from nanochat.gpt import GPT, GPTConfig, extend_context
+from nanochat.gpt import GPT, extend_context
 from nanochat.hardware import describe_processor
 from nanochat.log import RunLog, check_wandb, read_records
 from nanochat.memory import Shape, memory_advice
@@ -198,7 +198,7 @@ def open_model(run: OpenRun) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     cfg, runtime = run.cfg, run.runtime
     context = getattr(cfg, "context_length", None)
     if run.meta is not None and run.newest is not None:
-        config = from_dict(GPTConfig, run.meta["model_config"], str(run.newest))
+        config = saved_config(run.meta, str(run.newest))
         if context not in (None, config.context_length):
             raise UserError(
                 f"{run.newest} has a context of {config.context_length} tokens, --context-length "
@@ -210,7 +210,7 @@ def open_model(run: OpenRun) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     assert not isinstance(cfg, BaseConfig)
     folder = find(cfg.source, tag=cfg.run.tag)
     meta = read_meta_once(folder, runtime)
-    config = from_dict(GPTConfig, meta["model_config"], str(folder))
+    config = saved_config(meta, str(folder))
     if context is not None:
         config = extend_context(config, context, cfg.rope_scaling)  # type: ignore[union-attr]
     model = build_model(config, runtime.device, runtime.dtype)

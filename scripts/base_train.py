@@ -8,6 +8,9 @@ Examples:
     torchrun --standalone --nproc_per_node 8 -m scripts.base_train --depth 20
 """
 
+from dataclasses import replace
+
+from nanochat.checkpoint_manager import saved_config
 from nanochat.cli import launch
 from nanochat.config import BaseConfig
 from nanochat.data.loader import training_loader
@@ -30,6 +33,8 @@ def main(cfg: BaseConfig, runtime: Runtime) -> Stage | OpenRun:
             return run
         tokenizer = Tokenizer.named(cfg.tokenizer)
         config = model_config(cfg, tokenizer.vocab_size)
+        if run.meta is not None:  # a run of an older version goes on without a token shift
+            config = replace(config, token_shift=saved_config(run.meta, "meta.json").token_shift)
         model = GPT(config, runtime.dtype).init_weights(cfg.run.seed).to(runtime.device)
 
         sources = pretraining_sources(cfg, tokenizer)

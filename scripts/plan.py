@@ -25,7 +25,7 @@ import torch
 from rich.table import Table
 
 from nanochat import paths
-from nanochat.checkpoint_manager import find, read_meta
+from nanochat.checkpoint_manager import find, read_meta, saved_config
 from nanochat.cli import launch
 from nanochat.config import (
     BaseConfig,
@@ -35,7 +35,6 @@ from nanochat.config import (
     MidConfig,
     RlConfig,
     SftConfig,
-    from_dict,
 )
 from nanochat.data.hub import NAMED, SHARD_BYTES, SHARD_CHARACTERS, NamedCorpus
 from nanochat.errors import UserError
@@ -156,7 +155,7 @@ def model_of(cfg: MidPlan | SftPlan | RlPlan) -> tuple[GPTConfig, str]:
         )
         return model, f"no checkpoint of {cfg.source}: planned for --depth {cfg.model.depth}"
     meta = read_meta(folder)
-    return from_dict(GPTConfig, meta["model_config"], str(folder)), f"the model of {folder}"
+    return saved_config(meta, str(folder)), f"the model of {folder}"
 
 
 def sampling_memory(cfg: RlPlan, model: GPTConfig, dtype: torch.dtype) -> dict[str, dict[str, int]]:

@@ -4,21 +4,20 @@ The model gets pieces of words, not letters, so it must learn the letters of eve
 the train and test split are disjoint. A held-out word can therefore be spelled only if its *pieces*
 were learned from other words. Four choices make that possible:
 
-- **Held-out words are in quotes in most prompts.** In `Spell the word: banished` the word begins
-  with a space, and with their space most words are one token (59 % of the embedded corpus's words
-  at vocabulary 4096). The letters of a token that was never seen cannot be known. In `"wisdom"`
-  there is no space, so the word is cut into pieces that other words share (`w|isdom`; 97 % of
-  words). One held-out prompt in twelve still has no quotes, and an unseen token there counts as an
-  error. People mostly use no quotes, so half of the training prompts have none; the model learns
-  whole-word tokens from these.
+- **Short words are always trained on, and half of the held-out prompts have quotes.** In `Spell the
+  word: banished` the word begins with a space, and with their space most words are one token (59 %
+  of the embedded corpus's words at vocabulary 4096). The letters of a token that was never seen
+  cannot be known. In `"wisdom"` there is no space, so the word is cut into pieces that other words
+  share (`w|isdom`; 97 % of words). People mostly use no quotes, so most training prompts have none;
+  the model learns whole-word tokens from these.
 - **Letters are answered as `b a n i s h e d`.** A space and a letter are one token for most letters
   and two for the others, whatever their neighbours are. `b-a-n` would take two tokens for each
   letter, and a tokenizer may merge parts of `ban` or `b,a,n`.
 - **Three of five training rows ask for several words.** This gives more letters per token, since
   most of a single word's conversation is the prompt.
-- **A third of the training words are made up** of the beginning of one training word and the end of
-  another (`banthing`, `wiished`). Pieces then occur in many combinations, so that learning their
-  letters is easier than learning words by heart. Only real words are tested.
+- **A third of the training words are made up**, of the beginning of one training word and the end
+  of another (`banthing`, `wiished`) or letter by letter. Pieces then occur in many combinations, so
+  that learning their letters is easier than learning words by heart. Only real words are tested.
 
 SpellingBee spells the word, counts its letter, then calls Python, whose output the engine inserts:
 the answer is right if the call is. The call holds the word as it was just spelled,
@@ -57,10 +56,12 @@ from tasks.common import (
 from tasks.judges import judge, reference, spelled_letters
 
 MIN_LETTERS, MAX_LETTERS = 3, 15
-WORD_PARTS = 50
-"""Words are split into so many parts, two for test and one for val. A word that training leaves out
-is mostly a token of its own, whose letters can be learned from nowhere else."""
-MADE_UP_SHARE = 0.2
+SHORT = 6
+"""Most letters of a word that is always trained on. Short words are mostly a token of their own,
+whose letters can be learned from nowhere else."""
+WORD_PARTS = 25
+"""Number of parts that longer words are split into, two for test and one for val."""
+MADE_UP_SHARE = 0.35
 LIST_SHARE = 0.6
 BARE_SHARE, BARE_SHARE_HELD_OUT = 0.85, 1 / 2
 """Shares of single words without quotes: in the split train, and in the other splits."""
@@ -318,7 +319,12 @@ class SpellingBee(_WordTask):
 
 def words_of(words: Iterable[str], split: str) -> list[str]:
     """The words of a split."""
-    return [word for word in words if split_of(word, WORD_PARTS) == split]
+    return [word for word in words if word_split(word) == split]
+
+
+def word_split(word: str) -> str:
+    """The split that a word belongs to."""
+    return "train" if len(word) <= SHORT else split_of(word, WORD_PARTS)
 
 
 def made_up_word(words: Sequence[str], random: Random) -> str:
@@ -336,7 +342,7 @@ def made_up_word(words: Sequence[str], random: Random) -> str:
             while len(word) < MAX_LETTERS + 2 and not word.endswith(" ", 2):
                 word += random.choice(after[word[-2:]])
             word = word.strip()
-        if MIN_LETTERS <= len(word) <= MAX_LETTERS and split_of(word, WORD_PARTS) == "train":
+        if MIN_LETTERS <= len(word) <= MAX_LETTERS and word_split(word) == "train":
             return word
 
 

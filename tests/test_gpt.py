@@ -28,7 +28,9 @@ TINY = GPTConfig(
     context_length=48,
     windows=(7, 0, 5),
 )
-PORTABLE = dataclasses.replace(TINY, windows=(), value_embeddings=False, residual_scalars=False)
+PORTABLE = dataclasses.replace(
+    TINY, windows=(), value_embeddings=False, residual_scalars=False, token_shift=False
+)
 VARIANTS = {
     "full": TINY,
     "portable": PORTABLE,
@@ -328,7 +330,9 @@ def test_init_statistics() -> None:
             assert p.std().item() == pytest.approx(0.001, rel=0.02)
         elif name == "residual_scale":
             assert (p == 1).all()
-        elif name == "first_scale" or name.endswith(("out.weight", "down.weight", "gate.weight")):
+        elif name in ("first_scale", "shift_scale") or name.endswith(
+            ("out.weight", "down.weight", "gate.weight")
+        ):
             assert (p == 0).all(), name
         else:
             assert p.abs().max() <= bound, name

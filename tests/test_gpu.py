@@ -79,7 +79,7 @@ def test_a_step_with_varlen_attention_on_meta_tensors(recompute: bool) -> None:
     with torch.device("meta"):
         model = GPT(config, torch.bfloat16)
         ids, ends = torch.zeros(B, T, dtype=torch.long), torch.zeros(17, dtype=torch.int32)
-        layout = Layout("varlen", {}, ends, T)
+        layout = Layout("varlen", torch.zeros(B, T, dtype=torch.bool), {}, ends, T)
         model.recompute = recompute
         loss = model.summed_loss(ids, ids, torch.ones(B, T), layout)
         loss.backward()  # type: ignore[no-untyped-call]

@@ -24,7 +24,8 @@ def filled(rows: int, capacity: int, lengths: list[int], seed: int = 0) -> KVCac
         k = torch.randn(rows, T, 3, 4, generator=generator)
         v = torch.randn(rows, T, 3, 4, generator=generator)
         cache.append(layer, slots, k, v)
-    cache.advance(T, torch.tensor(lengths))
+    ids = torch.arange(rows * T).view(rows, T)
+    cache.advance(ids, torch.tensor(lengths))
     return cache
 
 
@@ -42,7 +43,7 @@ def test_append_writes_each_row_at_its_own_place() -> None:
         assert torch.equal(keys[row, :, start : start + 2], k[row].transpose(0, 1))
         assert torch.equal(values[row, :, start : start + 2], v[row].transpose(0, 1))
         assert torch.equal(content(cache, row), before[row])
-    cache.advance(2, None)
+    cache.advance(torch.zeros(2, 2, dtype=torch.int64), None)
     assert cache.lengths.tolist() == [5, 7]
 
 
@@ -64,7 +65,10 @@ def test_rows_of_one_length_are_written_as_a_column() -> None:
 def test_bounds_hold() -> None:
     cache = cache_of(3, 10)
     for T, counts in ((4, [4, 1, 0]), (1, None), (3, [0, 3, 3]), (2, None)):
-        cache.advance(T, None if counts is None else torch.tensor(counts))
+        cache.advance(
+            torch.zeros(len(cache.lengths), T, dtype=torch.int64),
+            None if counts is None else torch.tensor(counts),
+        )
         assert cache.shortest <= min(cache.lengths.tolist())
         assert cache.longest >= max(cache.lengths.tolist())
     assert cache.longest <= cache.capacity
@@ -93,6 +97,8 @@ def test_copy_rows_between_caches_and_within_one() -> None:
     assert torch.equal(content(target, 2), content(source, 0))
     assert torch.equal(content(target, 3), content(source, 2))
     assert torch.equal(content(target, 1), untouched)
+    sources = source.last_ids
+    assert target.last_ids.tolist() == [sources[2], target.last_ids[1], sources[0], sources[2]]
     target.copy_rows(target, [1, 2], [0, 1], 9)  # a chain: row 1 is source and target
     assert torch.equal(content(target, 0), untouched)
     assert torch.equal(content(target, 1), content(source, 0))
@@ -107,6 +113,10 @@ def test_load_takes_over_what_fits() -> None:
     larger = filled(5, 30, [1, 2, 3, 4, 5])
     larger.load(cache)
     assert larger.lengths.tolist() == [2, 10, 4, 0, 0]
+    assert larger.last_ids.tolist() == [*cache.last_ids, -1, -1]
+    larger.reset(torch.tensor([1]))
+    assert larger.last_ids.tolist()[:3] == [1, -1, 23]
+    larger.load(cache)
     for row in range(3):
         assert torch.equal(content(larger, row), content(cache, row))
     smaller = cache_of(1, 4)
@@ -120,7 +130,8 @@ def test_head_shares_memory() -> None:
     cache = filled(3, 10, [2, 5, 4])
     view = cache.head(2)
     view.append(0, slots_of(view, 1), torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3, 4))
-    view.advance(1, None)
+    view.advance(torch.zeros(len(view.lengths), 1, dtype=torch.int64), None)
     assert cache.lengths.tolist() == [3, 6, 4]
+    assert cache.last_ids.tolist() == [0, 0, 13]  # of filled: rows of 5 ids, row 2 has 4 of them
     assert (cache.keys[0][1, :, 5] == 1).all()
     assert view.batch_size == 2

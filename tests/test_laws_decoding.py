@@ -25,6 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "windows": (),
         "value_embeddings": False,
         "residual_scalars": False,
+        "token_shift": False,
         "n_kv_head": 4,
     },
     "one kv head, other rotary bases": {

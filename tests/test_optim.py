@@ -44,6 +44,7 @@ def test_every_parameter_has_its_rule() -> None:
     assert rules["value_embeddings.0.weight"].lr == learning.embedding_lr / 2
     assert rules["head.weight"].lr == learning.head_lr / 2
     assert rules["blocks.0.attention.value_gate.weight"].lr == learning.gate_lr / 2
+    assert rules["shift_scale"].lr == learning.gate_lr / 2
     assert rules["residual_scale"].lr == learning.scalar_lr / 2
     in_units = [name for unit in optimizer.units for name in unit.names]
     assert sorted(in_units) == sorted(rules), "each in one unit, none left out"

@@ -185,6 +185,7 @@ def hf_config(model: GPT, tokenizer: Tokenizer) -> Any:
         windows=[ours.window(i) for i in range(ours.n_layer)],
         value_embedding_layers=[i for i in range(ours.n_layer) if ours.has_value_embedding(i)],
         residual_scalars=ours.residual_scalars,
+        token_shift=ours.token_shift,
         architectures=["NanoChatFullForCausalLM"],
         auto_map={
             "AutoConfig": f"{module}.NanoChatFullConfig",
@@ -198,6 +199,7 @@ _TOP = {
     "head.weight": "lm_head.weight",
     "residual_scale": "model.residual_scale",
     "first_scale": "model.first_scale",
+    "shift_scale": "model.shift_scale",
 }
 _IN_BLOCK = {
     "attention.query": "self_attn.q_proj",

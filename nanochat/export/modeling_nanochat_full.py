@@ -11,7 +11,8 @@ K key/value heads, D head dim, V vocabulary
 The model is a decoder with rotary positions, QK-norm, weightless RMSNorm, ReLU^2 MLP (arXiv
 2109.08668), grouped-query attention and a logit softcap. Its options are: value embeddings on
 alternating layers behind a gate per head (arXiv 2410.17897), scalars per layer on the residual
-stream and on the first embedding, sliding windows, and another rotary base for windowed layers.
+stream and on the first embedding, a token shift (an embedding gets a share of the one before it,
+per channel; arXiv 2305.13048), sliding windows, and another rotary base for windowed layers.
 """
 
 from dataclasses import fields
@@ -55,6 +56,7 @@ class NanoChatFullConfig(PretrainedConfig):
         windows: list[int] | None = None,
         value_embedding_layers: list[int] | None = None,
         residual_scalars: bool = False,
+        token_shift: bool = False,
         initializer_range: float = 0.02,
         use_cache: bool = True,
         **kwargs: Any,
@@ -78,6 +80,7 @@ class NanoChatFullConfig(PretrainedConfig):
         self.windows = windows or [0] * num_hidden_layers
         self.value_embedding_layers = value_embedding_layers or []
         self.residual_scalars = residual_scalars
+        self.token_shift = token_shift
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         super().__init__(**kwargs)
@@ -103,6 +106,22 @@ class Visibility:
             attention_mask.ndim == 2 and bool(attention_mask.all())
         )
         self.masks: dict[int, torch.Tensor | None] = {}
+
+    def follows(self, device: torch.device) -> torch.Tensor:
+        """Which of the T new tokens follow another of their document; bool (B or 1, T)."""
+        real = torch.ones(1, self.past + self.T, dtype=torch.bool, device=device)
+        if self.mask is not None and self.mask.ndim == 2:
+            real = self.mask.bool()[:, : self.past + self.T]
+        elif self.mask is not None:  # a token that its successor may not see is padding
+            seen = self.mask if self.mask.dtype == torch.bool else self.mask == 0
+            position = torch.arange(self.T, device=device) + self.past
+            before = (position - 1).clamp(min=0).view(1, -1, 1).expand(len(seen), -1, 1)
+            return (seen[:, 0].gather(2, before)[..., 0]) & (position > 0)
+        follows = F.pad(real, (1, 0), value=False)[:, self.past : self.past + self.T]
+        if self.documents is not None:
+            same = self.documents[:, 1:] == self.documents[:, :-1]
+            follows = follows & F.pad(same, (1, 0), value=True)
+        return follows
 
     def __call__(self, window: int, S: int, device: torch.device) -> torch.Tensor | None:
         """Mask of a window: bool (B or 1, 1, T, S), True where attended; None: plain causal, or
@@ -218,6 +237,37 @@ class NanoChatFullModel(nn.Module):
         if config.residual_scalars:
             self.residual_scale = nn.Parameter(torch.ones(config.num_hidden_layers))
             self.first_scale = nn.Parameter(torch.zeros(config.num_hidden_layers))
+        if config.token_shift:
+            self.shift_scale = nn.Parameter(torch.zeros(C))
+
+    def shifted(
+        self,
+        x: torch.Tensor,
+        visibility: Visibility,
+        cache: Any,
+        previous: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Add a share of the embedding before it to each embedding of x (B, T, C).
+
+        The first token of a document, or after padding, has none before it. The embedding before
+        the first of x is that of the ids `previous` (B,), or else what the cache was given last.
+        """
+        if int(visibility.past) == 0:
+            last = torch.zeros_like(x[:, :1])
+        elif previous is not None:
+            last = norm(self.embed_tokens(previous)[:, None], self.config.rms_norm_eps)
+        elif getattr(cache, "last_embedding", None) is not None:
+            last = cache.last_embedding
+        else:
+            raise ValueError(
+                "this cache was filled elsewhere: the model needs the id before input_ids too; "
+                "pass it as previous_ids (B,)"
+            )
+        before = torch.cat((last, x[:, :-1]), dim=1)
+        before = before * visibility.follows(x.device)[..., None].to(x.dtype)
+        if cache is not None:
+            cache.last_embedding = x[:, -1:]
+        return x + self.shift_scale * before
 
     def forward(
         self,
@@ -229,6 +279,7 @@ class NanoChatFullModel(nn.Module):
         use_cache: bool | None = None,
         cache: Any = None,
         cu_seq_lens_q: torch.Tensor | None = None,
+        previous_ids: torch.Tensor | None = None,
         **unknown: Any,
     ) -> BaseModelOutputWithPast:
         """Compute hidden states (B, T, C) of input_ids (B, T) or inputs_embeds (B, T, C).
@@ -283,6 +334,8 @@ class NanoChatFullModel(nn.Module):
             position_ids = (torch.arange(T, device=x.device) + past)[None]
         visibility = Visibility(attention_mask, past, T, documents)
         x = norm(x, self.config.rms_norm_eps)
+        if self.config.token_shift:
+            x = self.shifted(x, visibility, cache, previous_ids)
         first = x
         bases = {False: self.config.rope_base, True: self.config.windowed_rope_base}
         rotary = {
@@ -316,6 +369,16 @@ class NanoChatFullForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
 
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, *arguments: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Add the id before those that are read next, as beams may have changed places."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *arguments, **kwargs)
+        read = inputs.get("input_ids")
+        if self.config.token_shift and read is not None and read.shape[1] < input_ids.shape[1]:
+            inputs["previous_ids"] = input_ids[:, -read.shape[1] - 1]
+        return inputs
+
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
@@ -339,11 +402,12 @@ class NanoChatFullForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: 0 on padding, which may be on either side. position_ids: (B or 1, T). A
         position that is not larger than the one before it begins another document, which does not
         see the documents before it in its row. cu_seq_lens_q and similar arguments are accepted
-        beside position_ids. logits_to_keep: number of last positions (0: all), or a tensor of
-        positions. cache and past_key_values are two names of one argument; transformers calls it
-        `cache` from 5.24 on. num_items_in_batch and shift_labels are given to the loss. Raises
-        TypeError for every other keyword that is set, and ValueError for inputs_embeds if the model
-        has value embeddings.
+        beside position_ids. previous_ids: ids (B,) of the tokens before input_ids; a cache that was
+        rearranged since the last call needs them. logits_to_keep: number of last positions (0:
+        all), or a tensor of positions. cache and past_key_values are two names of one argument;
+        transformers calls it `cache` from 5.24 on. num_items_in_batch and shift_labels are given to
+        the loss. Raises TypeError for every other keyword that is set, and ValueError for
+        inputs_embeds if the model has value embeddings.
         """
         # shift_labels is not in the signature, where the Trainer would take it for a label.
         shift_labels = others.pop("shift_labels", None)

@@ -6,7 +6,7 @@ dim, S cache slots, V vocabulary
 The tests compare it with `GPT.next_logits`. The differences are:
 - Weights are kept in the compute dtype. The model casts its float32 weights at every use.
 - Query, key, value and gate are one product. Queries and keys are rotated and normed together.
-- Cosines and sines are looked up in a table.
+- Cosines and sines are looked up in a table, and so is what a token shift adds.
 - Attention of a single token per row is three operations. If all rows are equally long, its key and
   value are written to the cache by plain assignment.
 - On CPUs, RMSNorm is one kernel instead of eight operations.
@@ -27,7 +27,7 @@ from nanochat.attention import attend_cached
 from nanochat.errors import UserError
 from nanochat.functional import norm
 from nanochat.gpt import GPT, Block
-from nanochat.kv_cache import KVCache, Reading, plan_reading, write
+from nanochat.kv_cache import KVCache, Reading, keep_last, plan_reading, write
 from nanochat.rope import rope_table
 
 Quantize = Literal["none", "int8"]
@@ -139,6 +139,11 @@ class Decoder:
         self.compute_dtype = model.compute_dtype
         self.device = model.device
         self.embedding = model.embedding.weight.to(self.compute_dtype)
+        self.shifts: torch.Tensor | None = None
+        if config.token_shift:  # what each id adds to the token after it; at the end, for no token
+            self.shifts = F.pad(
+                model.shift_scale.to(self.compute_dtype) * norm(self.embedding), (0, 0, 0, 1)
+            )
         # torch.compile packs weights itself if that is faster.
         self.layers = [_Layer(model, i, quantize, not compiled) for i in range(config.n_layer)]
         head = model.head.weight[: config.vocab_size].to(self.compute_dtype)
@@ -181,7 +186,12 @@ class Decoder:
             if self.device.type == "cuda":
                 torch.compiler.cudagraph_mark_step_begin()  # the last step's logits have been read
             logits = self.compiled_step(
-                ids, counts, cache.lengths, cache.keys, cache.values, cache.capacity
+                ids,
+                counts,
+                (cache.lengths, cache.last_ids),
+                cache.keys,
+                cache.values,
+                cache.capacity,
             )
             cache.widen_bounds(1, counts)
             return logits
@@ -204,16 +214,21 @@ class Decoder:
         self,
         ids: torch.Tensor,
         counts: torch.Tensor,
-        lengths: torch.Tensor,
+        state: tuple[torch.Tensor, torch.Tensor],
         keys: list[torch.Tensor],
         values: list[torch.Tensor],
         capacity: int,
     ) -> torch.Tensor:
-        """Compute `next_logits` of one token per row, from tensors that are updated in place."""
+        """Compute `next_logits` of one token per row, from tensors that are updated in place.
+
+        state: the cache's lengths and last ids.
+        """
+        lengths, last_ids = state
         _, K, S, _ = keys[0].shape
         reading = plan_reading(lengths, 1, (K, S), capacity, self.windows, self.compute_dtype)
-        logits = self.logits(self._layers(ids, reading, keys, values)[:, -1])
+        logits = self.logits(self._layers(ids, last_ids, reading, keys, values)[:, -1])
         lengths.add_(counts)
+        keep_last(last_ids, ids, counts)
         return logits
 
     def hidden(
@@ -225,13 +240,14 @@ class Decoder:
         """
         T = ids.shape[1]
         reading = cache.read(T, counts, self.windows, self.compute_dtype)
-        x = self._layers(ids, reading, cache.keys, cache.values)
-        cache.advance(T, counts)
+        x = self._layers(ids, cache.last_ids, reading, cache.keys, cache.values)
+        cache.advance(ids, counts)
         return x
 
     def _layers(
         self,
         ids: torch.Tensor,
+        last_ids: torch.Tensor,
         reading: Reading,
         keys: list[torch.Tensor],
         values: list[torch.Tensor],
@@ -248,7 +264,13 @@ class Decoder:
             biases = {
                 w: b.to(dtype).expand(B, K, 1, -1).reshape(B * K, 1, -1) for w, b in biases.items()
             }
-        x = first = self.norm(F.embedding(tokens, self.embedding))  # (N, C)
+        x = self.norm(F.embedding(tokens, self.embedding))  # (N, C)
+        if self.shifts is not None:
+            before = torch.cat((last_ids[:, None], ids[:, :-1]), dim=1).flatten()
+            # The last row of the table stands for no token before.
+            before = torch.where(before < 0, len(self.shifts) - 1, before)
+            x = x + F.embedding(before, self.shifts)
+        first = x
         for i, layer in enumerate(self.layers):
             if layer.scales is not None:
                 x = torch.add(x * layer.scales[0], first, alpha=layer.scales[1])
@@ -289,10 +311,13 @@ def _norms_are_large(model: GPT) -> bool:
     """True if RMSNorm's inputs have a root mean square far above 0.001, that of its epsilon.
 
     This is judged from the weights: the rows of the embedding, and those that compute each head's
-    queries and keys of a normed input. The residual scalars must not be close to 0 either.
+    queries and keys of a normed input. The residual scalars must not be close to 0 either, nor the
+    token shift to -1.
     """
     D, C = model.config.head_dim, model.config.n_embd
     smallest = [model.embedding.weight[: model.config.vocab_size].square().mean(dim=1).min()]
+    if model.config.token_shift:  # a token may follow itself
+        smallest.append((1 - model.shift_scale.abs()).clamp(min=0).square().mean())
     for i, block in enumerate(model.blocks):
         attention = cast(Block, block).attention
         for linear in (attention.query, attention.key):

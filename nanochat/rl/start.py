@@ -12,6 +12,7 @@ from nanochat.checkpoint_manager import (
     find,
     load_weights,
     read_meta_once,
+    saved_config,
     system_style,
     tokenizer_of,
 )
@@ -89,7 +90,7 @@ def load_start(run: OpenRun, cfg: RlConfig) -> Start:
 
 def model_of(folder: Path, meta: dict[str, Any], runtime: Runtime) -> GPT:
     """Build the model of a checkpoint and load its weights."""
-    config = from_dict(GPTConfig, meta["model_config"], str(folder))
+    config = saved_config(meta, str(folder))
     model = build_model(config, runtime.device, runtime.dtype)
     load_weights(folder, meta, model, runtime)
     return model

@@ -675,7 +675,7 @@ class Reader(GPT):
             cache.keys[0][b, 0, start : start + used[b], 0] = ids[b, : used[b]].float()
             history = cache.keys[0][b, 0, : start + used[b], 0].int().tolist()
             followed[b, used[b] - 1] = self.follow(history)
-        cache.advance(T, counts)
+        cache.advance(ids, counts)
         return followed
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

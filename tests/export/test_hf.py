@@ -4,6 +4,7 @@ B batch, T time, V vocabulary
 """
 
 import ast
+import functools
 import json
 import os
 import sys
@@ -31,7 +32,12 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("transformers.models.nanochat")
 from nanochat.export.modeling_nanochat_full import CACHE_FIELD, Visibility  # noqa: E402
 
-PORTABLE = {"windows": (), "value_embeddings": False, "residual_scalars": False}
+PORTABLE = {
+    "windows": (),
+    "value_embeddings": False,
+    "residual_scalars": False,
+    "token_shift": False,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "portable": PORTABLE,
     "portable, one key head, longer context": {
@@ -47,8 +53,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "windowed_rope_base": 9000.0,
         "trained_context_length": 48,
     },
-    "value embeddings alone": {"windows": (), "residual_scalars": False, "n_kv_head": 4},
-    "scalars alone": {"windows": (), "value_embeddings": False},
+    "value embeddings alone": {
+        "windows": (),
+        "residual_scalars": False,
+        "token_shift": False,
+        "n_kv_head": 4,
+    },
+    "scalars alone": {"windows": (), "value_embeddings": False, "token_shift": False},
+    "token shift alone": {"windows": (), "value_embeddings": False, "residual_scalars": False},
     "narrow heads": {**PORTABLE, "head_dim": 4},
 }
 
@@ -376,7 +388,8 @@ def test_the_check_sees_a_cache_that_is_dropped(tmp_path: Path, monkeypatch: Any
             options["attention_mask"] = options["attention_mask"][..., -input_ids.shape[1] :]
         return forward(self, input_ids, **options)
 
-    monkeypatch.setattr(NanoChatFullForCausalLM, "forward", forgetful)
+    wrapped = functools.wraps(forward)(forgetful)  # generate reads the signature
+    monkeypatch.setattr(NanoChatFullForCausalLM, "forward", wrapped)
     with pytest.raises(RuntimeError, match="decoded with a dynamic cache differ"):
         hf.export(tiny_model(), tiny_tokenizer(), tmp_path / "out", texts=1)
 
@@ -482,6 +495,26 @@ def test_a_static_cache_and_beams(settings: dict[str, Any], tmp_path: Path) -> N
     assert generate(tmp_path / "out", prompts(), use_cache=False) == expected
     with_cache = generate(tmp_path / "out", prompts(), num_beams=3)
     assert with_cache == generate(tmp_path / "out", prompts(), num_beams=3, use_cache=False)
+
+
+def test_a_loop_of_ones_own_over_a_cache(tmp_path: Path) -> None:
+    """The cache keeps what the token shift needs; another model's cache cannot, and says so."""
+    model = tiny_model()
+    hf.export(model, tiny_tokenizer(), tmp_path / "out")
+    loaded = load(tmp_path / "out")
+    ids = torch.tensor([prompts()[0][:8], prompts()[1][:8]])
+    expected = loaded(ids).logits
+    cache = transformers.DynamicCache()
+    for part in (ids[:, :5], ids[:, 5:6], ids[:, 6:]):
+        logits = loaded(part, past_key_values=cache).logits
+    torch.testing.assert_close(logits, expected[:, 6:], atol=1e-4, rtol=0)
+    foreign = transformers.DynamicCache()
+    loaded(ids[:, :5], past_key_values=foreign)
+    del foreign.last_embedding
+    with pytest.raises(ValueError, match="previous_ids"):
+        loaded(ids[:, 5:], past_key_values=foreign)
+    logits = loaded(ids[:, 5:], past_key_values=foreign, previous_ids=ids[:, 4]).logits
+    torch.testing.assert_close(logits, expected[:, 5:], atol=1e-4, rtol=0)
 
 
 def test_generation_ends_where_the_engine_ends(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from tasks.common import Conversation, Task, split_of
 from tasks.spellingbee import (
     COUNTING,
     SPELLING,
-    WORD_PARTS,
     SimpleSpelling,
     SpellingBee,
     corpus_words,
@@ -29,6 +28,7 @@ from tasks.spellingbee import (
     made_up_word,
     noted_corpus,
     noted_words,
+    word_split,
     words_of,
     write_words,
 )
@@ -146,7 +146,7 @@ def test_no_word_is_in_two_splits_whatever_seed_and_task(kind: str):
     }
     for split, words in seen.items():
         assert words
-        assert {split_of(word, WORD_PARTS) for word in words} == {split}
+        assert {word_split(word) for word in words} == {split}
     # Held-out words are real ones, training words are also made up.
     assert seen["test"] | seen["val"] <= set(WORDS)
     assert seen["train"] - set(WORDS)
@@ -274,7 +274,7 @@ def test_made_up_words_are_training_words():
 
     words = words_of(WORDS, "train")
     made = [made_up_word(words, Random(i)) for i in range(300)]
-    assert all(split_of(word, WORD_PARTS) == "train" and 3 <= len(word) <= 15 for word in made)
+    assert all(word_split(word) == "train" and 3 <= len(word) <= 15 for word in made)
     assert len(set(made)) > 200
 
 

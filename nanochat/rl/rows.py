@@ -5,11 +5,12 @@ B rows, T time, S samples of a step
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
+from nanochat.attention import document_boundaries, pad_boundaries, padded_documents
 from nanochat.data.packing import pack_window
 from nanochat.errors import UserError
 from nanochat.gpt import GPT
@@ -40,13 +41,15 @@ class Rows:
     """Values of -log p of the targets when they were sampled, (B, T) float32; 0 if not known."""
     tokens: int
     """Number of input positions without padding."""
+    boundaries: torch.Tensor | None = None
+    """`attention.document_boundaries` of doc_ids, int32, found on the CPU."""
 
     def weighted(self, per_sample: torch.Tensor, factor: torch.Tensor | None = None) -> Batch:
         """Make a batch with loss weights per_sample (S,), times `factor` (B, T) by token."""
         per_sample = per_sample.to(self.owner.device, torch.float32)
         weights = torch.where(self.owner >= 0, per_sample[self.owner.clamp(min=0)], 0.0)
         weights = weights if factor is None else weights * factor
-        return Batch(self.inputs, self.targets, weights, self.doc_ids)
+        return Batch(self.inputs, self.targets, weights, self.doc_ids, boundaries=self.boundaries)
 
     def sum_by_sample(self, values: torch.Tensor, sums: torch.Tensor) -> None:
         """Add values (B, T) of targets to sums (S,) float64 on the CPU, in a fixed order."""
@@ -66,8 +69,9 @@ def pack_samples(
 
     A micro-batch has at most `rows_per_batch` * T positions. The length of the rows is chosen for
     the least padding: in rows of T, samples a little longer than T / 2 would leave half of each row
-    free. With `fill_up`, all micro-batches have `rows_per_batch` rows of T, since a compiled loss
-    would be compiled again for every other shape. Raises UserError for a longer sample.
+    free. With `fill_up`, micro-batches have one of few shapes, since a compiled loss is compiled
+    again for every other one: rows of T, T / 2 or T / 4, and as many of them as fill the whole, a
+    half or a quarter of the positions. Raises UserError for a longer sample.
     """
     lengths = [len(sample.ids) for sample in samples]
     if not lengths:
@@ -75,18 +79,17 @@ def pack_samples(
     longest = max(lengths)
     if longest > T + 1:
         raise UserError(f"a sample of {longest} tokens does not fit into a row of {T + 1}")
+    most = rows_per_batch * T
     if fill_up:
-        packed = list(pack_window(lengths, T + 1))
-        batches = [packed[i : i + rows_per_batch] for i in range(0, len(packed), rows_per_batch)]
+        capacities = [T // part + 1 for part in FILLED_PARTS if T // part + 1 >= longest]
+        divide = _filled_batches
     else:
-        candidates = [
-            _micro_batches(list(pack_window(lengths, capacity)), rows_per_batch * T)
-            for capacity in (*range(T + 1, longest, -max(1, T // 16)), longest)
-        ]
-        batches = min(candidates, key=_positions)
+        capacities = [*range(T + 1, longest, -max(1, T // 16)), longest]
+        divide = _equal_batches
+    candidates = [divide(list(pack_window(lengths, c)), c, most) for c in capacities]
+    batches = min(candidates, key=_positions)
     result = []
-    for rows in batches:
-        shape = (rows_per_batch, T + 1) if fill_up else (len(rows), _width(rows))
+    for rows, *shape in batches:
         ids = np.zeros(shape, dtype=np.int64)
         owner = np.full(shape, -1, dtype=np.int64)
         drawn = np.zeros(shape, dtype=np.float32)
@@ -104,14 +107,18 @@ def pack_samples(
                 documents[b, begin:end] = number
             documents[b, end:] = len(pieces)
         targets = np.where(owner >= 0, ids, -1)
+        doc_ids = torch.from_numpy(np.ascontiguousarray(documents[:, :-1]))
+        ends = document_boundaries(doc_ids)
+        ends = pad_boundaries(ends, padded_documents(len(ends) - 1, doc_ids.numel()))
         result.append(
             Rows(
                 _tensor(ids[:, :-1], device),
                 _tensor(targets[:, 1:], device),
-                _tensor(documents[:, :-1], device),
+                doc_ids.to(device),
                 _tensor(owner[:, 1:], device),
                 _tensor(drawn[:, 1:], device),
                 sum(length - 1 for pieces in rows for _, _, length in pieces),
+                ends.to(device),
             )
         )
     return result
@@ -125,16 +132,40 @@ def _width(rows: Sequence[Pieces]) -> int:
     return max(sum(length for _, _, length in pieces) for pieces in rows)
 
 
-def _micro_batches(packed: list[Pieces], positions: int) -> list[list[Pieces]]:
+class MicroBatch(NamedTuple):
+    rows: list[Pieces]
+    num_rows: int
+    """Number of rows, empty ones included."""
+    capacity: int
+    """Tokens of a row, its last target included."""
+
+
+FILLED_PARTS = (1, 2, 4)
+"""Parts of a row's length, and of a micro-batch's positions, to which `fill_up` fills up."""
+
+
+def _equal_batches(packed: list[Pieces], capacity: int, positions: int) -> list[MicroBatch]:
     """Divide rows into micro-batches with equally many rows, which are about equally full."""
     rows = sorted(packed, key=lambda pieces: _width([pieces]), reverse=True)
     most = max(1, positions // (_width(rows) - 1))
     size = -(-len(rows) // -(-len(rows) // most))
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+    parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+    return [MicroBatch(part, len(part), _width(part)) for part in parts]
 
 
-def _positions(batches: list[list[Pieces]]) -> int:
-    return sum(len(rows) * (_width(rows) - 1) for rows in batches)
+def _filled_batches(packed: list[Pieces], capacity: int, positions: int) -> list[MicroBatch]:
+    """Divide rows into full micro-batches, and a last one of the smallest part that holds it."""
+    most = max(1, positions // (capacity - 1))
+    batches = []
+    for i in range(0, len(packed), most):
+        rows = packed[i : i + most]
+        size = min(n for part in FILLED_PARTS if (n := max(1, most // part)) >= len(rows))
+        batches.append(MicroBatch(rows, size, capacity))
+    return batches
+
+
+def _positions(batches: list[MicroBatch]) -> int:
+    return sum(batch.num_rows * (batch.capacity - 1) for batch in batches)
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -144,7 +175,10 @@ def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
 @torch.no_grad()
 def score(model: GPT, rows: Sequence[Rows], temperature: float = 1.0) -> list[torch.Tensor]:
     """Compute -log p (B, T) float32 of each micro-batch's targets with the present weights."""
-    return [model.nll(r.inputs, r.targets, r.doc_ids, temperature) for r in rows]
+    return [
+        model.nll(r.inputs, r.targets, r.doc_ids, temperature, boundaries=r.boundaries)
+        for r in rows
+    ]
 
 
 def policy_batches(

@@ -4,12 +4,13 @@ The model gets pieces of words, not letters, so it must learn the letters of eve
 the train and test split are disjoint. A held-out word can therefore be spelled only if its *pieces*
 were learned from other words. Four choices make that possible:
 
-- **Short words are always trained on, and half of the held-out prompts have quotes.** In `Spell the
-  word: banished` the word begins with a space, and with their space most words are one token (59 %
-  of the embedded corpus's words at vocabulary 4096). The letters of a token that was never seen
-  cannot be known. In `"wisdom"` there is no space, so the word is cut into pieces that other words
-  share (`w|isdom`; 97 % of words). People mostly use no quotes, so most training prompts have none;
-  the model learns whole-word tokens from these.
+- **Held-out words are in quotes in most prompts.** In `Spell the word: banished` the word begins
+  with a space, and with their space most words are one token (59 % of the embedded corpus's words
+  at vocabulary 4096). The letters of a token that was never seen cannot be known. In `"wisdom"`
+  there is no space, so the word is cut into pieces that other words share (`w|isdom`; 97 % of
+  words). One held-out prompt in twelve still has no quotes, and an unseen token there counts as an
+  error. People mostly use no quotes, so most training prompts have none, and only three words of
+  a hundred are held out; the model learns whole-word tokens from these prompts.
 - **Letters are answered as `b a n i s h e d`.** A space and a letter are one token for most letters
   and two for the others, whatever their neighbours are. `b-a-n` would take two tokens for each
   letter, and a tokenizer may merge parts of `ban` or `b,a,n`.
@@ -31,7 +32,7 @@ pieces that it had never written by frequent ones. Quotes are double because the
 import re
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -56,14 +57,14 @@ from tasks.common import (
 from tasks.judges import judge, reference, spelled_letters
 
 MIN_LETTERS, MAX_LETTERS = 3, 15
-SHORT = 6
-"""Most letters of a word that is always trained on. Short words are mostly a token of their own,
-whose letters can be learned from nowhere else."""
-WORD_PARTS = 25
-"""Number of parts that longer words are split into, two for test and one for val."""
+FEWEST_PARTS, MOST_PARTS = 25, 100
+"""Words are split into so many parts, two for test and one for val; long lists into the most. A
+word that training leaves out is mostly a token of its own, whose letters are in no other row."""
+TIMES_ASKED = 4
+"""Number of times that each held-out word is asked by default, in other words each time."""
 MADE_UP_SHARE = 0.35
 LIST_SHARE = 0.6
-BARE_SHARE, BARE_SHARE_HELD_OUT = 0.85, 1 / 2
+BARE_SHARE, BARE_SHARE_HELD_OUT = 0.85, 1 / 12
 """Shares of single words without quotes: in the split train, and in the other splits."""
 MAX_WORDS = 8
 
@@ -212,6 +213,7 @@ class _WordTask(Task):
         self.seed = seed
         all_words = load_words(words)
         self.words = words_of(all_words, split)
+        self.held_out = set(all_words).difference(self.words) if split == "train" else set()
         if not self.words:
             raise UserError(
                 f"{self.NAME}: none of {len(all_words)} words belongs to the split {split}; "
@@ -219,7 +221,7 @@ class _WordTask(Task):
             )
         self.size = check_generated(self.NAME, split, size)
         if size is None and split != "train":
-            self.size = min(self.size, len(self.words))  # each word once
+            self.size = min(self.size, TIMES_ASKED * len(self.words))
 
     def __len__(self) -> int:
         return self.size
@@ -233,7 +235,7 @@ class _WordTask(Task):
     def word(self, index: int, random: Random) -> str:
         """Return the next word in the order, or, in the train split, sometimes a made-up one."""
         if self.split == "train" and random.random() < MADE_UP_SHARE:
-            return made_up_word(self.words, random)
+            return made_up_word(self.words, self.held_out, random)
         turn, place = divmod(index, len(self.words))
         return self.words[Permutation(len(self.words), make_key(self.seed, turn))[place]]
 
@@ -317,18 +319,14 @@ class SpellingBee(_WordTask):
         return final_answer(completion)
 
 
-def words_of(words: Iterable[str], split: str) -> list[str]:
-    """The words of a split."""
-    return [word for word in words if word_split(word) == split]
+def words_of(words: Sequence[str], split: str) -> list[str]:
+    """The words of a split; which words are held out depends on the length of the list too."""
+    parts = min(max(len(words) // 12, FEWEST_PARTS), MOST_PARTS)
+    return [word for word in words if split_of(word, parts) == split]
 
 
-def word_split(word: str) -> str:
-    """The split that a word belongs to."""
-    return "train" if len(word) <= SHORT else split_of(word, WORD_PARTS)
-
-
-def made_up_word(words: Sequence[str], random: Random) -> str:
-    """A word of 3 to 15 letters that looks like these, in no split but train.
+def made_up_word(words: Sequence[str], held_out: Collection[str], random: Random) -> str:
+    """A word of 3 to 15 letters that looks like these and is none of those held out.
 
     Half are the beginning of one word and the end of another. The others are drawn letter by
     letter, each after the two before it, and have pieces that no word of a small corpus has.
@@ -342,7 +340,7 @@ def made_up_word(words: Sequence[str], random: Random) -> str:
             while len(word) < MAX_LETTERS + 2 and not word.endswith(" ", 2):
                 word += random.choice(after[word[-2:]])
             word = word.strip()
-        if MIN_LETTERS <= len(word) <= MAX_LETTERS and word_split(word) == "train":
+        if MIN_LETTERS <= len(word) <= MAX_LETTERS and word not in held_out:
             return word
 
 

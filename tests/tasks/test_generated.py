@@ -21,6 +21,7 @@ from tasks.common import Conversation, Task, split_of
 from tasks.spellingbee import (
     COUNTING,
     SPELLING,
+    TIMES_ASKED,
     SimpleSpelling,
     SpellingBee,
     corpus_words,
@@ -28,7 +29,6 @@ from tasks.spellingbee import (
     made_up_word,
     noted_corpus,
     noted_words,
-    word_split,
     words_of,
     write_words,
 )
@@ -144,9 +144,10 @@ def test_no_word_is_in_two_splits_whatever_seed_and_task(kind: str):
         }
         for split in SPLITS
     }
-    for split, words in seen.items():
-        assert words
-        assert {word_split(word) for word in words} == {split}
+    assert all(seen.values())
+    assert not seen["train"] & seen["test"]
+    assert not seen["train"] & seen["val"]
+    assert not seen["test"] & seen["val"]
     # Held-out words are real ones, training words are also made up.
     assert seen["test"] | seen["val"] <= set(WORDS)
     assert seen["train"] - set(WORDS)
@@ -155,17 +156,19 @@ def test_no_word_is_in_two_splits_whatever_seed_and_task(kind: str):
 
 def test_a_held_out_word_comes_once_before_any_comes_again():
     words = sorted(words_of(WORDS, "test"))
+    once = SimpleSpelling("test", size=len(words), words=WORDS)
+    assert sorted(asked(conversation) for conversation in once) == [[word] for word in words]
     task = SimpleSpelling("test", words=WORDS)
-    assert len(task) == len(words)
-    assert sorted(asked(conversation) for conversation in task) == [[word] for word in words]
-    twice = SimpleSpelling("test", size=2 * len(words), words=WORDS)
-    assert Counter(asked(conversation)[0] for conversation in twice) == dict.fromkeys(words, 2)
+    asked_words = Counter(asked(conversation)[0] for conversation in task)
+    assert asked_words == dict.fromkeys(words, TIMES_ASKED)
+    messages = {conversation["messages"][0]["content"] for conversation in task}
+    assert len(messages) > 0.9 * len(task), "in other words each time"
 
 
 @pytest.mark.parametrize(
     ("kind", "ways"), [("simple", SPELLING.held_out), ("bee", COUNTING.held_out)]
 )
-def test_every_prompt_names_its_word_and_half_quote_it(kind: str, ways: tuple[str, ...]):
+def test_every_prompt_names_its_word_and_most_quote_it(kind: str, ways: tuple[str, ...]):
     prompts = [
         (row["messages"][0]["content"].lower(), asked(row)[0])
         for row in make(kind, "test", size=600)
@@ -173,7 +176,7 @@ def test_every_prompt_names_its_word_and_half_quote_it(kind: str, ways: tuple[st
     ]
     assert all(word in prompt for prompt, word in prompts)
     quoted = sum(re.search(f"[\"'“]{word}[\"'”]", prompt) is not None for prompt, word in prompts)
-    assert 0.4 < quoted / len(prompts) < 0.6
+    assert 0.85 < quoted / len(prompts) < 0.97
     shapes = {prompt.replace(word, "W").replace("'W'", '"W"') for prompt, word in prompts}
     assert len(shapes) >= 3 * len(ways)
 
@@ -269,13 +272,26 @@ def corpus_tokenizer() -> Any:
     return Tokenizer.train([" mother" * 400 + " ".join(WORDS)], vocab_size=400)
 
 
-def test_made_up_words_are_training_words():
+def test_made_up_words_are_none_of_those_held_out():
     from random import Random
 
-    words = words_of(WORDS, "train")
-    made = [made_up_word(words, Random(i)) for i in range(300)]
-    assert all(word_split(word) == "train" and 3 <= len(word) <= 15 for word in made)
-    assert len(set(made)) > 200
+    made = {made_up_word(WORDS[:60], (), Random(i)) for i in range(300)}
+    assert len(made) > 200
+    assert all(3 <= len(word) <= 15 for word in made)
+    held_out = sorted(made)[::2]
+    others = {made_up_word(WORDS[:60], held_out, Random(i)) for i in range(300)}
+    assert len(others) > 100
+    assert others.isdisjoint(held_out)
+
+
+@pytest.mark.parametrize("number", [120, 400, 2500])
+def test_lists_of_any_length_have_words_for_every_split(number: int):
+    words = [f"word{'abcdefghij'[n % 10]}{'klmnopqrst'[n // 10 % 10]}{n // 100 * 'u'}" for n in
+             range(number)]  # fmt: skip
+    counts = [len(words_of(words, split)) for split in SPLITS]
+    assert min(counts) > 0
+    assert sum(counts) == number
+    assert counts[0] / number > (0.95 if number > 2000 else 0.8)
 
 
 # Word lists

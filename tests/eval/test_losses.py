@@ -97,5 +97,5 @@ def test_the_interval_holds_the_whole_text_nine_times_in_ten(store: TokenStore) 
         low, high = result["ci"]
         assert low < result["bpb"] < high
         hits += low <= whole <= high
-    assert 35 <= hits <= 40
+    assert 32 <= hits <= 40  # 36 are expected, with a standard deviation of 2
     assert evaluate_bpb(model, rows[:1], sizes, single())["ci"] is None

@@ -420,7 +420,7 @@ def test_steps_on_a_gpu_have_few_shapes(max_slots: int) -> None:
     many, expected = steps_by_shape(False, max_slots)
     few, got = steps_by_shape(True, max_slots)
     assert got == expected
-    assert len(many) > 3 * len(few)
+    assert len(many) >= 3 * len(few)
     assert {rows for rows, _ in few} <= {1, 2, 4, 8, 16, 32, 64, max_slots}
     assert {slots for _, slots in few} <= {256, 520}
 

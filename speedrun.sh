@@ -88,10 +88,11 @@ if [ "$profile" = gpu ]; then
 
     # Enough shards for the token budget of this depth; the first few suffice for the tokenizer.
     # Only of climbmix and fineweb-edu it is known how much a shard holds.
-    # --keep-last 1 halves what the disk must hold: 4 stages, 15 GB a checkpoint at depth 20.
+    # --keep-last 1 halves what the disk must hold: 4 stages, 9 GB a checkpoint at depth 20.
     keep=(--keep-last 1)
+    vocabulary=32768  # docs/stages.md says why
     shards="$(python -m scripts.plan --depth "$depth" --gpus "$gpus" --corpus "$corpus" --tag "$name" \
-        "${keep[@]}" --check-disk --print num_shards)"
+        --vocab-size "$vocabulary" "${keep[@]}" --check-disk --print num_shards)"
     download=""
     if [ -z "$shards" ] || [ "$shards" = None ]; then
         shards="${SHARDS:-8}"
@@ -107,7 +108,7 @@ if [ "$profile" = gpu ]; then
         download=$!
     fi
     run python -m nanochat.data.hub eval_bundle || echo "CORE will not be measured"
-    run python -m scripts.tok_train --corpus "$corpus" --name "$name" --vocab-size 65536 \
+    run python -m scripts.tok_train --corpus "$corpus" --name "$name" --vocab-size "$vocabulary" \
         --max-chars 2000000000
     run python -m scripts.tok_eval --corpus "$corpus" --tokenizer "$name"
     if [ -n "$download" ]; then

@@ -178,7 +178,7 @@ def open_in_turn(rank: Runtime, folder: Path) -> bool:
         "read_meta": lambda _: {},
         "tokenizer_of": lambda *_: None,
     }
-    changes |= {"corpus_options": lambda *_: {}, "build": build, "settings_of": stop}
+    changes |= {"corpus_options": lambda *_: {}, "build": build, "Asked": stop}
     with pytest.MonkeyPatch.context() as patch:
         for name, change in changes.items():
             patch.setattr(chat_eval, name, change)

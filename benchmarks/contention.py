@@ -124,11 +124,7 @@ def main(cfg: Config) -> dict[str, dict[str, list[float]]]:
     for _ in range(cfg.rounds):
         for kind in cfg.kinds:
             for name, variables in settings.items():
-                for case, count, busy in (
-                    ("alone", 1, False),
-                    ("busy", 1, True),
-                    ("two", 2, False),
-                ):
+                for case, (count, busy) in CASES.items():
                     rate = rates(kind, cfg.seconds, variables, count, busy)
                     found[f"{kind}, {name}"][case].append(rate)
     for name, cases in found.items():

@@ -451,9 +451,8 @@ def saved_config(meta: dict[str, Any], where: str) -> GPTConfig:
 
 def build_model(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> GPT:
     """Build a model with undefined weights; the caller loads them."""
-    with torch.device("meta"):
-        model = GPT(config, dtype)
-    return model.to_empty(device=device)
+    with torch.device(device):
+        return GPT(config, dtype)
 
 
 def restore(

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import errno
+import functools
 import inspect
 import io
 import itertools
@@ -148,20 +149,26 @@ def field_texts(cls: type[Any]) -> dict[str, str]:
     """Docstring under each field, inherited fields included, each joined into one line."""
     texts: dict[str, str] = {}
     for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except OSError:  # made without a source file
-            continue
-        for field, below in itertools.pairwise(typing.cast(ast.ClassDef, tree.body[0]).body):
-            if (
-                isinstance(field, ast.AnnAssign)
-                and isinstance(field.target, ast.Name)
-                and isinstance(below, ast.Expr)
-                and isinstance(below.value, ast.Constant)
-            ):
-                texts[field.target.id] = " ".join(str(below.value.value).split())
+        if dataclasses.is_dataclass(base):
+            texts |= _own_texts(base)
+    return texts
+
+
+@functools.cache  # finding the source of a class parses its whole file
+def _own_texts(cls: type[Any]) -> dict[str, str]:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except OSError:  # made without a source file
+        return {}
+    texts: dict[str, str] = {}
+    for field, below in itertools.pairwise(typing.cast(ast.ClassDef, tree.body[0]).body):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+        ):
+            texts[field.target.id] = " ".join(str(below.value.value).split())
     return texts
 
 

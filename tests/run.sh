@@ -8,5 +8,7 @@ install_into_venv dev
 ruff check .
 ruff format --check .
 mypy
+# Many tests start processes, which then find the modules compiled.
+unset PYTHONDONTWRITEBYTECODE
 # One thread per process: several test processes on few cores would only wait for each other.
 OMP_NUM_THREADS=1 python -m pytest "$@"

@@ -113,8 +113,8 @@ def test_a_table_shows_what_failed() -> None:
 
 
 def test_contention_measures_what_is_left_of_the_speed() -> None:
-    result = contention.main(contention.Config(("1000",), ("decode",), rounds=1, seconds=0.05))
-    assert result.keys() == {"decode, spin 1000", "decode, one_thread"}
+    result = contention.main(contention.Config((), ("decode",), rounds=1, seconds=0.05))
+    assert result.keys() == {"decode, one_thread"}
     for cases in result.values():
         assert cases.keys() == {"alone", "busy", "two"}
         assert all(rate > 0 for rates in cases.values() for rate in rates)

@@ -51,7 +51,10 @@ def mcnemar(gained: int, lost: int) -> float:
     0.021484375
     """
     n = gained + lost
-    tail = sum(math.comb(n, k) for k in range(min(gained, lost) + 1))
+    tail, ways = 0, 1  # ways: n choose k, each from the one before
+    for k in range(min(gained, lost) + 1):
+        tail += ways
+        ways = ways * (n - k) // (k + 1)
     return min(1.0, tail / 2 ** (n - 1)) if n else 1.0
 
 

@@ -109,15 +109,16 @@ class Visibility:
 
     def follows(self, device: torch.device) -> torch.Tensor:
         """Which of the T new tokens follow another of their document; bool (B or 1, T)."""
-        real = torch.ones(1, self.past + self.T, dtype=torch.bool, device=device)
+        position = torch.arange(self.T, device=device) + self.past
+        before = (position - 1).clamp(min=0)
+        follows = (position > 0)[None]
         if self.mask is not None and self.mask.ndim == 2:
-            real = self.mask.bool()[:, : self.past + self.T]
-        elif self.mask is not None:  # a token that its successor may not see is padding
+            follows = follows & self.mask.bool()[:, before]
+        elif self.mask is not None:  # what a token may not see of those before it is padding
             seen = self.mask if self.mask.dtype == torch.bool else self.mask == 0
-            position = torch.arange(self.T, device=device) + self.past
-            before = (position - 1).clamp(min=0).view(1, -1, 1).expand(len(seen), -1, 1)
-            return (seen[:, 0].gather(2, before)[..., 0]) & (position > 0)
-        follows = F.pad(real, (1, 0), value=False)[:, self.past : self.past + self.T]
+            follows = (
+                follows & seen[:, 0].gather(2, before.expand(len(seen), -1)[..., None])[..., 0]
+            )
         if self.documents is not None:
             same = self.documents[:, 1:] == self.documents[:, :-1]
             follows = follows & F.pad(same, (1, 0), value=True)
@@ -252,12 +253,12 @@ class NanoChatFullModel(nn.Module):
         The first token of a document, or after padding, has none before it. The embedding before
         the first of x is that of the ids `previous` (B,), or else what the cache was given last.
         """
-        if int(visibility.past) == 0:
-            last = torch.zeros_like(x[:, :1])
-        elif previous is not None:
+        if previous is not None:
             last = norm(self.embed_tokens(previous)[:, None], self.config.rms_norm_eps)
         elif getattr(cache, "last_embedding", None) is not None:
             last = cache.last_embedding
+        elif visibility.past == 0:
+            last = torch.zeros_like(x[:, :1])
         else:
             raise ValueError(
                 "this cache was filled elsewhere: the model needs the id before input_ids too; "

@@ -38,7 +38,7 @@ def corpus_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The named corpus `tiny` with two of its training shards."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.delenv("NANOCHAT_HUB_DIR", raising=False)
-    monkeypatch.setitem(hub.NAMED, "tiny", NamedSource("tiny", "org/tiny", 5, 1e4, "CC0"))
+    monkeypatch.setitem(hub.NAMED, "tiny", NamedSource("tiny", "org/tiny", 5, "CC0"))
     folder = tmp_path / "base" / "corpora" / "tiny"
     folder.mkdir(parents=True)
     for shard in (0, 1, 5):

@@ -230,7 +230,7 @@ def test_a_training_script_says_what_to_set(encoded: Path, tmp_path: Path) -> No
 def test_the_smallest_limit_of_all_control_groups_counts(tmp_path: Path) -> None:
     whole = machine_memory()
     if whole is None:
-        pytest.skip("not known here")
+        pytest.skip("this system does not tell how much memory it has")
     assert machine_memory(tmp_path) == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     def write(name: str, text: str) -> None:

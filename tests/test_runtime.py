@@ -70,7 +70,7 @@ def fake_driver(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands for a program")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows runs no shell scripts")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
 def test_a_gpu_that_torch_cannot_use_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -87,7 +87,7 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(
     assert choose_device("auto").type in ("cpu", "mps")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows runs no shell scripts")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
 def test_speedrun_does_not_train_a_toy_on_a_gpu_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

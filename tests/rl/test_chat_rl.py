@@ -376,7 +376,7 @@ def whole(request: pytest.FixtureRequest, start: Path) -> tuple[str, Path]:
     return request.param, folder
 
 
-@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 @pytest.mark.parametrize("moment", ["after a step", "while weights are written"])
 def test_killed_and_resumed_is_uninterrupted(
     moment: str, whole: tuple[str, Path], start: Path, tmp_path: Path

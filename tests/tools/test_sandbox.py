@@ -845,7 +845,7 @@ def test_foreign_instruction_set_is_killed() -> None:
     """32-bit system calls have other numbers: `int 0x80` from 64-bit code must not slip through."""
     needs("seccomp")
     if sandbox_child.platform.machine() != "x86_64":
-        pytest.skip("x86_64 only")
+        pytest.skip("the system call is numbered as on x86_64")
     code = """
         import ctypes, mmap
         page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
@@ -967,7 +967,7 @@ def test_without_the_seccomp_layer_children_die_with_their_group(
 ) -> None:
     """The weaker promise: new processes fail, or (root on Linux) die when the program ends."""
     if not sys.platform.startswith("linux"):
-        pytest.skip("looks at /proc")
+        pytest.skip("needs /proc, which Linux has")
     monkeypatch.setattr(sandbox, "LAYERS", ("limits", "memory", "privileges", "landlock"))
     result = run("import os, time; pid = os.fork(); print(pid) if pid else time.sleep(60)")
     if result.ok:

@@ -121,13 +121,8 @@ def make_layout(
             ends = document_boundaries(doc_ids)
             boundaries = pad_boundaries(ends, padded_documents(len(ends) - 1, B * T))
         return Layout(backend, begins, {}, boundaries, T)
-    one_document = (
-        doc_ids is None
-        or (
-            device.type == "cpu"  # to ask a GPU would be to wait for it
-            and bool((doc_ids == doc_ids[:, :1]).all())
-        )
-    )
+    # To ask a GPU would be to wait for it.
+    one_document = doc_ids is None or (device.type == "cpu" and not begins[:, 1:].any())
     masks: dict[int, torch.Tensor | None] = {}
     position = torch.arange(T, device=device)
     distance = position[:, None] - position[None, :]

@@ -31,8 +31,6 @@ class CustomJSON(Task):
     the start, `skipped` counts such rows, and `first_skipped` describes the first one.
     """
 
-    VERSION = 2
-
     def __init__(
         self,
         split: str = "train",

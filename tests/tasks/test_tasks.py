@@ -123,7 +123,12 @@ def test_reward_is_the_evaluation_where_there_is_one():
 
 def test_fingerprints_tell_tasks_apart_and_only_those():
     class Newer(Numbers):
-        VERSION = 2
+        """The same settings, and a changed line of code."""
+
+        def row(self, index: int) -> Conversation:
+            row = super().row(index)
+            row["messages"][0]["content"] += "?" if index == 2 else ""
+            return row
 
     Newer.__name__ = "Numbers"
     tasks = [

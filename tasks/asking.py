@@ -44,6 +44,8 @@ REQUEST_OPENERS = Ways(
         *("will you", "would you", "can u", "hey,", "hi,", "hello,", "ok,", "okay,", "so,", "now"),
         *("now please", "i want you to", "i need you to", "i would like you to", "you should"),
         *("hi! can you", "hello, please", "hey, could you", "try to", "go and", "let us"),
+        *("be so good and", "i wonder if you could", "it would be nice if you could", "first,"),
+        *("your task:", "my request:", "next,", "you may", "can i ask you to", "i ask you to"),
     ),
     held_out=("kindly", "would you be so kind and", "might you", "well,", "good day, please", "do"),
 )
@@ -51,13 +53,27 @@ QUESTION_OPENERS = Ways(
     train=(
         *("hey,", "hi,", "hello,", "ok,", "okay,", "so,", "and", "now,", "please,", "hi!"),
         *("quick question:", "question:", "tell me,", "please tell me,", "then", "um,"),
+        *("i have a question:", "another question:", "just asking,", "oh,", "ah,", "hmm,", "but"),
+        *("can i ask,", "let me ask,", "sorry,", "good morning,", "hey nanochat,", "listen,"),
     ),
     held_out=("well,", "one question:", "good day,", "excuse me,", "say,"),
 )
 CLOSERS = Ways(
-    train=("please", "please", "pls", "for me", "for me please", "thanks", "now", "thank you"),
+    train=(
+        *("please", "please", "pls", "for me", "for me please", "thanks", "now", "thank you"),
+        *("nanochat", "if possible", "will you", "can you", "could you", "when you can", "then"),
+        *("right now", "ok", "okay", "my dear", "mate", "once more", "as well", "quickly"),
+    ),
     held_out=("if you can", "would you", "my friend", "if you like"),
 )
+
+FILLERS = (
+    *("just", "now", "simply", "again", "quickly", "really", "maybe", "then", "here", "today"),
+    *("also", "once", "exactly", "perhaps", "kind of", "actually", "um", "like", "first", "still"),
+    *("too", "even", "only", "ever", "so", "well", "uh", "at all", "as such", "you know", "say"),
+)
+"""Words that change nothing; they may stand anywhere in a training message."""
+_SMALL = re.compile(r"(?<![\w{'])(the|a|an|of|in|is|are|do|does|me|you|to|for|there|it|i) ")
 
 _GROUP = re.compile(r"\(([^()]*)\)")
 _VALUE = re.compile(r"(\{\w+\})")
@@ -113,6 +129,8 @@ def _message(
             closer = _draw(random, split, CLOSERS)
         if random.random() < 0.06:
             core = slip(core, random)
+        if split != "test" and not open_end:
+            core = loosen(core, random)
         asks = kind == "?" or bool(re.match(r".*\b(can|could|will|would|might)\b", opener))
         end = random.choice("???!") if asks else random.choice(("", ".", ".", "!"))
         end = "" if open_end else end
@@ -145,6 +163,25 @@ def _fill(text: str, values: Mapping[str, str]) -> str:
     return "".join(
         values[part[1:-1]] if _VALUE.fullmatch(part) else part for part in _VALUE.split(text)
     )
+
+
+def loosen(text: str, random: Random) -> str:
+    """Sometimes leave out a small word, or put in one that changes nothing.
+
+    >>> loosen("count the {letter} in {word}", Random(1))
+    'count here the {letter} in {word}'
+    """
+    chance = random.random()
+    small = list(_SMALL.finditer(text))
+    if chance < 0.1 and small:
+        word = random.choice(small)
+        return text[: word.start()] + text[word.end() :]
+    # A word right before a value could be taken for the value.
+    spaces = [match.end() for match in re.finditer(" (?!{)", text)]
+    if 0.1 <= chance < 0.25 and spaces:
+        at = random.choice(spaces)
+        return f"{text[:at]}{random.choice(FILLERS)} {text[at:]}"
+    return text
 
 
 def slip(text: str, random: Random) -> str:

@@ -109,6 +109,22 @@ SPELLING = Ways(
         *("?is it possible to spell {word}", "!separate the letters (of|in) {word}"),
         "!(my word is|the word is|here is a word:) {word}. (spell it|please spell it|its letters)",
         "!i (do not|don't) know how to (spell|write) {word}, (help|help me|can you)",
+        "!(say|write|give|show|list|print|put down|recite|read|call out|present|share) (me|us|) "
+        "(the|all the|every one of the|the single|the separate|the different) (letters|characters) "
+        "(of|in|from|for|inside|that form|making up|which make) (the word|the name|) {word}",
+        "!(say|write|read|put|do|type|print|give me|show me) {word} (with a space between|with "
+        "spaces between|as|by|as a list of|split into|with all) (the letters|letters|its letters)",
+        "?(what|which) (letters|characters) (are in|go into|form|build|are used in|are used for|"
+        "belong to|can be found in|occur in|come in|make) (the word|the name|) {word}",
+        "?(what|how) (is|was|would be|should be) the (exact|proper|usual|good|real|whole) "
+        "(spelling|way to spell|way of spelling) (of|) {word}",
+        "?how (can|could|might|must|may|do|would) (we|i|people|they|a child|anyone|he|she) "
+        "(spell|write down|put down) (the word|) {word}",
+        "!(teach|let|show) (me|us|my son|a child|him|her) (the|how to do the) spelling of {word}",
+        "!i (need|want|have|would like|wish|am trying|must) to (spell|write) {word}",
+        "!(for|with|take) (the word|) {word}, (say|write|give me|show me|list) (the|its) letters",
+        "!{word} is (my word|the word|hard to spell), (spell it|its letters please)",
+        ".(next word|new word|word|a word|another): {word}. (spell|spell it|letters)",
     ),
     held_out=(
         "!say {word} letter (for|after) letter",
@@ -177,6 +193,17 @@ COUNTING = Ways(
         "!count how (many|often) {letter} (are|is|there are) in {word}",
         "?how many of (the letter|) {letter} (are|is) in {word}",
         ".{letter} (count|) in {word}",
+        "?how (many times|often) (is|can|does|do|will|did) (the|) (letter|character|) {letter} "
+        "(be found|appear|show up|exist|stand|turn up|seen|used|present|written) "
+        "(in|inside|within|of) (the word|the term|) {word}",
+        "!(number|tally|add up|check|work out|figure out|determine|calculate) "
+        "(how many|all|the|each) (letter|) {letter}('s|s|) (in|of|inside|within|are in) {word}",
+        "?what (is|was|would be|are) the (count|total|full number|tally) (of|for) "
+        "(letter|the letter|) {letter} (in|of|within|inside) (the word|) {word}",
+        "?(if|when) (i|you|we) (spell|write|look at|read) {word}, how (many|often) "
+        "{letter}('s|s|) (are there|do i see|come|do we need)",
+        "!(for|with|take) (the word|) {word}, (say|tell me|count|give me) "
+        "(how many|the number of) {letter}",
     ),
     held_out=(
         "?how many of the letters (in|of) {word} are {letter}",
@@ -199,7 +226,6 @@ class _WordTask(Task):
     """
 
     NAME: ClassVar[str]
-    VERSION = 4
     VAL_BY_CONTENT = True
 
     def __init__(

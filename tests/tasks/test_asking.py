@@ -8,7 +8,7 @@ import pytest
 from nanochat.tools.calculator import calculate
 from tasks import asking, followups, identity, ignorance, passages, spellingbee, sums
 from tasks.arithmetic import Arithmetic
-from tasks.asking import Ways, ask, expand, normal, reserved, slip
+from tasks.asking import Ways, ask, expand, loosen, normal, reserved, slip
 from tasks.common import split_of
 from tasks.judges import WordPairs, judge, reference
 
@@ -51,6 +51,18 @@ def test_a_way_gives_many_messages_and_keeps_what_it_is_to_keep():
     tested = [ask(Random(i), "test", ways, {"word": "house"}, {"text": "x"}) for i in range(50)]
     assert all(re.search("car+r?y|[a-z]* on", message.lower()) for message in tested)
     assert not any("go on with" in message for message in tested)
+
+
+def test_a_loosened_message_lacks_or_gains_a_small_word_and_keeps_its_values():
+    text = "how many of {letter} are in the word {word}"
+    found = [loosen(text, Random(i)) for i in range(300)]
+    lengths = {len(message.split()) - len(text.split()) for message in found}
+    assert lengths >= {-1, 0, 1}
+    for message in found:
+        assert re.findall(r"\{\w+\}", message) == ["{letter}", "{word}"]
+        # A word before a value could be taken for it.
+        before = {message.split(value)[0].split()[-1] for value in ("{letter}", "{word}")}
+        assert before <= set(text.split()), message
 
 
 def test_a_slip_is_one_letter_and_spares_the_values():

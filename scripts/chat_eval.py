@@ -244,7 +244,7 @@ class Asked:
     def settings(self) -> dict[str, Any]:
         """All that a result depends on beside the model."""
         chosen, task, drawn = self.chosen, self.task, self.cfg.answering
-        digest = hashlib.sha256(f"{type(task).__name__} {task.VERSION}".encode())
+        digest = hashlib.sha256(type(task).__name__.encode())
         for conversation in (*self.examples, *(task[i] for i in chosen)):
             digest.update(json.dumps(conversation, sort_keys=True, default=str).encode())
         settings: dict[str, Any] = {

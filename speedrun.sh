@@ -165,10 +165,11 @@ else
     run python -m scripts.tok_train --corpus "$corpus" --name "$name" --vocab-size "$vocabulary"
     run python -m scripts.tok_eval --corpus "$corpus" --tokenizer "$name"
     run python -m scripts.tok_encode --corpus "$corpus" --tokenizer "$name"
-    # Small shapes: heads of 64, every layer sees the whole (short) row, 4,096 tokens a step.
-    small=(--tag "$name" --corpus "$corpus" --total-batch-size 4096 --resume)
+    small=(--tag "$name" --corpus "$corpus" --resume)
+    # Small shapes: heads of 64, every layer sees the whole (short) row, 4,096 tokens a step. The
+    # stages after this one take steps as large.
     run python -m scripts.base_train "${small[@]}" "${base[@]}" --tokenizer "$name" --head-dim 64 \
-        --window-pattern L
+        --window-pattern L --total-batch-size 4096
     run python -m scripts.base_eval --source "base/$name" --corpus "$corpus" --resume
     # Replayed text and low rates keep what pretraining taught; the tasks learn fast enough.
     run python -m scripts.mid_train --source "base/$name" "${small[@]}" "${chat[@]}" --mix "${mid_mix[@]}" \

@@ -12,17 +12,15 @@ power cut, the previous checkpoint is therefore still the newest one. No pickle 
 Saving copies the state to host memory; a thread writes it while training goes on.
 """
 
-import hashlib
 import io
 import json
 import os
 import platform
 import re
 import shutil
-import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,7 +35,7 @@ from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hardware import physical_cores
 from nanochat.optim import Optimizer
-from nanochat.paths import HashedFile, file_sha256, in_background
+from nanochat.paths import HashedFile, file_sha256, in_background, meta_digest
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import SystemStyle, Tokenizer
 
@@ -53,8 +51,7 @@ class CheckpointManager:
 
     def __init__(self, folder: Path, runtime: Runtime, keep_last: int = 0):
         self.folder, self.runtime, self.keep_last = folder, runtime, keep_last
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._saving: Future[None] | None = None
         # The writer's collectives must not mix with the training's on another thread.
         self._group = dist.new_group(backend="gloo") if runtime.world_size > 1 else None
 
@@ -76,15 +73,14 @@ class CheckpointManager:
             "optimizer_steps": optimizer.steps,
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
         }
-        self._thread = threading.Thread(
-            target=self._write, args=(step, weights, state, meta), name="checkpoint writer"
+        self._saving = in_background(
+            lambda: self._write(step, weights, state, meta), "checkpoint writer"
         )
-        self._thread.start()
 
     @property
     def busy(self) -> bool:
         """True while a save is being written."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._saving is not None and not self._saving.done()
 
     def check(self) -> None:
         """Raise the last save's error if it has failed; called after every step."""
@@ -93,12 +89,9 @@ class CheckpointManager:
 
     def wait(self) -> None:
         """Wait until the last save is written; raises UserError or OSError if it failed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def _write(
         self,
@@ -109,7 +102,6 @@ class CheckpointManager:
     ) -> None:
         final = self.folder / f"step_{step:06d}"
         temporary = self.folder / f".step_{step:06d}.tmp"
-        problem: BaseException | None = None
         try:
             # The ranks agree after every part, so that no rank waits for one that failed.
             self._agree(lambda: self._prepare(temporary))
@@ -129,12 +121,10 @@ class CheckpointManager:
             self._agree(lambda: None)
             files = {name: file for share in self._gather(written) for name, file in share.items()}
             self._agree(lambda: self._finish(temporary, final, {**meta, "files": files}))
-        except BaseException as error:  # wait() raises it on the training thread
-            problem = error
-        if problem is not None:
+        except BaseException:  # wait() raises it on the training thread
             if self.runtime.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
-            self._error = problem
+            raise
 
     _failed: str | None = None
 
@@ -262,12 +252,6 @@ def load_optimizer_state(
             process_group=group,
             no_dist=group is None,
         )
-
-
-def meta_digest(meta: dict[str, Any]) -> str:
-    """SHA-256 of the metadata without its own digest."""
-    content = {key: value for key, value in meta.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def list_steps(folder: Path) -> list[int]:
@@ -429,16 +413,7 @@ def _load_weights(folder: Path, model: GPT) -> None:
 
 def read_meta_once(folder: Path, runtime: Runtime) -> dict[str, Any]:
     """Run `read_meta` on rank 0; every rank gets its result or raises its error."""
-    found: Any = None
-    if runtime.is_main:
-        try:
-            found = read_meta(folder)
-        except UserError as error:
-            found = error
-    found = runtime.broadcast_object(found)
-    if isinstance(found, UserError):
-        raise found
-    return dict(found)
+    return runtime.on_main(lambda: read_meta(folder))
 
 
 def saved_config(meta: dict[str, Any], where: str) -> GPTConfig:
@@ -453,6 +428,13 @@ def build_model(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> 
     """Build a model with undefined weights; the caller loads them."""
     with torch.device(device):
         return GPT(config, dtype)
+
+
+def loaded_model(config: GPTConfig, folder: Path, meta: dict[str, Any], runtime: Runtime) -> GPT:
+    """Build a model and load the weights of a step folder; every rank must call this."""
+    model = build_model(config, runtime.device, runtime.dtype)
+    load_weights(folder, meta, model, runtime)
+    return model
 
 
 def restore(
@@ -499,8 +481,7 @@ def load_model(
     if tokenizer is None:
         tokenizer = tokenizer_of(meta, folder)
     check_tokenizer(meta, tokenizer, folder)
-    model = build_model(config, runtime.device, runtime.dtype)
-    load_weights(folder, meta, model, runtime)
+    model = loaded_model(config, folder, meta, runtime)
     model.eval()
     return model, tokenizer, meta
 

@@ -8,6 +8,7 @@ final name only when it is complete.
 import errno
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -132,6 +133,12 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def meta_digest(meta: Mapping[str, Any]) -> str:
+    """SHA-256 of the metadata of a checkpoint or a store, without its own digest."""
+    content = {key: value for key, value in meta.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 class HashedFile(io.FileIO):
     """A file that is hashed while it is written, large pieces on another thread.
 
@@ -159,11 +166,13 @@ class HashedFile(io.FileIO):
         return len(whole)
 
 
-def in_background(action: Callable[[], T]) -> Future[T]:
+def in_background(
+    action: Callable[[], T], name: str = "in the background", daemon: bool = False
+) -> Future[T]:
     """The future result of an action that a thread of its own begins at once.
 
     An executor's threads take nothing on any more while the interpreter ends; a checkpoint that is
-    being written then still has to become whole.
+    being written then still has to become whole. The interpreter does not wait for a `daemon`.
     """
     future: Future[T] = Future()
 
@@ -173,7 +182,7 @@ def in_background(action: Callable[[], T]) -> Future[T]:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, name="in the background").start()
+    threading.Thread(target=run, name=name, daemon=daemon).start()
     return future
 
 

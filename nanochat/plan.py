@@ -5,8 +5,8 @@ a reference model: depth 12, with 2^19 tokens per step.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -132,6 +132,19 @@ def scaled_weight_decay(
         return 0.0
     share = total_batch_size / REFERENCE_BATCH * reference_tokens / tokens
     return float(min(REFERENCE_DECAY * share / lr_scale, 0.02 / (lr * lr_scale)))
+
+
+def inherited_batching(batching: Batching, source: Mapping[str, Any], multiple: int) -> Batching:
+    """Set a step size of `auto` to that of the run that this one starts from.
+
+    source: metadata of its checkpoint. A run that chose small steps is thus followed by one with
+    small steps. The size is rounded down to a multiple of `multiple` tokens, a row of each rank.
+    The rule applies if the size is not recorded, or belongs to rollouts, which set their own.
+    """
+    total = source.get("total_batch_size")
+    if batching.total_batch_size != "auto" or total is None or source["stage"] == "rl":
+        return batching
+    return replace(batching, total_batch_size=max(1, total // multiple) * multiple)
 
 
 def context_schedule(cfg: BaseConfig) -> list[tuple[int, Fraction]]:

@@ -106,6 +106,19 @@ class Runtime:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run `action()` on rank 0; every rank gets its result, or raises its UserError."""
+        found: Any = None
+        if self.is_main:
+            try:
+                found = action()
+            except UserError as error:
+                found = error
+        found = self.broadcast_object(found)
+        if isinstance(found, UserError):
+            raise found
+        return found
+
     def gather_objects(self, value: Any) -> list[Any]:
         """Return the list of all ranks' values, in the order of ranks, on every rank."""
         if self.world_size == 1:
@@ -181,7 +194,7 @@ def watch_parent(runtime: Runtime, patience: float = 300.0, poll: float = 1.0) -
     """Save and stop this rank when the launcher that started it is gone.
 
     A killed launcher does not stop its ranks; they would go on training beside those of the next
-    start. After `patience` more seconds the process is ended at once.
+    start. After `patience` more seconds the process is ended.
     """
     launcher = os.getppid()
 
@@ -196,7 +209,7 @@ def watch_parent(runtime: Runtime, patience: float = 300.0, poll: float = 1.0) -
         )
         runtime.stop(128 + signal.SIGTERM)
         time.sleep(patience)
-        _exit()
+        _exit(0.0)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
@@ -259,10 +272,7 @@ class Alarm:
         if summary := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             message = {"message": f"rank {self.rank}: {text}", "timestamp": int(time.time())}
             Path(summary).write_text(json.dumps(message))
-        end = time.monotonic() + self.LINGER
-        _finish_threads()
-        time.sleep(max(0.0, end - time.monotonic()))
-        _exit()
+        _exit(self.LINGER)
 
     def _watch(self) -> None:
         while not self.closed.wait(self.POLL):
@@ -289,10 +299,7 @@ class Alarm:
                 file=sys.stderr,
                 flush=True,
             )
-        end = time.monotonic() + 1.5 * self.LINGER
-        _finish_threads()
-        time.sleep(max(0.0, end - time.monotonic()))
-        _exit()
+        _exit(1.5 * self.LINGER)
 
 
 def job_store(rank: int, world_size: int) -> Any:
@@ -313,18 +320,16 @@ def _is_lost_connection(error: BaseException) -> bool:
     )
 
 
-def _finish_threads() -> None:
-    """Wait for the thread that writes a checkpoint; those of the other ranks still run too."""
-    end = time.monotonic() + LAST_SAVE
-    for thread in threading.enumerate():
+def _exit(linger: float) -> NoReturn:
+    """End the process after `linger` seconds, and after the threads that write a checkpoint."""
+    began = time.monotonic()
+    for thread in threading.enumerate():  # those of the other ranks still run too
         if (
             thread not in (threading.current_thread(), threading.main_thread())
             and not thread.daemon
         ):
-            thread.join(max(0.0, end - time.monotonic()))
-
-
-def _exit() -> NoReturn:
+            thread.join(max(0.0, began + LAST_SAVE - time.monotonic()))
+    time.sleep(max(0.0, began + linger - time.monotonic()))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)

@@ -1,7 +1,7 @@
 """A run of a training stage: its folder, what it resumes from, and saving and logging around steps.
 
 with open_run("mid", cfg, runtime) as run:      folder, newest checkpoint, its metadata: read once
-    model, tokenizer, source = open_model(run)  the model; for a new run, with the source's weights
+    run, model, tokenizer = open_model(run)     the model; for a new run, with the source's weights
     plan = make_plan(...)
     stage = Stage(run, model, tokenizer, plan)  optimizer and log; a resumed run is restored
     ...                                         the loop, in the script
@@ -24,7 +24,7 @@ from nanochat.checkpoint_manager import (
     check_tokenizer,
     find,
     latest,
-    load_weights,
+    loaded_model,
     read_meta,
     read_meta_once,
     restore,
@@ -47,7 +47,7 @@ from nanochat.hardware import describe_processor
 from nanochat.log import RunLog, check_wandb, read_records
 from nanochat.memory import Shape, memory_advice
 from nanochat.optim import Optimizer, parameter_rules
-from nanochat.plan import Plan
+from nanochat.plan import Plan, inherited_batching
 from nanochat.runtime import TIME_IS_UP, Runtime, best_dtype
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import LossScale, StepStats, TrainState, check_finite, check_replicas, due
@@ -71,6 +71,9 @@ class OpenRun:
     """Metadata of `newest`."""
     logged: dict[str, Any] = field(default_factory=dict)
     """Records of that step in metrics.jsonl: its evaluation, its samples, the end of the run."""
+    source: Mapping[str, Any] | None = None
+    """Metadata of the checkpoint that the run starts from, set by `open_model`. A resumed run has
+    only its `origin`; a base run has none."""
 
     @property
     def title(self) -> str:
@@ -88,19 +91,19 @@ class OpenRun:
         """Position of the loader to resume from; None for a new run."""
         return self.meta["loader_state"] if self.meta else None
 
-    @property
-    def batching(self) -> Batching:
-        """Batching flags; in a resumed run, `auto` means the batch size that the run began with.
+    def batching(self, sequence_length: int) -> Batching:
+        """Batching flags; `auto` means the step size that the run began with, or its source's.
 
-        Without this, another number of ranks would change the batch size, since the rule for `auto`
-        rounds to whole rows of all ranks.
+        Without the former, another number of ranks would change the step size, since it is rounded
+        to whole rows of all ranks.
         """
         assert not isinstance(self.cfg, RlConfig)
         batching = self.cfg.batching
         if self.meta and batching.total_batch_size == "auto":
             total = self.meta.get("total_batch_size", "auto")
-            batching = replace(batching, total_batch_size=total)
-        return batching
+            return replace(batching, total_batch_size=total)
+        step = sequence_length * self.runtime.world_size
+        return inherited_batching(batching, self.source or {}, step)
 
 
 @contextmanager
@@ -117,16 +120,9 @@ def open_run(name: str, cfg: StageConfig, runtime: Runtime) -> Iterator[OpenRun]
     folder = paths.checkpoints_dir(name, paths.checked_name(cfg.run.tag, "--tag"))
     lock = paths.lock(folder, "training", wait=False) if runtime.is_main else nullcontext()
     with lock:
-        found: Any = None
-        if runtime.is_main:
-            try:
-                found = _look_into(name, cfg, folder)
-            except UserError as error:
-                found = error
-        found = runtime.broadcast_object(found)
-        if isinstance(found, UserError):
-            raise found
-        run = OpenRun(name, cfg, runtime, folder, *found)
+        run = OpenRun(
+            name, cfg, runtime, folder, *runtime.on_main(lambda: _look_into(name, cfg, folder))
+        )
         if run.finished:
             runtime.print(f"{run.title} is finished: {run.newest} is its last step")
         elif run.meta:
@@ -186,11 +182,11 @@ def _look_into(
 
 def origin(meta: Mapping[str, Any]) -> dict[str, Any]:
     """Identity of a checkpoint, which a run started from it saves in its own metadata."""
-    return {key: meta[key] for key in ("stage", "tag", "step", "digest")}
+    return {key: meta[key] for key in ("stage", "tag", "step", "digest") if key in meta}
 
 
-def open_model(run: OpenRun) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """Build the model of a stage after base; returns it with its tokenizer and its `origin`.
+def open_model(run: OpenRun) -> tuple[OpenRun, GPT, Tokenizer]:
+    """Build the model of a stage after base; returns the run with its source, model and tokenizer.
 
     A new run gets the weights of its source. A resumed run needs only its own folder, so its source
     may be gone; `Stage` reads its weights together with the optimizer state.
@@ -206,40 +202,28 @@ def open_model(run: OpenRun) -> tuple[GPT, Tokenizer, dict[str, Any]]:
             )
         tokenizer = tokenizer_of(run.meta, run.newest)
         model = build_model(config, runtime.device, runtime.dtype)
-        return model, tokenizer, run.meta["source"]
+        return replace(run, source=run.meta["source"]), model, tokenizer
     assert not isinstance(cfg, BaseConfig)
     folder = find(cfg.source, tag=cfg.run.tag)
     meta = read_meta_once(folder, runtime)
     config = saved_config(meta, str(folder))
     if context is not None:
         config = extend_context(config, context, cfg.rope_scaling)  # type: ignore[union-attr]
-    model = build_model(config, runtime.device, runtime.dtype)
-    load_weights(folder, meta, model, runtime)
+    model = loaded_model(config, folder, meta, runtime)
     runtime.print(f"starting from {folder}")
     if meta["step"] < meta["num_steps"]:
         runtime.print(f"note: that run is not finished, it is to have {meta['num_steps']} steps")
-    return model, tokenizer_of(meta, folder), origin(meta)
+    return replace(run, source=meta), model, tokenizer_of(meta, folder)
 
 
 class Stage:
     """A run with its model, optimizer, log and checkpoints."""
 
-    def __init__(
-        self,
-        run: OpenRun,
-        model: GPT,
-        tokenizer: Tokenizer,
-        plan: Plan,
-        source: Mapping[str, Any] | None = None,
-    ):
-        """Build the optimizer, restore weights and optimizer of a resumed run, and open the log.
-
-        source: `origin` of the checkpoint that the run was started from.
-        """
+    def __init__(self, run: OpenRun, model: GPT, tokenizer: Tokenizer, plan: Plan):
+        """Build the optimizer, restore weights and optimizer of a resumed run, and open the log."""
         cfg, runtime = run.cfg, run.runtime
         self.run, self.cfg, self.runtime = run, cfg, runtime
         self.model, self.tokenizer, self.plan = model, tokenizer, plan
-        self.source = dict(source) if source else None
         model.recompute = (cfg if isinstance(cfg, RlConfig) else cfg.batching).recompute
         if cfg.run.fp8:
             check_fp8(runtime.device, runtime.dtype)
@@ -337,8 +321,8 @@ class Stage:
             "tokenizer_hash": self.tokenizer.hash,
             "processor": describe_processor(),
         }
-        if self.source:
-            meta["source"] = self.source
+        if self.run.source:
+            meta["source"] = origin(self.run.source)
         self.checkpoints.save(self.state.step, self.model, self.optimizer, meta)
 
     def log_evaluation(self, metrics: dict[str, float]) -> None:

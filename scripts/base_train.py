@@ -42,7 +42,7 @@ def main(cfg: BaseConfig, runtime: Runtime) -> Stage | OpenRun:
         loader = training_loader(sources, cfg, config.context_length, runtime)
         plan = make_plan(
             config,
-            batching=run.batching,
+            batching=run.batching(config.context_length),
             duration=cfg.duration,
             learning=cfg.learning,
             machine=runtime.machine(),

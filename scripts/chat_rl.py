@@ -25,7 +25,7 @@ from nanochat.rl.policy import PolicyGradient, in_rounds
 from nanochat.rl.rollouts import checked_reward
 from nanochat.rl.start import check_config, load_start, plan_rollouts
 from nanochat.runtime import Runtime, seed_everything
-from nanochat.stage import OpenRun, Stage, open_run, origin
+from nanochat.stage import OpenRun, Stage, open_run
 from nanochat.tokenizer import Tokenizer
 from tasks.common import Task
 from tasks.registry import build_mixture, corpus_options
@@ -41,7 +41,7 @@ def main(cfg: RlConfig, runtime: Runtime) -> Stage | OpenRun:
             return run
         start = load_start(run, cfg)  # the model that training starts from
         cfg = replace(cfg, system=start.system)
-        run = replace(run, cfg=cfg)
+        run = replace(run, cfg=cfg, source=start.meta)
         method: PolicyGradient | PreferencePairs
         if cfg.algo == "dpo":
             method = PreferencePairs(cfg, start, runtime)
@@ -49,10 +49,8 @@ def main(cfg: RlConfig, runtime: Runtime) -> Stage | OpenRun:
             mixture, held_out = runtime.in_turns(partial(open_tasks, cfg, start.tokenizer))
             method = PolicyGradient(cfg, start, mixture.order, mixture.tasks, held_out, runtime)
         model, stream, updates = start.model, method.stream, method.updates
-        plan = plan_rollouts(
-            cfg, model.config, method.num_steps, method.samples, method.what, runtime
-        )
-        stage = Stage(run, model, start.tokenizer, plan, origin(start.meta))
+        plan = plan_rollouts(cfg, model.config, method.num_steps, method.what, runtime)
+        stage = Stage(run, model, start.tokenizer, plan)
         if run.loader_state:
             stream.load_state_dict(run.loader_state)
 

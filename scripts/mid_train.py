@@ -28,14 +28,14 @@ def main(cfg: MidConfig, runtime: Runtime) -> Stage | OpenRun:
     with open_run("mid", cfg, runtime) as run:
         if run.finished:
             return run
-        model, tokenizer, source = open_model(run)  # of the run, or of --source
+        run, model, tokenizer = open_model(run)  # of the run, or of --source
 
         T = model.config.context_length
         sources, held_out = runtime.in_turns(lambda: chat_sources(cfg, tokenizer, T, runtime))
         loader = training_loader(sources, cfg, T, runtime)
         plan = make_plan(
             model.config,
-            batching=run.batching,
+            batching=run.batching(T),
             duration=cfg.duration,
             learning=cfg.learning,
             machine=runtime.machine(),
@@ -43,7 +43,7 @@ def main(cfg: MidConfig, runtime: Runtime) -> Stage | OpenRun:
         )
         if len(sources) > 1:
             runtime.print(describe_mixture(sources, plan.tokens))
-        stage = Stage(run, model, tokenizer, plan, source)  # restored if it is resumed
+        stage = Stage(run, model, tokenizer, plan)  # restored if it is resumed
         rows = plan.phase(0)
         loader.resume(rows, run.loader_state)
 

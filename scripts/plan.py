@@ -44,13 +44,19 @@ from nanochat.memory import (
     LEARNING,
     Shape,
     cache_memory,
-    decoder_memory,
     estimate_memory,
-    parameter_counts,
 )
 from nanochat.paths import Stage
-from nanochat.plan import DEFAULT_RATIO, Plan, context_schedule, make_plan, model_config
+from nanochat.plan import (
+    DEFAULT_RATIO,
+    Plan,
+    context_schedule,
+    inherited_batching,
+    make_plan,
+    model_config,
+)
 from nanochat.progress import duration_text
+from nanochat.rl.policy import sampling_memory
 from nanochat.rl.start import rollout_batching
 from nanochat.runtime import DTYPES, Runtime, single
 
@@ -91,34 +97,39 @@ class StartingModel:
 
 
 @dataclass(frozen=True)
-class Config(BaseConfig):
+class StagePlan:
+    """Flags of every stage's plan."""
+
     stage: Stage = "base"
     """Stage whose run to plan; it decides which other flags there are."""
     hardware: Hardware = field(default_factory=Hardware)
 
 
 @dataclass(frozen=True)
-class MidPlan(MidConfig):
+class LaterPlan(StagePlan):
+    """Flags of the plan of a stage after base."""
+
+    model: StartingModel = field(default_factory=StartingModel)
+
+
+@dataclass(frozen=True)
+class Config(BaseConfig, StagePlan):
+    pass
+
+
+@dataclass(frozen=True)
+class MidPlan(MidConfig, LaterPlan):
     stage: Stage = "mid"
-    """Stage whose run to plan; it decides which other flags there are."""
-    hardware: Hardware = field(default_factory=Hardware)
-    model: StartingModel = field(default_factory=StartingModel)
 
 
 @dataclass(frozen=True)
-class SftPlan(SftConfig):
+class SftPlan(SftConfig, LaterPlan):
     stage: Stage = "sft"
-    """Stage whose run to plan; it decides which other flags there are."""
-    hardware: Hardware = field(default_factory=Hardware)
-    model: StartingModel = field(default_factory=StartingModel)
 
 
 @dataclass(frozen=True)
-class RlPlan(RlConfig):
+class RlPlan(RlConfig, LaterPlan):
     stage: Stage = "rl"
-    """Stage whose run to plan; it decides which other flags there are."""
-    hardware: Hardware = field(default_factory=Hardware)
-    model: StartingModel = field(default_factory=StartingModel)
 
 
 CHARACTERS_PER_TOKEN = 4.8
@@ -126,7 +137,6 @@ CHARACTERS_PER_TOKEN = 4.8
 one."""
 TASK_BYTES = 6_000_000_000
 """Bytes of the tasks' data sets, as downloaded and as encoded, about."""
-TRAINING_STAGES: tuple[Stage, ...] = ("base", "mid", "sft", "rl")
 
 AnyPlan = Config | MidPlan | SftPlan | RlPlan
 CONFIGS: dict[str, type[AnyPlan]] = {"base": Config, "mid": MidPlan, "sft": SftPlan, "rl": RlPlan}
@@ -145,52 +155,31 @@ class Workload:
     """Bytes by phase and kind, in phases that do not need the memory of optimizer steps."""
 
 
-def model_of(cfg: MidPlan | SftPlan | RlPlan) -> tuple[GPTConfig, str]:
-    """Configuration of the model that the stage starts from, and its origin in words."""
+def model_of(cfg: MidPlan | SftPlan | RlPlan) -> tuple[GPTConfig, str, dict[str, Any]]:
+    """Configuration of the model that the stage starts from, its origin in words, its metadata."""
     try:
         folder = find(cfg.source)
     except UserError:
         model = config_from_depth(
             cfg.model.depth, cfg.hardware.vocab_size, context_length=cfg.model.trained_context
         )
-        return model, f"no checkpoint of {cfg.source}: planned for --depth {cfg.model.depth}"
+        return model, f"no checkpoint of {cfg.source}: planned for --depth {cfg.model.depth}", {}
     meta = read_meta(folder)
-    return saved_config(meta, str(folder)), f"the model of {folder}"
-
-
-def sampling_memory(cfg: RlPlan, model: GPTConfig, dtype: torch.dtype) -> dict[str, dict[str, int]]:
-    """Estimate the largest memory of rollouts and evaluations beside the model, in bytes.
-
-    Their caches and their copy of the weights are freed before an optimizer step. The model that
-    training started from is loaded during an evaluation only. DPO needs neither.
-    """
-    if cfg.algo == "dpo":
-        return {}
-    return {
-        "rollouts": {
-            "decoder's weights": decoder_memory(model, dtype),
-            "key/value cache": cfg.rollouts.max_slots * cache_memory(model, dtype),
-        },
-        "evaluation": {"KL's reference model": 4 * sum(parameter_counts(model).values())},
-    }
+    return saved_config(meta, str(folder)), f"the model of {folder}", meta
 
 
 def job_of(cfg: AnyPlan, world_size: int, dtype: torch.dtype) -> Workload:
     if isinstance(cfg, Config):
         model = model_config(cfg, cfg.hardware.vocab_size)
         return Workload(model, "", cfg.batching, cfg.duration, cfg.learning)
-    model, about = model_of(cfg)
+    model, about, source = model_of(cfg)
     if isinstance(cfg, RlPlan):
         if cfg.num_steps is None:
             raise UserError("--stage rl needs --num-steps: an epoch depends on the tasks")
-        T = model.context_length
-        size = 2 if cfg.algo == "dpo" else cfg.rollouts.group_size
-        answers = cfg.rollouts.prompts_per_step * size
-        batching = rollout_batching(cfg, answers, T, world_size)
         return Workload(
             model,
             about,
-            batching,
+            rollout_batching(cfg, model.context_length, world_size),
             Duration(num_steps=cfg.num_steps),
             cfg.learning,
             sampling_memory(cfg, model, dtype),
@@ -202,7 +191,8 @@ def job_of(cfg: AnyPlan, world_size: int, dtype: torch.dtype) -> Workload:
             f"--stage {cfg.stage} needs --num-steps or --target-tokens: how long an epoch is "
             "depends on the encoded conversations"
         )
-    return Workload(model, about, cfg.batching, cfg.duration, cfg.learning)
+    batching = inherited_batching(cfg.batching, source, model.context_length * world_size)
+    return Workload(model, about, batching, cfg.duration, cfg.learning)
 
 
 def main(cfg: AnyPlan, runtime: Runtime) -> dict[str, Any]:
@@ -287,7 +277,7 @@ def disk_needed(cfg: AnyPlan, checkpoint: int, shards: int | None) -> dict[str, 
     one is deleted, so one more than --keep-last exists for a time. Text of unknown size is not
     counted. (Encoding holds the tokens twice for a time, before there are checkpoints.)
     """
-    stages = len(TRAINING_STAGES) if cfg.stage == "base" else 1
+    stages = len(paths.STAGES) if cfg.stage == "base" else 1
     needed = {"checkpoints": checkpoint * (stages * (cfg.saving.keep_last or 1) + 1)}
     if cfg.stage == "base" and shards is not None:
         needed["text"] = shards * SHARD_BYTES
@@ -301,7 +291,7 @@ def check_disk(cfg: AnyPlan, needed: dict[str, int]) -> None:
 
     What an earlier start of the same run has written is not needed again.
     """
-    stages = TRAINING_STAGES if cfg.stage == "base" else (cfg.stage,)
+    stages = paths.STAGES if cfg.stage == "base" else (cfg.stage,)
     written = {"checkpoints": _size(paths.checkpoints_dir(stage, cfg.run.tag) for stage in stages)}
     if isinstance(cfg, Config) and "text" in needed:
         written["text"] = _size([NamedCorpus(NAMED[cfg.corpus]).folder])

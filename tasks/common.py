@@ -369,14 +369,6 @@ def check_generated(name: str, split: str, size: int | None) -> int:
     return size
 
 
-def file_digest(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            sha.update(block)
-    return sha.hexdigest()[:32]
-
-
 # Looking at rows
 
 _STYLES = {"text": "green", "python": "bold cyan", "python_output": "yellow"}

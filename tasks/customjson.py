@@ -10,8 +10,8 @@ import numpy as np
 from nanochat.conversation import validate
 from nanochat.data.files import opened, parse_json, returns_only
 from nanochat.errors import UserError
-from nanochat.paths import user_path
-from tasks.common import Conversation, Task, file_digest
+from nanochat.paths import file_sha256, user_path
+from tasks.common import Conversation, Task
 from tasks.formats import convert, is_messages
 
 IDENTITY = Path(__file__).parent / "data" / "identity_conversations.jsonl"
@@ -123,7 +123,7 @@ class CustomJSON(Task):
         return f"{self.name}/{self.split} row {index} ({self._where(int(self._rows[index, 0]))})"
 
     def settings(self) -> dict[str, Any]:
-        return {"file": file_digest(self.path), "rows": len(self)}
+        return {"file": file_sha256(self.path)[:32], "rows": len(self)}
 
 
 def _begins_list(line: bytes) -> bool:

@@ -23,7 +23,6 @@ from nanochat.checkpoint_manager import (
     list_steps,
     load_model,
     load_weights,
-    meta_digest,
     read_meta,
     read_meta_once,
     restore,
@@ -315,7 +314,7 @@ def rewrite_meta(
         meta = json.loads(path.read_text())
         change(meta)
         if digest:
-            meta["digest"] = meta_digest(meta)
+            meta["digest"] = paths.meta_digest(meta)
         path.write_text(json.dumps(meta))
 
     return apply

@@ -14,7 +14,14 @@ from nanochat.errors import UserError
 from nanochat.gpt import GPTConfig, config_from_depth
 from nanochat.hardware import Machine
 from nanochat.memory import Shape, estimate_memory
-from nanochat.plan import Plan, make_plan, scaled_batch_size, scaled_lr, scaled_weight_decay
+from nanochat.plan import (
+    Plan,
+    inherited_batching,
+    make_plan,
+    scaled_batch_size,
+    scaled_lr,
+    scaled_weight_decay,
+)
 
 CONFIG = config_from_depth(2, 300, aspect_ratio=16, head_dim=16, context_length=64)
 
@@ -196,3 +203,14 @@ def test_auto_rows_are_the_most_that_fit_and_divide() -> None:
     assert plan(batch, memory_limit=needed[8] - 1).device_batch_size == 4
     with pytest.raises(UserError, match="not even one row of 64 tokens"):
         plan(batch, memory_limit=needed[1] - 1)
+
+
+def test_a_step_size_is_inherited_in_whole_rows() -> None:
+    source = {"stage": "base", "total_batch_size": 4096}
+    auto, chosen = Batching(recompute=True), Batching(total_batch_size=512)
+    for multiple, total in ((64, 4096), (96, 42 * 96), (8192, 8192)):
+        inherited = inherited_batching(auto, source, multiple)
+        assert inherited == dataclasses.replace(auto, total_batch_size=total)
+    for other in ({}, {"stage": "base"}, {**source, "stage": "rl"}):
+        assert inherited_batching(auto, other, 64) == auto
+    assert inherited_batching(chosen, source, 64) == chosen

@@ -158,6 +158,15 @@ def test_a_chosen_batch_is_kept_when_a_run_goes_on(
     assert again.plan.total_batch_size == first.plan.total_batch_size == 512
 
 
+def test_a_later_stage_takes_steps_as_large_as_those_of_its_source(
+    run: Callable[..., Stage],
+) -> None:
+    run()
+    for stage in ("mid", "sft"):
+        later = run(stage, batching={"total_batch_size": "auto"}, duration={"num_steps": 1})
+        assert later.plan.total_batch_size == 512
+
+
 def test_another_batch_may_be_chosen(
     run: Callable[..., Stage], folder: Path, encoded: Path
 ) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from nanochat import conversation, paths
-from nanochat.data.store import VERSION, StoreWriter, TokenStore, merge_stores
+from nanochat.data.store import VERSION, StoreView, StoreWriter, TokenStore, merge_stores
 from nanochat.data.workers import cpus, in_processes
 from nanochat.errors import BadRows, UserError
 from nanochat.progress import progress_bar
@@ -132,33 +132,6 @@ def _build(
         return merge_stores(folder, [job[0] for job in jobs], extra=extra, **made_from)
 
 
-class _Fitted(TokenStore):
-    """A view of a store's conversations with at most `limit` tokens each; nothing is copied.
-
-    Longer ones lose their end, or are left out if `drop` is set. It needs 8 bytes of memory per
-    conversation.
-    """
-
-    def __init__(self, store: TokenStore, limit: int, drop: bool):
-        vars(self).update(vars(store))
-        self._limit = limit
-        lengths = np.diff(store._offsets)
-        self._indices = np.flatnonzero(lengths <= limit) if drop else np.arange(len(lengths))
-        self.num_tokens = int(np.minimum(lengths[self._indices], limit).sum())
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def lengths(self, indices: np.ndarray) -> np.ndarray:
-        return np.minimum(super().lengths(self._indices[indices]), self._limit)
-
-    def _span(self, index: int, start: int, stop: int | None) -> slice:
-        if not 0 <= index < len(self):
-            raise IndexError(f"conversation {index} of {len(self)} in {self.name}")
-        stop = self._limit if stop is None else min(stop, self._limit)
-        return self._slice(int(self._indices[index]), min(start, stop), stop)
-
-
 def fit_conversations(
     store: TokenStore, sequence_length: int, how: LongConversations
 ) -> tuple[TokenStore, str]:
@@ -187,7 +160,8 @@ def fit_conversations(
     )
     if how == "split":
         return store, note
-    fitted = _Fitted(store, limit, drop=how == "drop")
+    kept = np.flatnonzero(lengths <= limit) if how == "drop" else np.arange(len(lengths))
+    fitted = StoreView(store, kept, limit)
     if not len(fitted):
         raise UserError(
             f"{store.name}: {share}, so none is left with --long-conversations drop; choose a "

@@ -5,7 +5,6 @@ earlier process was stopped, several run at once under one progress bar, and a f
 name only after it was verified.
 """
 
-import hashlib
 import logging
 import os
 import re
@@ -238,13 +237,9 @@ def _verify(path: Path, size: int | None, etag: str) -> str:
     length = path.stat().st_size
     if size is not None and length != size:
         return f"{length} bytes instead of {size}"
-    if _SHA256.match(etag):  # large files are tagged with their SHA-256
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        if digest.hexdigest() != etag:
-            return f"its SHA-256 is {digest.hexdigest()[:12]}... instead of {etag[:12]}..."
+    # Large files are tagged with their SHA-256.
+    if _SHA256.match(etag) and (digest := paths.file_sha256(path)) != etag:
+        return f"its SHA-256 is {digest[:12]}... instead of {etag[:12]}..."
     if ".parquet." in path.name:
         try:
             pq.ParquetFile(path).close()

@@ -215,6 +215,7 @@ class FolderCorpus(Corpus):
             before += path.stat().st_size
 
     def _rows(self, name: str, wanted: Callable[[int], bool]) -> Iterator[FileRow]:
+        """Yield the wanted rows of a file; blank lines of a .jsonl file are not rows."""
         path, kind = self._files[name], self._kinds[name]
         if kind == "parquet":
             return (row for row in read_parquet(path, self.column) if wanted(row.number))
@@ -241,21 +242,6 @@ class FolderCorpus(Corpus):
             return f"line {index + 1}"
         return f"section {index}" if kind == "text" else f"row {index}"
 
-    def _row_numbers(self, name: str) -> Iterator[int]:
-        """Yield the numbers of a file's rows; the file is read only as far as they are consumed.
-
-        Blank lines of a .jsonl file are not rows.
-        """
-        path, kind = self._files[name], self._kinds[name]
-        if kind == "parquet":
-            yield from range(_open_parquet(path).metadata.num_rows)
-        elif kind == "json":
-            yield from (row.number for row in _read_json(path, self.column))
-        elif kind == "lines":
-            yield from (index for index, line, _ in _lines(path) if line.strip())
-        else:
-            yield from (section.number for section in self._sections(path))
-
     def _in(self, split: Split, name: str, row: int) -> bool:
         if self._forced is None:
             self._forced = self._force_splits()
@@ -267,9 +253,9 @@ class FolderCorpus(Corpus):
         keys = []
         seen = set()
         for name in self._files:
-            for row in self._row_numbers(name):
-                key = _split_hash(name, row)
-                keys.append((key, name, row))
+            for number, *_ in self._rows(name, lambda _: True):
+                key = _split_hash(name, number)
+                keys.append((key, name, number))
                 seen.add(key % _VAL_ONE_IN == 0)
                 if len(seen) == 2:  # both splits have a document, usually after about twenty
                     return {}

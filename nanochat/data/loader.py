@@ -11,8 +11,8 @@ resumed with another batch size or number of ranks.
 """
 
 import math
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from nanochat.data.order import MixtureOrder, make_key
 from nanochat.data.packing import count_rows, pack_window
 from nanochat.data.sources import Source
 from nanochat.errors import UserError
+from nanochat.paths import in_background
 from nanochat.plan import Phase
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import IGNORED, unpack_mask
@@ -47,32 +48,6 @@ class _Position:
     """Pairs (sequence length, rows read) of the lengths that this window was packed with before."""
     consumed: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
     """Documents begun and targets read of each source, (sources, 2)."""
-
-
-class _Ahead(threading.Thread):
-    """Thread that makes the next micro-batch.
-
-    It is a daemon, so that a run that ends or fails does not wait for it.
-    """
-
-    def __init__(self, make: Callable[[_Position], tuple[Batch, _Position]], at: _Position):
-        super().__init__(name="next batch", daemon=True)
-        self._work, self._from = make, at
-        self._made: tuple[Batch, _Position] | BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._made = self._work(self._from)
-        except BaseException as error:  # result() raises it
-            self._made = error
-
-    def result(self) -> tuple[Batch, _Position]:
-        """Wait for the micro-batch and the position after it; raises the thread's error."""
-        self.join()
-        if self._made is None or isinstance(self._made, BaseException):
-            raise self._made or RuntimeError("the thread was ended")
-        return self._made
 
 
 class _Window:
@@ -185,7 +160,7 @@ class DataLoader:
         self._documents = 0
         """Length of a micro-batch's padded boundaries, in documents; it never shrinks."""
         self._prefetch = device.type == "cuda" if prefetch is None else prefetch
-        self._ahead: _Ahead | None = None
+        self._ahead: Future[tuple[Batch, _Position]] | None = None
         for source in self.sources:
             source.store.verify_once(in_background=rank == 0)
         start = _Position(consumed=np.zeros((len(self.sources), 2), dtype=np.int64))
@@ -310,7 +285,9 @@ class DataLoader:
         ahead, self._ahead = self._ahead, None
         batch, self._at = self._make(self._at) if ahead is None else ahead.result()
         if self._prefetch:
-            self._ahead = _Ahead(self._make, self._at)
+            # A run that ends or fails does not wait for a daemon.
+            at = self._at
+            self._ahead = in_background(lambda: self._make(at), "next batch", daemon=True)
         return batch.to(self.device)
 
     def _make(self, at: _Position, rows: int | None = None) -> tuple[Batch, _Position]:
@@ -322,7 +299,7 @@ class DataLoader:
     def _drop_ahead(self) -> None:
         """Discard the micro-batch that the thread made, since position or shape has changed."""
         if self._ahead is not None:
-            self._ahead.join()  # an error of the thread is discarded too
+            self._ahead.exception()  # waits; an error of the thread is discarded too
             self._ahead = None
 
     def step_batches(self, rows: int, count: int) -> list[Batch]:

@@ -17,9 +17,9 @@ large source in slices; a slice is itself a store, and `merge_stores` joins slic
 
 import hashlib
 import json
-import threading
 from array import array
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -109,7 +109,8 @@ class TokenStore:
             )
         if meta["dtype"] not in _DTYPES:
             raise _torn(folder / "meta.json", f"names the unknown dtype {meta['dtype']!r}")
-        if meta.get("digest", _digest(meta)) != _digest(meta):  # older stores have none
+        digest = paths.meta_digest(meta)
+        if meta.get("digest", digest) != digest:  # older stores have none
             raise _torn(folder / "meta.json", "was changed after it was written")
         if meta.get("name", folder.name) != folder.name:
             raise UserError(
@@ -189,22 +190,21 @@ class TokenStore:
             self.verify()
             self._note(state)
         elif in_background:
-            problem: list[UserError] = []
 
             def work() -> None:
-                try:
-                    self.verify()
-                    self._note(state)
-                except UserError as error:
-                    problem.append(error)
+                self.verify()
+                self._note(state)
 
-            _verifications[self.folder] = state, problem
-            threading.Thread(target=work, name=f"verify {self.name}", daemon=True).start()
+            _verifications[self.folder] = (
+                state,
+                paths.in_background(work, f"verify {self.name}", daemon=True),
+            )
 
     def check(self) -> None:
         """Raise the error of the verification in the background, if it found one so far."""
-        for problem in _verifications.get(self.folder, (None, []))[1]:
-            raise problem
+        verification = _verifications.get(self.folder, (None, None))[1]
+        if verification is not None and verification.done():
+            verification.result()
 
     def _state(self) -> dict[str, list[int]]:
         """Size and times of each file by name; they change with a file and in a copy."""
@@ -218,7 +218,7 @@ class TokenStore:
             return None
 
     def _note(self, state: dict[str, list[int]]) -> None:
-        _verifications[self.folder] = state, []
+        _verifications[self.folder] = state, None
         with suppress(OSError):  # the folder may be read-only
             (self.folder / _VERIFIED).write_text(json.dumps(state) + "\n", encoding="utf-8")
 
@@ -228,7 +228,7 @@ class TokenStore:
 
     def _span(self, index: int, start: int, stop: int | None) -> slice:
         if not 0 <= index < len(self):
-            raise IndexError(f"document {index} of {len(self)} in {self.folder}")
+            raise IndexError(f"document {index} of {len(self)} in {self.name}")
         return self._slice(index, start, stop)
 
     def _slice(self, index: int, start: int, stop: int | None) -> slice:
@@ -249,15 +249,37 @@ class TokenStore:
         return None if packed is None else unpack_mask(packed)[0]
 
 
-class LongDocuments(TokenStore):
+class StoreView(TokenStore):
+    """Some documents of a store, each up to `limit` tokens; it may be empty.
+
+    No token is copied. The view needs 8 bytes of memory per document.
+    """
+
+    def __init__(self, store: TokenStore, indices: np.ndarray, limit: int = 2**62):
+        """View the documents `indices` of the store, in this order."""
+        vars(self).update(vars(store))
+        self._indices, self._limit = indices, limit
+        self.num_tokens = int(self.lengths(np.arange(len(self))).sum())
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        return np.minimum(super().lengths(self._indices[indices]), self._limit)
+
+    def _slice(self, index: int, start: int, stop: int | None) -> slice:
+        stop = self._limit if stop is None else min(stop, self._limit)
+        return super()._slice(int(self._indices[index]), min(start, stop), stop)
+
+
+class LongDocuments(StoreView):
     """A view of a store's documents of at least `minimum` tokens, in the store's order.
 
-    No token is copied. The view needs 8 bytes of memory per document; the offsets are read once, in
-    blocks. It may be empty: `longest` is the number of tokens of the store's longest document.
+    The offsets are read once, in blocks. `longest` is the number of tokens of the store's longest
+    document.
     """
 
     def __init__(self, store: TokenStore, minimum: int):
-        vars(self).update(vars(store))
         self.minimum = minimum
         self.longest = 0
         found = []
@@ -265,33 +287,16 @@ class LongDocuments(TokenStore):
             lengths = np.diff(store._offsets[start : start + _OFFSETS_BLOCK + 1])
             self.longest = max(self.longest, int(lengths.max()))
             found.append(start + np.flatnonzero(lengths >= minimum))
-        self._indices = np.concatenate(found) if found else np.empty(0, np.int64)
-        self.num_tokens = int(store.lengths(self._indices).sum())
+        super().__init__(store, np.concatenate(found) if found else np.empty(0, np.int64))
 
     @property
     def name(self) -> str:
         return f"{self.folder.name} from {self.minimum} tokens"
 
-    def __len__(self) -> int:
-        return len(self._indices)
 
-    def lengths(self, indices: np.ndarray) -> np.ndarray:
-        return super().lengths(self._indices[indices])
-
-    def _span(self, index: int, start: int, stop: int | None) -> slice:
-        if not 0 <= index < len(self):
-            raise IndexError(f"document {index} of {len(self)} in {self.name}")
-        return self._slice(int(self._indices[index]), start, stop)
-
-
-_verifications: dict[Path, tuple[dict[str, list[int]], list[UserError]]] = {}
-"""State of the files when this process began to verify a store, and the error, by folder."""
-
-
-def _digest(meta: Mapping[str, Any]) -> str:
-    """SHA-256 of the metadata without its own digest."""
-    content = {key: value for key, value in meta.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+_verifications: dict[Path, tuple[dict[str, list[int]], Future[None] | None]] = {}
+"""State of the files when this process began to verify a store, and the verification that is or was
+in the background, by folder."""
 
 
 def _damaged(path: Path) -> UserError:
@@ -461,7 +466,7 @@ class StoreWriter:
                 for name, digest in digests.items()
             },
         }
-        meta["digest"] = _digest(meta)
+        meta["digest"] = paths.meta_digest(meta)
         text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
         (self._temporary / "meta.json").write_text(text, encoding="utf-8")
 

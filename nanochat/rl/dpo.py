@@ -276,7 +276,7 @@ class PreferencePairs:
         order = MixtureOrder([self.held_out.start], [1.0], cfg.run.seed)
         self.stream = RowStream(order, [path.stem])
         self.num_steps = cfg.num_steps or max(1, cfg.epochs * self.held_out.start // self.count)
-        self.samples, self.what = 2 * self.count, f"{self.count} pairs"
+        self.what = f"{self.count} pairs"
         name = f"{start.meta['digest'][:16]}-{str(runtime.dtype).removeprefix('torch.')}"
         start.model.eval()
         self.pairs = with_reference(store, start.model, name, runtime)

@@ -10,14 +10,17 @@ from typing import Any
 
 import torch
 
+from nanochat.checkpoint_manager import loaded_model
 from nanochat.config import RlConfig
 from nanochat.conversation import parts
 from nanochat.data.order import MixtureOrder
 from nanochat.errors import UserError
 from nanochat.eval.results import pass_at_k
+from nanochat.gpt import GPTConfig
 from nanochat.infer.engine import Engine
 from nanochat.infer.requests import Completion
 from nanochat.infer.sampling import SamplingParams
+from nanochat.memory import cache_memory, decoder_memory, parameter_counts
 from nanochat.rl.rollouts import (
     Group,
     Judge,
@@ -34,7 +37,7 @@ from nanochat.rl.rollouts import (
     tally,
 )
 from nanochat.rl.rows import Rows, mean_kl, pack_samples, policy_batches
-from nanochat.rl.start import Start, model_of
+from nanochat.rl.start import Start
 from nanochat.runtime import Runtime
 from nanochat.stage import Stage
 from nanochat.train import StepStats, due, train_step
@@ -59,6 +62,25 @@ class Rollout:
     """Number of input positions, over all ranks."""
     seconds: float
     metrics: dict[str, float]
+
+
+def sampling_memory(
+    cfg: RlConfig, config: GPTConfig, dtype: torch.dtype
+) -> dict[str, dict[str, int]]:
+    """Estimate the largest memory of rollouts and evaluations beside the model, in bytes.
+
+    Their caches and their copy of the weights are freed before an optimizer step. The model that
+    training started from is loaded during an evaluation only. DPO needs neither.
+    """
+    if cfg.algo == "dpo":
+        return {}
+    return {
+        "rollouts": {
+            "decoder's weights": decoder_memory(config, dtype),
+            "key/value cache": cfg.rollouts.max_slots * cache_memory(config, dtype),
+        },
+        "evaluation": {"KL's reference model": 4 * sum(parameter_counts(config).values())},
+    }
 
 
 class PolicyGradient:
@@ -86,7 +108,6 @@ class PolicyGradient:
         prompts, size = rollouts.prompts_per_step, rollouts.group_size
         available = sum(order.epoch_length(epoch) for epoch in range(cfg.epochs))
         self.num_steps = cfg.num_steps or max(1, available // prompts) * self.updates
-        self.samples = prompts * size
         self.what = f"{prompts} prompts x {size} answers"
         self.what += f" / {self.updates} updates" if self.updates > 1 else ""
         self.engine = Engine(self.model, self.tokenizer, max_slots=rollouts.max_slots)
@@ -337,7 +358,8 @@ class PolicyGradient:
             self.runtime.device,
             fill_up=self.cfg.run.compiles(self.runtime.device),
         )
-        reference = model_of(self.start.folder, self.start.meta, self.runtime)
+        start = self.start
+        reference = loaded_model(start.model.config, start.folder, start.meta, self.runtime)
         return mean_kl(self.model, reference, rows, self.params.temperature)
 
 

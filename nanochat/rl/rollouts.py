@@ -23,6 +23,7 @@ import torch
 
 from nanochat.data.order import MixtureOrder
 from nanochat.errors import UserError
+from nanochat.eval.losses import summed
 from nanochat.infer.engine import Engine
 from nanochat.infer.requests import Completion
 from nanochat.infer.sampling import SamplingParams
@@ -288,10 +289,8 @@ def as_sample(prompt: Prompt, completion: Completion) -> Sample:
 
 def sum_over_ranks(sums: dict[str, float], runtime: Runtime) -> dict[str, float]:
     """Add up every value over the ranks, all of which must have the same keys."""
-    if runtime.world_size == 1:
-        return sums
-    values = torch.tensor(list(sums.values()), dtype=torch.float64, device=runtime.device)
-    return dict(zip(sums, runtime.all_reduce_sum(values).tolist(), strict=True))
+    values = torch.tensor(list(sums.values()), dtype=torch.float64)
+    return dict(zip(sums, summed(values, runtime).tolist(), strict=True))
 
 
 def agree_to_stop(runtime: Runtime) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint_manager import (
-    build_model,
     find,
-    load_weights,
+    loaded_model,
     read_meta_once,
     saved_config,
     system_style,
@@ -85,15 +84,8 @@ def load_start(run: OpenRun, cfg: RlConfig) -> Start:
     tokenizer = tokenizer_of(meta, folder)
     runtime.print(f"starting from {folder}")
     system = system_style(meta) if cfg.system == "auto" else cfg.system
-    return Start(folder, meta, model_of(folder, meta, runtime), tokenizer, system)
-
-
-def model_of(folder: Path, meta: dict[str, Any], runtime: Runtime) -> GPT:
-    """Build the model of a checkpoint and load its weights."""
-    config = saved_config(meta, str(folder))
-    model = build_model(config, runtime.device, runtime.dtype)
-    load_weights(folder, meta, model, runtime)
-    return model
+    model = loaded_model(saved_config(meta, str(folder)), folder, meta, runtime)
+    return Start(folder, meta, model, tokenizer, system)
 
 
 @dataclass(frozen=True)
@@ -112,25 +104,26 @@ class RolloutPlan(Plan):
         )
 
 
-def rollout_batching(cfg: RlConfig, samples: int, context: int, world_size: int) -> Batching:
-    """Batching for steps on at most `samples` documents, of which short ones share a row."""
+def rollout_batching(cfg: RlConfig, context: int, world_size: int) -> Batching:
+    """Batching for steps that have a row for each answer at most; short answers share a row."""
+    answers = cfg.rollouts.prompts_per_step * (2 if cfg.algo == "dpo" else cfg.rollouts.group_size)
     rows = 1 if cfg.device_batch_size == "auto" else cfg.device_batch_size
     per_pass = rows * world_size
     return Batching(
         device_batch_size=cfg.device_batch_size,
-        total_batch_size=-(-samples // per_pass) * per_pass * context,
+        total_batch_size=-(-answers // per_pass) * per_pass * context,
         recompute=cfg.recompute,
     )
 
 
 def plan_rollouts(
-    cfg: RlConfig, config: GPTConfig, num_steps: int, samples: int, what: str, runtime: Runtime
+    cfg: RlConfig, config: GPTConfig, num_steps: int, what: str, runtime: Runtime
 ) -> RolloutPlan:
-    """Plan a run whose steps train on at most `samples` documents each."""
+    """Plan a run of rollouts or pairs; `what` describes the samples of a step."""
     machine = runtime.machine()
     plan = make_plan(
         config,
-        batching=rollout_batching(cfg, samples, config.context_length, machine.world_size),
+        batching=rollout_batching(cfg, config.context_length, machine.world_size),
         duration=Duration(num_steps=num_steps),
         learning=cfg.learning,
         machine=machine,

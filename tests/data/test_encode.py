@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import runtime
+from nanochat import paths, runtime
 from nanochat.checkpoint_manager import tokenizer_of
 from nanochat.data import encode as encoding
 from nanochat.data import files, hub
@@ -265,7 +265,7 @@ def test_appending_keeps_the_notes_of_decontamination(
     path = encode()["train"].folder / "meta.json"
     note = {"ngram": 13, "tasks": ["quiz"], "dropped": 0}
     meta = json.loads(path.read_text()) | {"decontaminated": [note]}
-    path.write_text(json.dumps({**meta, "digest": stores._digest(meta)}))
+    path.write_text(json.dumps({**meta, "digest": paths.meta_digest(meta)}))
     assert encode()["train"].meta["decontaminated"] == [note]
     assert "decontaminate" not in capsys.readouterr().out
     for shard in (2, 3):  # how far the note reaches does not grow

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def rewrite(folder: Path, **changes: Any) -> None:
     meta = json.loads((folder / "meta.json").read_text()) | changes
     meta = {key: value for key, value in meta.items() if value is not None}
     if "digest" not in changes:
-        meta["digest"] = stores_module._digest(meta)
+        meta["digest"] = paths.meta_digest(meta)
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
@@ -206,7 +207,7 @@ def test_large_stores_are_verified_while_they_are_read(
     folder = make_store(tmp_path / "s", DOCUMENTS).folder
     flip(folder / "tokens.bin", 0)
     loader = DataLoader([Source(TokenStore.open(folder))], batch_size=1, sequence_length=4)
-    for thread in stores_module.threading.enumerate():
+    for thread in threading.enumerate():
         if thread.name == "verify s":
             thread.join()
     with pytest.raises(UserError, match=r"tokens.bin is damaged"):

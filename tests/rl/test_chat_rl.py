@@ -25,8 +25,8 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
-from nanochat import runtime
-from nanochat.checkpoint_manager import latest, list_steps, load_model, meta_digest, read_meta
+from nanochat import paths, runtime
+from nanochat.checkpoint_manager import latest, list_steps, load_model, read_meta
 from nanochat.config import Preferences, RlConfig, RlEvaluating, Rollouts, Run, Saving, to_dict
 from nanochat.errors import UserError
 from nanochat.infer.engine import Engine
@@ -580,7 +580,7 @@ def numbered(source: Path, target: Path) -> None:
     shutil.copytree(source, target)
     meta = json.loads((target / "meta.json").read_text())
     meta["step"] = int(target.name.removeprefix("step_"))
-    meta["digest"] = meta_digest(meta)
+    meta["digest"] = paths.meta_digest(meta)
     (target / "meta.json").write_text(json.dumps(meta))
 
 

@@ -165,6 +165,9 @@ def test_the_model_of_a_checkpoint(encoded: Path, tmp_path: Path) -> None:
     assert result["model"].endswith("step_000001")
     assert result["sequence_length"] == 64
     assert result["world_size"] == 1
+    assert result["total_batch_size"] == 512, "as many as the run it starts from"
+    longer = plan("--stage mid --num-steps 5 --gpu cpu --context-length 192")
+    assert longer["total_batch_size"] == 384, "in whole rows"
 
 
 def test_flags_are_those_of_the_stages() -> None:

@@ -74,7 +74,7 @@ def random_model(depth: int, tokenizer: Tokenizer, portable: bool, dtype: torch.
 
 
 def cases(prompt: int, new: int, scale: float) -> dict[str, Requests]:
-    """scale: of the lengths in the mixed cases, to try this file out."""
+    """Make the requests of each case. scale: factor on the mixed cases' lengths, for a trial."""
     random = Random(0)
 
     def ids(length: int) -> list[int]:

@@ -185,7 +185,7 @@ class CheckpointManager:
 
 
 def save_file(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
-    """Write float32 tensors as safetensors; the file's size and SHA-256.
+    """Write float32 tensors as safetensors; returns the file's size and SHA-256.
 
     The library's own function first makes bytes of all tensors. That needs a second copy of the
     weights, and meanwhile holds the interpreter's lock, which stops the training thread.
@@ -481,9 +481,7 @@ def load_model(
     if tokenizer is None:
         tokenizer = tokenizer_of(meta, folder)
     check_tokenizer(meta, tokenizer, folder)
-    model = loaded_model(config, folder, meta, runtime)
-    model.eval()
-    return model, tokenizer, meta
+    return loaded_model(config, folder, meta, runtime), tokenizer, meta
 
 
 def system_style(meta: Mapping[str, Any]) -> SystemStyle:

@@ -42,7 +42,7 @@ def launch(
     """Run `main(cfg, runtime)` from the command line.
 
     UserError and OSError (a full disk, a missing file) become one line on stderr and exit status 1.
-    So does running out of memory, with advice what to set. `NANOCHAT_TRACEBACK=1` shows their
+    So does running out of memory, with advice on what to set. `NANOCHAT_TRACEBACK=1` shows their
     traceback. Every other exception is a bug and keeps its traceback. In a job of several ranks,
     any of these ends the whole job (`runtime.Alarm`).
     """
@@ -92,11 +92,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 WIDEST = 100
-
-
 PLACEHOLDERS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
-
-
 registry = ConstructorRegistry()
 
 

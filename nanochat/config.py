@@ -179,6 +179,18 @@ class Computing:
 
 
 @dataclass(frozen=True)
+class ChatSampling:
+    """Sampling of a chat's answers."""
+
+    temperature: float = 0.6
+    """Sampling temperature; 0 always takes the most likely token."""
+    top_k: int = 50
+    """Sample among the k most likely tokens; 0 = all."""
+    max_tokens: int = 512
+    """Longest answer, in tokens."""
+
+
+@dataclass(frozen=True)
 class Decoding:
     """Settings of token generation."""
 

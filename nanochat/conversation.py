@@ -19,8 +19,6 @@ from nanochat.errors import UserError
 
 ROLES = ("system", "user", "assistant")
 PART_TYPES = ("text", "python", "python_output")
-
-
 _KEYS = ("role", "content", "weight", "train", "name")
 
 

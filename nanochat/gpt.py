@@ -404,7 +404,7 @@ class GPT(nn.Module):
             if str(i) in self.value_embeddings:
                 value = self.value_embeddings[str(i)](ids).to(self.compute_dtype)
             arguments = (x, value, rotary[self.config.window(i) > 0], attention)
-            if self.recompute and self.training:
+            if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x = block(*arguments)

@@ -76,7 +76,7 @@ def machine_memory(root: Path = Path("/")) -> int | None:
 
 
 def _granted_cpus(root: Path) -> float:
-    """Processors' time that the process's control groups grant it; infinite without a limit."""
+    """Number of processors that the control groups grant the process; infinite without a limit."""
     granted = math.inf
     for folder, version in _control_groups(root, "cpu"):
         with contextlib.suppress(OSError, ValueError):  # no such file, or its content is "max"
@@ -141,8 +141,6 @@ class Gpu:
     """Dense bf16 matmul peak in TFLOP/s; that of fp16 if the card has no bf16 (T4, V100)."""
     gigabytes: float
     """Memory, in 10^9 bytes."""
-    bandwidth: float
-    """Bandwidth of the memory, in 10^9 bytes a second."""
     price: float
     """Rough price of one card for an hour in a cloud, in US dollars; `plan --price-per-hour`
     replaces it."""
@@ -154,29 +152,29 @@ class Gpu:
 
 
 GPUS = {
-    "H100": Gpu(989, 80, 3350, 3.0),
-    "H100 PCIe": Gpu(756, 80, 2000, 2.5),
-    "H100 NVL": Gpu(835, 94, 3900, 2.8),
-    "H200": Gpu(989, 141, 4800, 3.5),
-    "H200 NVL": Gpu(835, 141, 4800, 3.3),
-    "GH200": Gpu(989, 96, 4000, 2.0),
-    "H800": Gpu(989, 80, 3350, 2.5),
-    "H800 PCIe": Gpu(756, 80, 2000, 2.0),
-    "B200": Gpu(2250, 180, 8000, 5.5),
-    "GB200": Gpu(2500, 186, 8000, 6.5),
-    "MI300X": Gpu(1307, 192, 5300, 2.5),
-    "A100": Gpu(312, 80, 2039, 1.8),
-    "A800": Gpu(312, 80, 2039, 1.5),
-    "L40S": Gpu(362, 48, 864, 1.0),
-    "L40": Gpu(181, 48, 864, 0.9),
-    "L4": Gpu(121, 24, 300, 0.7),
-    "A10": Gpu(125, 24, 600, 0.8),
-    "A10G": Gpu(70, 24, 600, 1.0),
-    "5090": Gpu(209, 32, 1792, 0.7),
-    "4090": Gpu(165, 24, 1008, 0.5),
-    "3090": Gpu(71, 24, 936, 0.25),
-    "T4": Gpu(65, 16, 320, 0.35),
-    "V100": Gpu(125, 32, 900, 0.6),
+    "H100": Gpu(989, 80, 3.0),
+    "H100 PCIe": Gpu(756, 80, 2.5),
+    "H100 NVL": Gpu(835, 94, 2.8),
+    "H200": Gpu(989, 141, 3.5),
+    "H200 NVL": Gpu(835, 141, 3.3),
+    "GH200": Gpu(989, 96, 2.0),
+    "H800": Gpu(989, 80, 2.5),
+    "H800 PCIe": Gpu(756, 80, 2.0),
+    "B200": Gpu(2250, 180, 5.5),
+    "GB200": Gpu(2500, 186, 6.5),
+    "MI300X": Gpu(1307, 192, 2.5),
+    "A100": Gpu(312, 80, 1.8),
+    "A800": Gpu(312, 80, 1.5),
+    "L40S": Gpu(362, 48, 1.0),
+    "L40": Gpu(181, 48, 0.9),
+    "L4": Gpu(121, 24, 0.7),
+    "A10": Gpu(125, 24, 0.8),
+    "A10G": Gpu(70, 24, 1.0),
+    "5090": Gpu(209, 32, 0.7),
+    "4090": Gpu(165, 24, 0.5),
+    "3090": Gpu(71, 24, 0.25),
+    "T4": Gpu(65, 16, 0.35),
+    "V100": Gpu(125, 32, 0.6),
 }
 """GPUs by a name that is part of the driver's name of the device. The A100 and the V100 also exist
 with half the memory; `plan --gpu-memory` tells the planner, and a run asks the card."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from nanochat import paths
+from nanochat.config import to_dict
 from nanochat.errors import UserError
 from nanochat.hardware import peak_flops, peak_memory_bytes, processor
 from nanochat.plan import Plan
@@ -135,7 +136,7 @@ class RunLog:
                 "config": config,
                 "model": model,
                 "tokenizer_hash": tokenizer_hash,
-                "plan": self.plan.as_dict(),
+                "plan": to_dict(self.plan),
                 "runtime": describe_runtime(self.runtime),
             }
         )

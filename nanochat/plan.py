@@ -6,7 +6,7 @@ a reference model: depth 12, with 2^19 tokens per step.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -87,9 +87,6 @@ class Plan:
             ),
             momentum=muon_momentum(step, self.num_steps, low=low, high=high),
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def describe(self) -> str:
         """Describe the plan in one paragraph for the console."""

@@ -315,7 +315,7 @@ class Stage:
             "run_config": to_dict(self.cfg),
             "num_steps": self.plan.num_steps,
             "total_batch_size": self.plan.total_batch_size,
-            "train_state": self.state.as_dict(),
+            "train_state": to_dict(self.state),
             "loader_state": dict(position),
             "consumed": dict(consumed),
             "tokenizer_hash": self.tokenizer.hash,

@@ -5,9 +5,8 @@ B batch, T time, N targets of the step over all ranks and micro-batches
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -82,9 +81,6 @@ class TrainState:
     """Results of the latest evaluation."""
     loss_scale: dict[str, float] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class StepStats:
@@ -127,11 +123,6 @@ class LossScale:
 def due(step: int, every: int, last: bool) -> bool:
     """True if an action is due now that happens every `every` steps (0: only at the end)."""
     return last or (every > 0 and step % every == 0)
-
-
-def take(loader: Iterator[Batch], count: int) -> list[Batch]:
-    """Take the next `count` micro-batches."""
-    return [next(loader) for _ in range(count)]
 
 
 def train_step(
@@ -178,7 +169,7 @@ def train_step(
         loss.backward()
         total += loss.detach() / scale
 
-    # A sum is finite if all its terms are, so one pass over the gradients and no extra transfer do.
+    # A sum is finite if all its terms are: one pass over the gradients, and no transfer of them.
     checksum = torch.stack([unit.gradients.sum() for unit in optimizer.units]).sum()
     # The only wait for a GPU: whether the update may be made. Until it is known the GPU has the
     # backward pass to do, and then the update while the next step is being launched.

@@ -32,7 +32,7 @@ from rich.console import Console
 
 from nanochat.checkpoint_manager import load_model, system_style
 from nanochat.cli import launch
-from nanochat.config import Computing, Decoding, Tools
+from nanochat.config import ChatSampling, Computing, Decoding, Tools
 from nanochat.conversation import parts, validate
 from nanochat.data.files import parse_json
 from nanochat.errors import UserError
@@ -47,21 +47,15 @@ from nanochat.tools.tool import python_tool
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(ChatSampling):
     """Sampling of answers."""
 
-    temperature: float = 0.6
-    """Sampling temperature; 0 always takes the most likely token."""
-    top_k: int = 50
-    """Sample among the k most likely tokens; 0 = all."""
     top_p: float = 1.0
     """Sample among the most likely tokens that together have this probability."""
     min_p: float = 0.0
     """Sample among tokens whose probability is at least this fraction of the highest one."""
     repetition_penalty: float = 1.0
     """Make tokens that were already used less likely, if above 1."""
-    max_tokens: int = 512
-    """Longest answer, in tokens."""
     seed: int | None = None
     """Seed of sampling; the same seed gives the same answers. Default: a new one each time."""
 

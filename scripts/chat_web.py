@@ -19,7 +19,7 @@ import uvicorn
 
 from nanochat.checkpoint_manager import load_model, system_style
 from nanochat.cli import launch
-from nanochat.config import Computing, Decoding, Tools
+from nanochat.config import ChatSampling, Computing, Decoding, Tools
 from nanochat.errors import UserError
 from nanochat.infer.decoder import Decoder
 from nanochat.infer.engine import Engine
@@ -49,15 +49,8 @@ class Access:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Answer(ChatSampling):
     """Defaults for requests that leave these fields out."""
-
-    temperature: float = 0.6
-    """Sampling temperature; 0 always takes the most likely token."""
-    top_k: int = 50
-    """Sample among the k most likely tokens; 0 = all."""
-    max_tokens: int = 512
-    """Longest answer, in tokens."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ stage and tag, or the stage's defaults if there is none; flags override them. A 
 exist yet is built, which takes a while for large tasks.
 """
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +23,7 @@ from nanochat.data.sources import Source, pretraining_sources
 from nanochat.data.store import TokenStore
 from nanochat.errors import UserError
 from nanochat.report.batch import View, build_view, print_view, render_html
+from nanochat.rl.dpo import pairs_store
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
 from tasks import registry
@@ -62,6 +62,8 @@ class Config:
     """Name that scripts.tok_train gave the tokenizer."""
     store: Path | None = None
     """Show only this token store."""
+    pairs: Path | None = None
+    """Show only this file of pairs, as chat_rl --algo dpo --pairs reads it."""
     split: Literal["train", "val"] = "train"
     """Split of the data."""
     rows: int = 3
@@ -88,46 +90,35 @@ def stage_settings(cfg: Config) -> tuple[BaseConfig | MidConfig, int | None, str
         origin = f"the settings of {cfg.stage}/{cfg.tag}"
     elif isinstance(stage, BaseConfig):
         context = stage.context_length
-    if isinstance(stage, BaseConfig) and len(cfg.settings.corpus) > 1:
-        raise UserError(
-            f"--stage base takes one --corpus, or several as --mix: {cfg.settings.corpus}"
-        )
-    corpus = (
-        cfg.settings.corpus[0]
-        if isinstance(stage, BaseConfig) and cfg.settings.corpus
-        else cfg.settings.corpus or None
-    )
-    overrides = {
-        name: value
-        for name, value in (
-            ("corpus", corpus),
-            ("mix", cfg.settings.mix or None),
-            ("replay", cfg.settings.replay),
-            ("prompt_weight", cfg.settings.prompt_weight),
-        )
-        if value is not None
-    }
-    known = {f.name for f in dataclasses.fields(stage)}
-    for name, value in overrides.items():
-        if name not in known:
-            raise UserError(f"--{name.replace('_', '-')} {value} means nothing to --stage base")
-    if cfg.settings.seed is not None:
-        stage = dataclasses.replace(
-            stage, run=dataclasses.replace(stage.run, seed=cfg.settings.seed)
-        )
-    return dataclasses.replace(stage, **overrides), context, origin  # type: ignore[arg-type]
+    given = {name: value for name, value in vars(cfg.settings).items() if value not in (None, ())}
+    given.pop("sequence_length", None)
+    if "seed" in given:
+        given["run"] = replace(stage.run, seed=given.pop("seed"))
+    if isinstance(stage, BaseConfig) and "corpus" in given:
+        if len(given["corpus"]) > 1:
+            raise UserError(
+                f"--stage base takes one --corpus, or several as --mix: {given['corpus']}"
+            )
+        (given["corpus"],) = given["corpus"]
+    for name in given.keys() - vars(stage).keys():
+        raise UserError(f"--{name.replace('_', '-')} {given[name]} means nothing to --stage base")
+    return replace(stage, **given), context, origin
 
 
 def choose_sources(
     cfg: Config, stage: BaseConfig | MidConfig, tokenizer: Tokenizer, sequence_length: int
 ) -> list[Source]:
-    """Sources of the stage, or the one store or task that the flags name."""
-    if cfg.store is not None and cfg.task is not None:
-        raise UserError("--store and --task exclude each other; give one of them")
+    """Sources of the stage, or the one store, task or file of pairs that the flags name."""
+    if sum(one is not None for one in (cfg.store, cfg.task, cfg.pairs)) > 1:
+        raise UserError("--store, --task and --pairs exclude each other; give one of them")
     prompt_weight = 1.0 if isinstance(stage, BaseConfig) else stage.prompt_weight
     if cfg.store is not None:
         store = TokenStore.open(cfg.store, tokenizer.hash)
         return [Source(store, prompt_weight=prompt_weight)]
+    if cfg.pairs is not None:
+        system = "tokens" if isinstance(stage, BaseConfig) else stage.system
+        store = pairs_store(cfg.pairs, tokenizer, sequence_length + 1, system=system)
+        return [Source(store, prompt_weight=0.0, name=cfg.pairs.name)]
     if isinstance(stage, BaseConfig):
         if cfg.task is not None:
             raise UserError(f"--stage base reads text; show {cfg.task} with --stage mid or sft")
@@ -169,7 +160,7 @@ def main(cfg: Config, runtime: Runtime) -> View | None:
         for _ in range(cfg.skip):
             next(skipping)
         loader.load_state_dict(skipping.state_dict())
-    what = f"{cfg.stage}, {cfg.task or cfg.store or cfg.split}"
+    what = f"{cfg.stage}, {cfg.task or cfg.store or cfg.pairs or cfg.split}"
     settings = f"Made with {origin}; seed {stage.run.seed}, row {cfg.skip} of the epoch and on."
     view = build_view(loader, tokenizer, f"What the model sees: {what}", settings, cfg.skip)
     if cfg.html is not None:

@@ -70,9 +70,7 @@ _CONTROLS = re.compile(r"weight|train(ing|able)?|mask(ed)?|loss.*")
 
 def _check_keys(row: Mapping[str, Any]) -> None:
     for key, value in row.items():
-        if value is not None and re.fullmatch(
-            r"weight|train(ing|able)?|mask(ed)?|loss.*", str(key)
-        ):
+        if value is not None and _CONTROLS.fullmatch(str(key)):
             raise UserError(
                 f"the row has the key '{key}', which means nothing here; say in each message "
                 'whether it is trained on ("weight": 0 or 1), and weigh the file in --mix'
@@ -228,7 +226,6 @@ def _sharegpt(turns: Row, system: Row = None) -> Messages:
 
 
 # Questions and answers in fields of their own
-
 
 _ANSWERS = ("output", "response", "completion")
 

@@ -113,7 +113,7 @@ def spelled_letters(completion: str) -> list[list[str]]:
 
 
 def counted(completion: str, word: str, letter: str) -> bool:
-    """The word is spelled right on the first line, and the number of the letter is right."""
+    """True if the first line spells the word right, and the number of the letter is right."""
     first, count = completion.strip().split("\n")[0], parse_number(str(word.count(letter)))
     return spelled_letters(first) == [list(word)] and same_number(final_answer(completion), count)
 

@@ -1,6 +1,5 @@
-"""Views of tasks: a part of a task, the rest of it, several tasks mixed or in sequence."""
+"""Views of tasks: a part of a task, the rest of it, several tasks mixed."""
 
-import bisect
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -121,39 +120,10 @@ def hold_out(task: Task) -> tuple[Task, Task | None]:
     return TaskRest(part), part
 
 
-class _Joined(_View):
-    """Several tasks as one. The task of a row judges its answers."""
-
-    def __init__(self, name: str, tasks: Sequence[Task]):
-        if not tasks:
-            raise UserError(f"a {name} needs at least one task")
-        splits = {task.split for task in tasks}
-        super().__init__(name, splits.pop() if len(splits) == 1 else "+".join(sorted(splits)))
-        self.tasks = list(tasks)
-        # One categorical task makes all categorical, since it has no free answers.
-        if any(task.eval_type == "categorical" for task in tasks):
-            self.eval_type = "categorical"
-
-    @abstractmethod
-    def locate(self, index: int) -> tuple[int, int]:
-        """Find (number of the task, row in that task)."""
-
-    def row(self, index: int) -> Conversation:
-        number, inner = self.locate(index)
-        conversation = self.tasks[number][inner]
-        return {**conversation, "source": (number, conversation.get("source"))}
-
-    def where(self, index: int) -> str:
-        number, inner = self.locate(index)
-        return self.tasks[number].where(inner)
-
-    def judge_of(self, conversation: Conversation) -> tuple[Task, Conversation]:
-        number, inner = conversation["source"]
-        return self.tasks[number], {**conversation, "source": inner}
-
-
-class TaskMixture(_Joined):
+class TaskMixture(_View):
     """Tasks shuffled into each other; the mixture weight of each is its passes per epoch.
+
+    The task of a row judges its answers.
 
     The order of epoch e is a keyed permutation that is computed row by row (`MixtureOrder`), so it
     needs no memory even for ten million rows. Epochs differ in order, and with a fraction as weight
@@ -164,7 +134,14 @@ class TaskMixture(_Joined):
     """
 
     def __init__(self, tasks: Sequence[tuple[Task, float]], seed: int = 0, epoch: int = 0):
-        super().__init__("mixture", [task for task, _ in tasks])
+        if not tasks:
+            raise UserError("a mixture needs at least one task")
+        splits = {task.split for task, _ in tasks}
+        super().__init__("mixture", "+".join(sorted(splits)))
+        self.tasks = [task for task, _ in tasks]
+        # One categorical task makes all categorical, since it has no free answers.
+        if any(task.eval_type == "categorical" for task in self.tasks):
+            self.eval_type = "categorical"
         self.weights = [float(weight) for _, weight in tasks]
         for task, weight in tasks:
             if not (math.isfinite(weight) and weight > 0):
@@ -179,7 +156,21 @@ class TaskMixture(_Joined):
         return self.order.epoch_length(self.epoch)
 
     def locate(self, index: int) -> tuple[int, int]:
+        """Find (number of the task, row in that task)."""
         return self.order.locate(self.epoch, index)
+
+    def row(self, index: int) -> Conversation:
+        number, inner = self.locate(index)
+        conversation = self.tasks[number][inner]
+        return {**conversation, "source": (number, conversation.get("source"))}
+
+    def where(self, index: int) -> str:
+        number, inner = self.locate(index)
+        return self.tasks[number].where(inner)
+
+    def judge_of(self, conversation: Conversation) -> tuple[Task, Conversation]:
+        number, inner = conversation["source"]
+        return self.tasks[number], {**conversation, "source": inner}
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -188,28 +179,3 @@ class TaskMixture(_Joined):
             "seed": self.seed,
             "epoch": self.epoch,
         }
-
-
-class TaskSequence(_Joined):
-    """Tasks one after the other, not shuffled: a curriculum, for your own loops.
-
-    `for row in TaskSequence([build("arithmetic:500", "train"), build("arithmetic:500:level=2",
-    "train")])` gives the easy rows, then the harder ones (`tasks.registry.build`). The training
-    stages shuffle their tasks.
-    """
-
-    def __init__(self, tasks: Sequence[Task]):
-        super().__init__("sequence", tasks)
-        self.ends: list[int] = []
-        for task in self.tasks:
-            self.ends.append((self.ends[-1] if self.ends else 0) + len(task))
-
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    def locate(self, index: int) -> tuple[int, int]:
-        number = bisect.bisect_right(self.ends, index)
-        return number, index - (self.ends[number - 1] if number else 0)
-
-    def settings(self) -> dict[str, Any]:
-        return {"tasks": [task.fingerprint() for task in self.tasks]}

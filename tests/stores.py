@@ -1,12 +1,17 @@
 """Small token stores and conversation tasks for the tests of the data path."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nanochat.data.store import StoreWriter, TokenStore
+
+
+def take(loader: Iterator[Any], count: int) -> list[Any]:
+    """The next `count` micro-batches; `for batch in loader` would end with the data."""
+    return [next(loader) for _ in range(count)]
 
 
 def make_store(

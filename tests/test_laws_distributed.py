@@ -14,7 +14,7 @@ import numpy as np
 import processes
 import pytest
 import torch
-from stores import make_store
+from stores import make_store, take
 
 from nanochat import checkpoint_manager
 from nanochat.checkpoint_manager import (
@@ -34,7 +34,7 @@ from nanochat.eval.losses import evaluate_bpb
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import Hypers, Optimizer, parameter_rules
 from nanochat.runtime import Runtime
-from nanochat.train import Batch, ReplicaDivergence, check_replicas, take, train_step
+from nanochat.train import Batch, ReplicaDivergence, check_replicas, train_step
 
 # Three layers: no stack of matrices divides by 2 or 4 ranks. 320 rows of 24: the tables are sharded
 # and don't divide by 3. The scalars and the gate are replicated.

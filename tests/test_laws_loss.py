@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny_runs
 import torch
-from stores import make_store
+from stores import make_store, take
 
 from nanochat import runtime
 from nanochat.checkpoint_manager import load_model
@@ -21,7 +21,7 @@ from nanochat.hardware import Machine
 from nanochat.optim import Optimizer, parameter_rules
 from nanochat.plan import make_plan
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import take, train_step
+from nanochat.train import train_step
 from tasks.arithmetic import Arithmetic
 
 CPU = torch.device("cpu")

@@ -183,7 +183,7 @@ def test_hypers_follow_the_schedule() -> None:
 
 def test_a_plan_can_be_logged_and_told() -> None:
     made = plan()
-    assert json.loads(json.dumps(made.as_dict()))["num_steps"] == 10
+    assert json.loads(json.dumps(dataclasses.asdict(made)))["num_steps"] == 10
     for text in ("10 steps", f"{made.total_batch_size:,} tokens", "micro-batches", "lr scale"):
         assert text in made.describe()
     assert math.isfinite(made.flops)

@@ -42,7 +42,6 @@ LongConversations = Literal["truncate", "split", "drop"]
 class _Settings(NamedTuple):
     """Settings of rendering, in a form that can be sent to worker processes."""
 
-    max_tokens: int | None
     system: SystemStyle
     bad_rows: BadRows
 
@@ -51,7 +50,6 @@ def conversations_store(
     task: ConversationTask,
     tokenizer: Tokenizer,
     *,
-    max_tokens: int | None = None,
     system: SystemStyle = "tokens",
     bad_rows: BadRows = "error",
     num_workers: int | None = None,
@@ -61,8 +59,8 @@ def conversations_store(
 
     Each conversation is validated here, once. A bad one raises `UserError`, which names task,
     split, row and mistake. With `bad_rows="skip"` it is left out, counted in `meta["skipped"]` and
-    reported on the console. Of longer conversations only the first `max_tokens` tokens are stored;
-    `fit_conversations` cuts them without another store.
+    reported on the console. Conversations of any length are stored; `fit_conversations` cuts them
+    without another store.
 
     By default the folder is `stores_dir()/<task>-<split>-<digest>`. The digest covers tokenizer and
     content, so that runs with other settings do not overwrite each other's stores. Tasks of 20,000
@@ -73,12 +71,12 @@ def conversations_store(
     where = f"{task.name}/{task.split}"
     if len(task) == 0:
         raise UserError(f"{where} has no rows; check the split's name and the task's files")
-    content = json.dumps([task.fingerprint(), max_tokens, system, VERSION])
+    content = json.dumps([task.fingerprint(), None, system, VERSION])  # None: tokens, once limited
     fingerprint = hashlib.sha256(content.encode()).hexdigest()
     if folder is None:
         digest = hashlib.sha256((tokenizer.hash + fingerprint).encode()).hexdigest()[:10]
         folder = paths.stores_dir() / f"{paths.safe_name(f'{task.name}-{task.split}')}-{digest}"
-    settings = _Settings(max_tokens, system, bad_rows)
+    settings = _Settings(system, bad_rows)
     made_from: dict[str, Any] = {
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_hash": tokenizer.hash,
@@ -188,7 +186,7 @@ def _render_rows(
         try:
             row = task[i]
             conversation.validate(row, where)
-            ids, mask, roles = tokenizer.render_roles(row, settings.max_tokens, settings.system)
+            ids, mask, roles = tokenizer.render_roles(row, system=settings.system)
         except UserError as error:
             reason = str(error) if where in str(error) else f"{where}: {error}"
             if settings.bad_rows == "error":

@@ -47,12 +47,9 @@ class Corpus(ABC):
     def read(self, split: Split, shard: str) -> Iterator[tuple[str, int]]:
         """Yield (document, bytes of the shard read so far) in a fixed order."""
 
-    def documents(self, split: Split, shard: str | None = None) -> Iterator[str]:
-        """Yield the documents of one shard, or of all shards; none is empty."""
-        names = [shard] if shard is not None else [s.name for s in self.shards(split)]
-        for name in names:
-            for text, _ in self.read(split, name):
-                yield text
+    def documents(self, split: Split) -> Iterator[str]:
+        """Yield the documents of all shards; none is empty."""
+        return (text for shard in self.shards(split) for text, _ in self.read(split, shard.name))
 
     def fingerprint(self, split: Split) -> str:
         """Digest of the split: names, order and content of its shards."""

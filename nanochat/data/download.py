@@ -52,19 +52,15 @@ def list_files(repository: str, wanted: Callable[[str], bool]) -> list[str]:
     return files
 
 
-def fetch_url(url: str, target: Path) -> None:
-    """Download one file from any URL, as `fetch_files` does, without sending the hub's token."""
-    fetch_files(url, [target.name], target.parent, 1, url=url)
-
-
 def fetch_files(
     repository: str, files: list[str], folder: Path, workers: int, url: str | None = None
 ) -> None:
     """Download `files` into `folder`, `workers` at a time; each appears when it is verified.
 
-    With `url`, there is one file, from that URL. Dropped and stalled connections are resumed, with
-    growing pauses. After `_ATTEMPTS` failures in a row without a new byte, UserError is raised. The
-    bytes fetched so far are kept under `folder/.partial`, and the next call continues from them.
+    With `url`, there is one file, from that URL, to which the hub's token is not sent. Dropped and
+    stalled connections are resumed, with growing pauses. After `_ATTEMPTS` failures in a row
+    without a new byte, UserError is raised. The bytes fetched so far are kept under
+    `folder/.partial`, and the next call continues from them.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import (

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from nanochat import paths
 from nanochat.data.corpus import Corpus, EmbeddedCorpus, Shard, Split, bbe_chapters
-from nanochat.data.download import fetch_files, fetch_url, list_files
+from nanochat.data.download import fetch_files, list_files
 from nanochat.data.files import FolderCorpus, Unusable, kind_of, read_parquet
 from nanochat.errors import BadRows, UserError
 
@@ -224,7 +224,7 @@ def _fetch_bundle(url: str, folder: Path) -> None:
     archive = paths.corpora_dir() / f"{_BUNDLE}.zip"
     if not archive.exists():
         try:
-            fetch_url(url, archive)
+            fetch_files(url, [archive.name], archive.parent, 1, url=url)
         except UserError as error:
             raise UserError(
                 f"CORE's task files are not in {folder} and cannot be fetched: {error}; put a copy "

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nanochat.data.order import GOLDEN
 from nanochat.data.store import StoreWriter, TokenStore
 from nanochat.data.workers import in_processes
 from nanochat.errors import UserError
@@ -19,23 +20,13 @@ from nanochat.progress import progress_bar
 from nanochat.tokenizer import Tokenizer
 
 _JOB_TOKENS = 2**20
-
-
 _WORD = re.compile(r"[^\W_]+")
-
-
 # Invisible characters: soft hyphens, joiners, direction marks, variation selectors.
 _UNSEEN = re.compile(
     "[\u00ad\u034f\u061c\u180b-\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]"
 )
-
-
-_BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that every word changes a hash modulo 2^64
-
-
+_BASE = np.uint64(GOLDEN)  # odd, so that every word changes a hash modulo 2^64
 _MAX_TASKS = 63  # a set of tasks is the bits of an int64
-
-
 SHORTEST = 8
 """Number of words of the shortest problem to search for; fewer occur in unrelated texts too."""
 

@@ -157,9 +157,6 @@ def evaluate_core(
             f"{bundle}, so the score is partial: {', '.join(missing)}"
         )
     scorer = GPTScorer(model) if isinstance(model, GPT) else model
-    was_training = isinstance(model, GPT) and model.training
-    if isinstance(model, GPT):
-        model.eval()
 
     plans = []  # (task, its blocks of items, characters read per item)
     for task in tasks:
@@ -181,8 +178,6 @@ def evaluate_core(
                 correct, cropped = _score_block(task, block, scorer, tokenizer)
                 counts[number] += torch.tensor([correct, cropped])
                 bar.advance(sum(costs[i] for i in block))
-    if isinstance(model, GPT):
-        model.train(was_training)
     counts = runtime.all_reduce_sum(counts.to(runtime.device)).cpu()
 
     results = {}

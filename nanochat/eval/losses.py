@@ -76,8 +76,6 @@ def evaluate_bpb(
     "tokens", "bytes" and "rows" count targets, bytes of their text, and rows with text. Raises
     UserError if there is no text, so that no result is infinite or undefined.
     """
-    was_training = model.training
-    model.eval()
     # Sums: nats of byte tokens, bytes, nats, targets. For the interval: rows, and sums over rows of
     # nats squared, nats times bytes, bytes squared.
     totals = torch.zeros(8, dtype=torch.float64)
@@ -89,7 +87,6 @@ def evaluate_bpb(
         x, y = (nll * (size > 0)).sum(1), size.sum(1).double()  # (B,)
         sums = [x.sum(), y.sum(), nll.sum(), valid.sum(), (y > 0).sum(), x @ x, x @ y, y @ y]
         totals += torch.stack([one.double() for one in sums])
-    model.train(was_training)
     nats, size_sum, all_nats, count, rows, xx, xy, yy = summed(totals, runtime).tolist()
     if size_sum == 0 or count == 0:
         raise UserError("the evaluation saw no text: the validation split is empty")
@@ -194,8 +191,6 @@ def evaluate_roles(model: GPT, batches: Iterable[Batch], runtime: Runtime) -> di
     assistant must produce (the objective of instruction tuning), and "loss_<role>", over the tokens
     of each role that occurs.
     """
-    was_training = model.training
-    model.eval()
     totals = torch.zeros(len(ROLE_NAMES) + 1, 2, dtype=torch.float64)  # nats, targets
     for batch in batches:
         assert batch.roles is not None
@@ -205,7 +200,6 @@ def evaluate_roles(model: GPT, batches: Iterable[Batch], runtime: Runtime) -> di
         chosen = [roles == role for role in range(len(ROLE_NAMES))]
         for row, where in enumerate([*chosen, (batch.weights == 1).cpu() & (roles >= 0)]):
             totals[row] += torch.stack([nll[where].sum(), where.sum().double()])
-    model.train(was_training)
     names = [*ROLE_NAMES, "masked"]
     sums = summed(totals, runtime).tolist()
     means = {n: nats / count for n, (nats, count) in zip(names, sums, strict=True) if count}

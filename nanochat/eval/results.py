@@ -7,15 +7,15 @@ from typing import Any
 from nanochat.errors import UserError
 
 
-def wilson_interval(correct: float, total: float, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, by default at 95 %.
+def wilson_interval(correct: float, total: float) -> tuple[float, float]:
+    """Wilson's score interval of a proportion, at 95 %.
 
     >>> [round(x, 4) for x in wilson_interval(8, 10)]
     [0.4902, 0.9433]
     """
     if total == 0:
         return 0.0, 1.0
-    p = correct / total
+    p, z = correct / total, 1.959964
     middle = p + z * z / (2 * total)
     spread = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total

@@ -237,7 +237,10 @@ def _evaluations(material: Material) -> Section:
         if "bpb" in name:
             add(name, {stage: f"{value:.4f}" for stage, value in values.items()})
     measured = [
-        (stage, one) for stage in stages for one in _tabled(material.evaluations.get(stage, []))
+        (stage, one)
+        for stage in stages
+        for one in material.evaluations.get(stage, [])
+        if one["kind"] in _TABLED
     ]
     # A row has one label, and so equal settings, in all stages.
     by_label: dict[tuple[str, str], dict[str, Record]] = {}
@@ -302,10 +305,6 @@ def _measure(key: str) -> str:
 
 _TABLED = ("bpb", "text", "core", "task", "chat_core")
 """Kinds of measurements in the main table, in its order."""
-
-
-def _tabled(measured: list[Measurement]) -> list[Measurement]:
-    return [one for one in measured if one["kind"] in _TABLED]
 
 
 def _cell(kind: str, result: Record) -> str:
@@ -428,12 +427,8 @@ _PANELS = {
     "rollout_tokens_per_second": ("rollouts, tokens a second", 1.0, False, True),
     "update_tokens_per_second": ("updates, tokens a second", 1.0, False, True),
 }
-
-
-_NO_PANEL = {"kind", "step", "tokens", "targets", "seconds", "elapsed_seconds", "time", "skipped"}
-
-
-_NO_PANEL |= {"rollout_seconds"}
+_NO_PANEL = {"kind", "step", "time", "tokens", "targets", "skipped"}
+_NO_PANEL |= {"seconds", "elapsed_seconds", "rollout_seconds"}
 
 
 _EVAL_PANELS = (

@@ -34,16 +34,18 @@ from nanochat.rl.rows import Rows, Sample, pack_samples, score
 from nanochat.rl.start import Start
 from nanochat.runtime import Runtime
 from nanochat.stage import Stage
-from nanochat.tokenizer import SystemStyle, Tokenizer
+from nanochat.tokenizer import SystemStyle, Tokenizer, pack_mask
 from nanochat.train import StepStats, train_step
 
-VERSION = 1
+VERSION = 2
 
 
 def encode_pair(
     line: bytes, where: str, tokenizer: Tokenizer, max_tokens: int, system: SystemStyle
-) -> list[tuple[list[int], list[int]]]:
-    """Encode a pair as (ids, mask) of the chosen and of the rejected answer; mask 1 on the answer.
+) -> list[tuple[list[int], list[int], list[int]]]:
+    """Encode a pair as (ids, mask, roles) of the chosen and of the rejected answer.
+
+    The mask is 1 on the answer only; roles are those of `Tokenizer.render_roles`.
 
     Raises UserError for a line that is not a pair, and for one longer than `max_tokens`.
     """
@@ -62,13 +64,13 @@ def encode_pair(
         answer = {"role": "assistant", "content": pair[key]}
         full = {"messages": [*pair["messages"], answer]}
         conversation.validate(full, f"{where}, {key}")
-        ids, mask = tokenizer.render_conversation(full, system=system)
+        ids, mask, roles = tokenizer.render_roles(full, system=system)
         if len(ids) > max_tokens:
             raise UserError(
                 f"{where}: with its {key} answer it has {len(ids)} tokens, the context takes "
                 f"{max_tokens}; shorten it, or leave such lines out with --bad-rows skip"
             )
-        documents.append((ids, [0] * before + mask[before:]))
+        documents.append((ids, [0] * before + mask[before:], roles))
     if documents[0] == documents[1]:
         raise UserError(f"{where}: chosen and rejected are equal; there is nothing to prefer")
     return documents
@@ -121,8 +123,8 @@ def pairs_store(
                     raise
                 skipped.append(str(error))
                 continue
-            for ids, mask in documents:
-                writer.add(ids, mask)
+            for ids, mask, roles in documents:
+                writer.add(ids, pack_mask(mask, roles))
         if writer.num_documents == 0:
             first = f"; the first of {len(skipped)} bad lines: {skipped[0]}" if skipped else ""
             raise UserError(f"--pairs {path} holds no pair{first}")
@@ -278,9 +280,7 @@ class PreferencePairs:
         self.num_steps = cfg.num_steps or max(1, cfg.epochs * self.held_out.start // self.count)
         self.what = f"{self.count} pairs"
         name = f"{start.meta['digest'][:16]}-{str(runtime.dtype).removeprefix('torch.')}"
-        start.model.eval()
         self.pairs = with_reference(store, start.model, name, runtime)
-        start.model.train()
 
     def compare(
         self, stage: Stage, indices: Sequence[int]
@@ -301,9 +301,7 @@ class PreferencePairs:
     def evaluate(self, stage: Stage) -> dict[str, float]:
         """Compute loss, wins and margins on held-out pairs; each rank scores a share."""
         runtime = stage.runtime
-        stage.model.eval()
         scores, ours, _ = self.compare(stage, self.held_out[runtime.rank :: runtime.world_size])
-        stage.model.train()
         return pair_metrics(sum_over_ranks(tally_pairs(scores, ours), runtime))
 
     def learn(self, stage: Stage) -> Iterator[tuple[StepStats, dict[str, float]]]:

@@ -229,11 +229,9 @@ class PolicyGradient:
         runtime, rollouts = self.runtime, self.cfg.rollouts
         prompts, too_long = self._next_prompts()
         mine = prompts[runtime.rank :: runtime.world_size]
-        self.model.eval()
         groups = roll_out(
             self.engine, mine, self.params, rollouts.group_size, self.judge(rollouts.format_bonus)
         )
-        self.model.train()
         kept = [
             (as_sample(group.prompt, completion), advantage)
             for group in groups
@@ -309,7 +307,6 @@ class PolicyGradient:
         runtime, samples = self.runtime, self.cfg.evaluating.eval_samples
         mine = self.problems[runtime.rank :: runtime.world_size]
         judge = self.judge(0.0)
-        self.model.eval()
         greedy = self.engine.generate(
             [problem.ids for problem in mine],
             replace(self.params, temperature=0.0),
@@ -331,7 +328,6 @@ class PolicyGradient:
             for k in ks:
                 sums[f"right of {k}"] += pass_at_k(samples, correct, k)
         sums["kl"], sums["kl_tokens"] = self._kl(groups, stage)
-        self.model.train()
         sums = sum_over_ranks(sums, runtime)
         count = sums["groups"]
         metrics = {"pass@1_greedy": sums["right"] / count}

@@ -166,9 +166,15 @@ def create_app(
             return context, f"max_tokens {asked} is more than the context of {context} tokens"
         return asked or min(limits.max_tokens, context), ""
 
-    def add_notice(head: dict[str, Any], *notices: str) -> None:
-        if any(notices):
-            head["notice"] = "; ".join(filter(None, notices))
+    def head_of(served: Served, prefix: str, kind: str, *notices: str) -> dict[str, Any]:
+        """Fields that a whole response and every piece of a stream begin with."""
+        head = {
+            "id": f"{prefix}-{secrets.token_hex(12)}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": served.name,
+        }
+        return {**head, "notice": "; ".join(filter(None, notices))} if any(notices) else head
 
     @app.post("/v1/chat/completions", response_model=None, responses=ANSWER)
     async def chat(body: ChatRequest, request: Request) -> Response | dict[str, Any]:
@@ -194,13 +200,8 @@ def create_app(
         except UserError as error:
             raise ApiError(400, str(error), param="messages") from None
         job = service.open(served, requests)
-        head = {
-            "id": f"chatcmpl-{secrets.token_hex(12)}",
-            "object": "chat.completion.chunk" if body.stream else "chat.completion",
-            "created": int(time.time()),
-            "model": served.name,
-        }
-        add_notice(head, clipped, cut)
+        kind = "chat.completion.chunk" if body.stream else "chat.completion"
+        head = head_of(served, "chatcmpl", kind, clipped, cut)
         if body.stream:
             want_usage = body.stream_options is not None and body.stream_options.include_usage
             chunks = chat_chunks(job, head, bool(body.logprobs), want_usage)
@@ -253,13 +254,7 @@ def create_app(
         except UserError as error:
             raise ApiError(400, str(error), param="prompt") from None
         job = service.open(served, requests)
-        head = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": served.name,
-        }
-        add_notice(head, clipped)
+        head = head_of(served, "cmpl", "text_completion", clipped)
         if body.stream:
             want_usage = body.stream_options is not None and body.stream_options.include_usage
             return EventStream(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from fastapi.responses import JSONResponse
 
+from nanochat.config import ChatSampling
 from nanochat.infer.engine import Engine
 from nanochat.infer.requests import Event, Request
 from nanochat.tokenizer import SystemStyle
@@ -23,12 +24,9 @@ BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
 @dataclass(frozen=True)
-class Limits:
+class Limits(ChatSampling):
     """Limits of requests, and defaults for fields that a request leaves out."""
 
-    temperature: float = 0.6
-    top_k: int = 50
-    max_tokens: int = 512
     max_queue: int = 128
     """Number of samples that may wait for a row; further requests get status 429."""
     max_samples: int = 16

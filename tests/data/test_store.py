@@ -319,12 +319,10 @@ def test_conversations_are_rendered_once(
     other_tokenizer = Tokenizer([*tokenizer.ranks, b"ec"])
     for other in (
         conversations_store(Echo(3, text="other"), tokenizer),
-        conversations_store(Echo(3), tokenizer, max_tokens=9),
         conversations_store(Echo(3), tokenizer, system="merge"),
         conversations_store(Echo(3), other_tokenizer),
     ):
         assert other.folder != first.folder
-    assert conversations_store(Echo(3), tokenizer, max_tokens=9).lengths(np.arange(3)).max() == 9
 
 
 def test_a_bad_conversation_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:

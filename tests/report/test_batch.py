@@ -1,5 +1,6 @@
 """Views of batches show what the loader gives, and the page is safe to open."""
 
+import json
 from dataclasses import replace
 from html.parser import HTMLParser
 from io import StringIO
@@ -54,6 +55,25 @@ def test_tokens_and_weights_are_the_batch(tokenizer: Tokenizer) -> None:
             assert said == f"{piece.document}!<|assistant_end|>"
             asked = "".join(token.text for token in piece.tokens if token.role == "user")
             assert asked == f"say <b>& {piece.document}"
+
+
+def test_pairs_are_shown_as_they_are_trained_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    question = [{"role": "user", "content": "2+2?"}]
+    pairs.write_text(json.dumps({"messages": question, "chosen": "4", "rejected": "5"}) + "\n")
+    view = show_batch.main(
+        Config(Settings(sequence_length=T), pairs=pairs, rows=1), runtime.single()
+    )
+    assert view is not None
+    said = {
+        "".join(token.text for token in piece.tokens if token.kind == "trained")
+        for row in view.rows
+        for piece in row.pieces
+    }
+    assert said == {"4<|assistant_end|>", "5<|assistant_end|>"}
+    assert view.roles["user"]["tokens"] == 2 * len("2+2?")
+    with pytest.raises(UserError, match="--task and --pairs exclude each other"):
+        show_batch.main(Config(pairs=pairs, task="gsm8k"), runtime.single())
 
 
 def test_totals_add_up(tokenizer: Tokenizer) -> None:

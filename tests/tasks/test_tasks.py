@@ -32,7 +32,7 @@ from tasks.gsm8k import GSM8K, solution_parts
 from tasks.humaneval import HumanEval, build_program
 from tasks.mmlu import MMLU
 from tasks.smoltalk import SmolTalk
-from tasks.views import TaskMixture, TaskSequence, TaskSlice
+from tasks.views import TaskMixture, TaskSlice
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +139,6 @@ def test_fingerprints_tell_tasks_apart_and_only_those():
         Newer("a", 3),
         TaskSlice(Numbers("a", 3), 1),
         TaskSlice(Numbers("a", 3), 2),
-        TaskSequence([Numbers("a", 3)]),
         TaskMixture([(Numbers("a", 3), 1)]),
         TaskMixture([(Numbers("a", 3), 2)]),
         TaskMixture([(Numbers("a", 3), 1)], seed=1),
@@ -205,7 +204,7 @@ def test_ten_million_rows_take_no_memory():
 def test_answers_in_a_mixture_are_judged_by_the_rows_own_task():
     a, b = Numbers("a", 4), Numbers("b", 4)
     inner = TaskMixture([(a, 1), (b, 1)])
-    for joined in (inner, TaskSequence([a, b]), TaskSequence([TaskSlice(b, 1), inner])):
+    for joined in (inner, TaskMixture([(TaskSlice(b, 1), 1), (inner, 1)])):
         for conversation in joined:
             said = conversation["messages"][0]["content"]
             assert joined.reward(conversation, said) == 1.0
@@ -213,12 +212,13 @@ def test_answers_in_a_mixture_are_judged_by_the_rows_own_task():
             assert not joined.evaluate(conversation, other)
 
 
-def test_a_sequence_keeps_its_order_and_names_rows_by_their_task():
-    sequence = TaskSequence([Numbers("a", 2), Numbers("b", 3)])
-    assert texts(sequence) == ["a 0", "a 1", "b 0", "b 1", "b 2"]
-    assert sequence.where(3) == "b/train row 1"
-    with pytest.raises(UserError):
-        TaskSequence([])
+def test_a_mixture_names_rows_by_their_task():
+    mixture = TaskMixture([(Numbers("a", 2), 1), (Numbers("b", 3), 1)])
+    for text, place in zip(texts(mixture), map(mixture.where, range(5)), strict=True):
+        name, row = text.split()
+        assert place == f"{name}/train row {row}"
+    with pytest.raises(UserError, match="at least one task"):
+        TaskMixture([])
 
 
 @pytest.mark.parametrize("weight", [0, -1, math.nan, math.inf])

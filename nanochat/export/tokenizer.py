@@ -3,119 +3,13 @@
 import json
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from nanochat.errors import UserError
 from nanochat.tokenizer import SystemStyle, Tokenizer
 
-# This template renders a conversation as `Tokenizer.render_conversation` does. `generation` marks
-# the tokens with mask 1, for `apply_chat_template(..., return_assistant_tokens_mask=True)`. A
-# template can only produce text, in which the tokenizer would take the spelling of a special token
-# for the token itself. So a message that spells one is refused.
-CHAT_TEMPLATE = r"""{%- set special_tokens = SPECIAL_TOKENS -%}
-{%- set merge_system = MERGE_SYSTEM -%}
-{%- macro plain(text) -%}
-    {%- for name in special_tokens if name in text -%}
-        {{- raise_exception('a message spells the special token ' ~ name) -}}
-    {%- endfor -%}
-    {{- text -}}
-{%- endmacro -%}
-{%- macro text_of(message) -%}
-    {%- if message['content'] is string -%}
-        {{- plain(message['content']) -}}
-    {%- else -%}
-        {%- for part in message['content'] -%}
-            {%- if part['type'] != 'text' -%}
-                {{- raise_exception('only assistant messages have parts of the type '
-                                    ~ part['type']) -}}
-            {%- endif -%}
-            {{- plain(part['text']) -}}
-        {%- endfor -%}
-    {%- endif -%}
-{%- endmacro -%}
-{%- macro called(call) -%}
-    {%- set arguments = (call['function'] or call)['arguments'] -%}
-    {%- if arguments is not mapping -%}
-        {{- raise_exception('give a call\'s arguments as an object, not as a string') -}}
-    {%- endif -%}
-    {%- set values = arguments.values() | list -%}
-    {%- if values | length != 1 or values[0] is not string -%}
-        {{- raise_exception('a call has one argument, its text') -}}
-    {%- endif -%}
-    {{- '<|python_start|>' ~ plain(values[0]) ~ '<|python_end|>' -}}
-{%- endmacro -%}
-{%- if tools -%}
-    {{- raise_exception('there is no place for descriptions of tools: the model knows its own') -}}
-{%- endif -%}
-{%- if add_generation_prompt and messages and messages[-1]['role'] == 'assistant' -%}
-    {%- set messages = messages[:-1] -%}
-{%- endif -%}
-{%- if not messages -%}
-    {{- raise_exception('there is no message before the assistant\'s') -}}
-{%- endif -%}
-{%- set state = namespace(pending='', called=false, open=false) -%}
-{{- '<|bos|>' -}}
-{%- for message in messages -%}
-    {%- set is_system = message['role'] in ('system', 'developer') -%}
-    {%- if is_system and merge_system -%}
-        {%- set state.pending = state.pending ~ text_of(message) ~ '\n\n' -%}
-    {%- elif is_system -%}
-        {{- '<|system_start|>' ~ text_of(message) ~ '<|system_end|>' -}}
-    {%- elif message['role'] == 'user' -%}
-        {{- '<|user_start|>' ~ state.pending ~ text_of(message) ~ '<|user_end|>' -}}
-        {%- set state.pending = '' -%}
-    {%- elif message['role'] == 'assistant' -%}
-        {%- if not state.open -%}
-            {{- '<|assistant_start|>' -}}
-        {%- endif -%}
-        {%- set state.open = true -%}
-        {%- if message['content'] is string -%}
-            {% generation %}{{ plain(message['content']) }}{% endgeneration %}
-        {%- else -%}
-            {%- for part in message['content'] or [] -%}
-                {%- if part['type'] == 'python_output' -%}
-                    {{- '<|output_start|>' ~ plain(part['text']) ~ '<|output_end|>' -}}
-                {%- elif part['type'] == 'python' -%}
-                    {% generation %}{{ '<|python_start|>' ~ plain(part['text']) ~ '<|python_end|>' }}{% endgeneration %}
-                {%- else -%}
-                    {% generation %}{{ plain(part['text']) }}{% endgeneration %}
-                {%- endif -%}
-            {%- endfor -%}
-        {%- endif -%}
-        {%- set state.called = false -%}
-        {%- if message['tool_calls'] -%}
-            {%- if message['tool_calls'] | length != 1 -%}
-                {{- raise_exception('a message makes one call; its result comes before the next') -}}
-            {%- endif -%}
-            {%- set state.called = true -%}
-            {% generation %}{{ called(message['tool_calls'][0]) }}{% endgeneration %}
-        {%- endif -%}
-    {%- elif message['role'] == 'tool' -%}
-        {%- if not state.called -%}
-            {{- raise_exception('a message of the role tool follows no call') -}}
-        {%- endif -%}
-        {{- '<|output_start|>' ~ text_of(message) ~ '<|output_end|>' -}}
-        {%- set state.called = false -%}
-    {%- else -%}
-        {{- raise_exception('the role ' ~ message['role']
-                            ~ ' is none of system, developer, user, assistant and tool') -}}
-    {%- endif -%}
-    {#- A turn of the assistant goes on with a call's result, and with what is said after it. -#}
-    {%- set next = loop.nextitem['role'] if loop.nextitem else 'nobody' -%}
-    {%- set answering = next == 'assistant' or (next == 'nobody' and add_generation_prompt) -%}
-    {%- set goes_on = answering if message['role'] == 'tool' else (state.called and next == 'tool') -%}
-    {%- if state.open and not goes_on -%}
-        {% generation %}{{ '<|assistant_end|>' }}{% endgeneration %}
-        {%- set state.open = false -%}
-    {%- endif -%}
-{%- endfor -%}
-{%- if state.pending -%}
-    {{- raise_exception('no user message follows the system message') -}}
-{%- endif -%}
-{%- if add_generation_prompt and not state.open -%}
-    {{- '<|assistant_start|>' -}}
-{%- endif -%}
-"""  # noqa: E501
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 
 def hf_tokenizer(tokenizer: Tokenizer, context_length: int, system: SystemStyle = "tokens") -> Any:
@@ -170,10 +64,17 @@ def hf_tokenizer(tokenizer: Tokenizer, context_length: int, system: SystemStyle 
 
 
 def chat_template(system: SystemStyle = "tokens") -> str:
-    """Return the Jinja template; its comment says in what it is stricter than our renderer."""
+    """Return the template that renders a conversation as `Tokenizer.render_conversation` does.
+
+    `generation` marks the tokens with mask 1, for `apply_chat_template(...,
+    return_assistant_tokens_mask=True)`. A template can only produce text, in which the tokenizer
+    would take the spelling of a special token for the token itself. So a message that spells one is
+    refused.
+    """
+    template = CHAT_TEMPLATE.read_text(encoding="utf-8")
     names = json.dumps(list(Tokenizer.SPECIAL_TOKENS))
     merge = json.dumps(system == "merge")
-    return CHAT_TEMPLATE.replace("SPECIAL_TOKENS", names).replace("MERGE_SYSTEM", merge)
+    return template.replace("SPECIAL_TOKENS", names).replace("MERGE_SYSTEM", merge)
 
 
 def bpe_merges(ranks: Sequence[bytes]) -> list[tuple[int, int]]:

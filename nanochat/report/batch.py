@@ -246,40 +246,6 @@ def table_rows(groups: dict[str, Counter[str]]) -> list[tuple[str, str, str, str
 
 # The page
 
-_CSS = """
-:root { --trained: #d3f2d6; --trained-line: #1a7f37; --partial: #fff0c2; --partial-line: #9a6700;
-  --prompt: #f2f2f2; --first: #d8e9ff; --first-line: #0b5cad; --pad: #e4e4e4; }
-@media (prefers-color-scheme: dark) {
-  :root { --trained: #123d1f; --trained-line: #56d364; --partial: #453200; --partial-line: #e3b341;
-    --prompt: #262626; --first: #0e2f57; --first-line: #79b8ff; --pad: #333; } }
-h3 { font-size: .875rem; font-weight: 600; color: var(--soft); margin: 1rem 0 .25rem;
-  overflow-wrap: anywhere; }
-p.settings { color: var(--soft); overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .75rem;
-  margin: 1rem 0; }
-dl div { border: 1px solid var(--line); border-radius: 6px; padding: .4rem .7rem; }
-dt { font-size: .8rem; color: var(--soft); } dd { margin: 0; font-variant-numeric: tabular-nums; }
-.tables { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 1rem 3rem; }
-caption { text-align: left; font-weight: 600; padding: .25rem 0; }
-tbody th { font-weight: inherit; overflow-wrap: anywhere; }
-ul.legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .5rem 1rem; }
-.text { font: .875rem/1.75 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
-  white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid var(--line);
-  padding-left: .75rem; }
-.t { border-right: 1px solid var(--page); }
-.trained, .partial { padding-bottom: 2px; }
-.trained { background: var(--trained); border-bottom: 2px solid var(--trained-line); }
-.partial { background: var(--partial); border-bottom: 2px dashed var(--partial-line); }
-.prompt { background: var(--prompt); }
-.first { background: var(--first); outline: 1px solid var(--first-line); outline-offset: -1px; }
-.key { padding: 0 .4rem; }
-.padding { margin: .75rem 0 0; padding: .25rem .75rem; color: var(--ink);
-  background: repeating-linear-gradient(45deg, var(--pad) 0 8px, transparent 8px 16px); }
-.padding span { background: var(--page); padding: 0 .4rem; }
-.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
-  white-space: nowrap; }
-"""
-
 
 def render_html(view: View) -> str:
     """Write a page without scripts or links to other files; all text is escaped."""
@@ -313,7 +279,7 @@ def render_html(view: View) -> str:
 <ul class="legend" aria-label="Legend">{legend}</ul>
 <p>Point at a token for its id, weight and role.</p>
 {sections}"""
-    return html_page(view.title, _CSS, body)
+    return html_page(view.title, "batch.css", body)
 
 
 def _row_html(number: int, row: ShownRow, sequence_length: int) -> str:

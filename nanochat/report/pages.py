@@ -58,44 +58,6 @@ def _plot_table(plots: Sequence[Plot]) -> Table:
     return Table(head, rows)
 
 
-_STYLE = """
-nav { display: flex; flex-wrap: wrap; gap: .25rem 1rem; margin-top: .5rem; font-size: .9rem; }
-.scroll { overflow-x: auto; margin: 1rem 0 0; }
-th, td { white-space: nowrap; }
-tbody tr:hover { background: var(--panel); }
-table.pairs td, table.pairs th, table.list td { text-align: left; white-space: normal;
-  overflow-wrap: anywhere; }
-table.pairs td:first-child { color: var(--soft); white-space: nowrap; }
-p.note, figcaption, .label { color: var(--soft); font-size: .875rem; }
-p.note { margin: .4rem 0 0; max-width: 75ch; }
-.beside { display: flex; flex-wrap: wrap; gap: 0 3rem; align-items: start; }
-td b { font-weight: inherit; white-space: nowrap; }
-.ci { color: var(--soft); font-size: .85em; white-space: nowrap; }
-.bar { display: block; height: .3rem; margin-top: .15rem; background: var(--c0);
-  border-radius: 2px; min-width: 1px; }
-.plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill,
-  minmax(min(100%, 340px), 1fr)); }
-figure { margin: 0; padding: .6rem .6rem .3rem; background: var(--panel);
-  border: 1px solid var(--line); border-radius: 6px; }
-figcaption b { color: var(--ink); font-weight: 600; }
-.key { margin-right: .5em; white-space: nowrap; }
-.key i { display: inline-block; width: .7em; height: .7em; margin-right: .3em; border-radius: 50%; }
-figure svg { display: block; width: 100%; height: auto; overflow: visible; font-size: 11px; }
-svg text { fill: var(--soft); } svg .x { text-anchor: middle; } svg .y { text-anchor: end; }
-.grid, .axis { fill: none; stroke: var(--line); } .grid { stroke-width: .7; }
-.curve { fill: none; stroke-width: 1.7; stroke-linejoin: round; stroke-linecap: round; }
-.thin { stroke-width: .8; opacity: .4; }
-.unseen { opacity: 0; } .point:hover { opacity: 1; stroke: var(--ink); }
-.label { margin: 1rem 0 .25rem; overflow-wrap: anywhere; }
-pre { margin: 0; padding: .6rem .8rem; background: var(--panel); border: 1px solid var(--line);
-  border-radius: 6px; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }
-@media (max-width: 560px) { table { font-size: .74rem; } .beside { gap: 0; }
-  .ci { display: block; font-size: .75em; }
-  th, td { padding: .25rem .2rem; white-space: normal; }
-  td:first-child { min-width: 4.5rem; } }
-"""
-
-
 def to_html(sections: Sequence[Section]) -> str:
     """Write the report as one HTML page that contains its style and plots."""
     links, body = [], []
@@ -122,7 +84,7 @@ def to_html(sections: Sequence[Section]) -> str:
                 body.append(f"<p>{html.escape(block.text)}</p>")
             previous = block
     nav = f"<nav>{''.join(links)}</nav>"
-    return html_page("nanochat report", _STYLE, "\n".join([nav, *body]))
+    return html_page("nanochat report", "report.css", "\n".join([nav, *body]))
 
 
 _BESIDE = '<div class="beside">'

@@ -424,15 +424,15 @@ def saved_config(meta: dict[str, Any], where: str) -> GPTConfig:
     return from_dict(GPTConfig, {"token_shift": False} | meta["model_config"], where)
 
 
-def build_model(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> GPT:
+def build_model(config: GPTConfig, runtime: Runtime) -> GPT:
     """Build a model with undefined weights; the caller loads them."""
-    with torch.device(device):
-        return GPT(config, dtype)
+    with runtime.device:
+        return GPT(config, runtime.dtype)
 
 
 def loaded_model(config: GPTConfig, folder: Path, meta: dict[str, Any], runtime: Runtime) -> GPT:
     """Build a model and load the weights of a step folder; every rank must call this."""
-    model = build_model(config, runtime.device, runtime.dtype)
+    model = build_model(config, runtime)
     load_weights(folder, meta, model, runtime)
     return model
 

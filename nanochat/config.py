@@ -220,8 +220,8 @@ class Batching:
     device_batch_size: Literal["auto"] | int = "auto"
     """Rows per rank and micro-batch; auto: the largest that fits and divides the total."""
     total_batch_size: Literal["auto"] | int = "auto"
-    """Tokens per optimizer step over all ranks; auto: from the scaling rule, after base as many as
-    the run had that it starts from."""
+    """Tokens per optimizer step over all ranks; auto: in base from the scaling rule, later
+    as in the run that it starts from."""
     window: int | None = None
     """Documents per packing window, whose rows are filled together; default: at least 1,024, and
     enough to fill 256 rows. More documents leave less padding and are shuffled more widely."""

@@ -201,8 +201,8 @@ def open_model(run: OpenRun) -> tuple[OpenRun, GPT, Tokenizer]:
                 f"is {context}; resume with the same flags, or choose another --tag"
             )
         tokenizer = tokenizer_of(run.meta, run.newest)
-        model = build_model(config, runtime.device, runtime.dtype)
-        return replace(run, source=run.meta["source"]), model, tokenizer
+        run = replace(run, source=run.meta["source"])
+        return run, build_model(config, runtime), tokenizer
     assert not isinstance(cfg, BaseConfig)
     folder = find(cfg.source, tag=cfg.run.tag)
     meta = read_meta_once(folder, runtime)

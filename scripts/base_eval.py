@@ -116,14 +116,14 @@ def main(cfg: Config, runtime: Runtime) -> list[record.Measurement]:
             store = open_store(cfg.corpus, name, tokenizer)
             result = bits_per_byte(model, tokenizer, store, cfg.eval_tokens, **shape)
             runtime.print(
-                f"{cfg.source}: {with_interval(result, 'bpb')} bits per byte on {name}, "
+                f"{cfg.source}: {with_interval(result)} bits per byte on {name}, "
                 f"{result['tokens']:,} tokens, {result['bytes']:,} bytes"
             )
         elif kind == "text":
             assert cfg.text is not None
             result = text_loss(model, tokenizer, read_text(cfg.text), **shape)
             runtime.print(
-                f"{cfg.source}: {with_interval(result, 'bpb')} bits per byte of {name}, "
+                f"{cfg.source}: {with_interval(result)} bits per byte of {name}, "
                 f"{result['word_perplexity']:,.2f} perplexity of its {result['words']:,} words"
             )
         elif kind == "samples":
@@ -141,10 +141,10 @@ def main(cfg: Config, runtime: Runtime) -> list[record.Measurement]:
     return list(runtime.broadcast_object(answers).values())
 
 
-def with_interval(result: dict[str, Any], name: str) -> str:
-    if result["ci"] is None:
-        return f"{result[name]:.4f}"
-    return f"{result[name]:.4f} ({result['ci'][0]:.4f} to {result['ci'][1]:.4f})"
+def with_interval(result: dict[str, Any]) -> str:
+    """Format bits per byte with their interval, if there is one."""
+    interval = "" if result["ci"] is None else " ({:.4f} to {:.4f})".format(*result["ci"])
+    return f"{result['bpb']:.4f}{interval}"
 
 
 def core_bundle(cfg: Core, runtime: Runtime) -> Path | None:

@@ -64,7 +64,7 @@ def held_out_batches(
 
 @torch.no_grad()
 def evaluate_bpb(
-    model: GPT, batches: Iterable[Batch], token_bytes: torch.Tensor, runtime: Runtime
+    model: GPT, batches: Iterable[Batch], token_bytes: np.ndarray | torch.Tensor, runtime: Runtime
 ) -> dict[str, Any]:
     """Compute bits per byte and mean loss over the batches of all ranks; every rank must call this.
 
@@ -79,11 +79,12 @@ def evaluate_bpb(
     # Sums: nats of byte tokens, bytes, nats, targets. For the interval: rows, and sums over rows of
     # nats squared, nats times bytes, bytes squared.
     totals = torch.zeros(8, dtype=torch.float64)
+    bytes_of = torch.as_tensor(token_bytes)
     for batch in batches:
         nll = model.nll(batch.inputs, batch.targets, batch.doc_ids, boundaries=batch.boundaries)
         nll, targets = nll.cpu().double(), batch.targets.cpu()  # not every device has float64
         valid = targets >= 0
-        size = torch.where(valid, token_bytes.cpu()[targets.clamp(min=0)], 0)
+        size = torch.where(valid, bytes_of[targets.clamp(min=0)], 0)
         x, y = (nll * (size > 0)).sum(1), size.sum(1).double()  # (B,)
         sums = [x.sum(), y.sum(), nll.sum(), valid.sum(), (y > 0).sum(), x @ x, x @ y, y @ y]
         totals += torch.stack([one.double() for one in sums])
@@ -124,8 +125,7 @@ def bits_per_byte(
         batch_size=batch_size,
         runtime=runtime,
     )
-    sizes = torch.as_tensor(tokenizer.token_bytes()).to(runtime.device)
-    return evaluate_bpb(model, batches, sizes, runtime)
+    return evaluate_bpb(model, batches, tokenizer.token_bytes(), runtime)
 
 
 def text_loss(
@@ -161,8 +161,7 @@ def text_loss(
             one_document = torch.zeros(len(rows), T, dtype=torch.int32)
             yield Batch(inputs[rows], targets[rows], weights, one_document).to(runtime.device)
 
-    sizes = torch.as_tensor(tokenizer.token_bytes()).to(runtime.device)
-    result = evaluate_bpb(model, batches(), sizes, runtime)
+    result = evaluate_bpb(model, batches(), tokenizer.token_bytes(), runtime)
     words = len(text.split())
     nats = result["loss"] * result["tokens"]
     return {**result, "words": words, "word_perplexity": math.exp(min(700.0, nats / words))}
@@ -235,8 +234,7 @@ def evaluate_held_out(
             with_roles=with_roles,
         )
 
-    sizes = torch.as_tensor(tokenizer.token_bytes()).to(runtime.device)
-    texts = held_out.texts
+    sizes, texts = tokenizer.token_bytes(), held_out.texts
     share = tokens // len(texts)
     results = [
         # Each corpus is read alone: a mixture weight is its part in the mixture, and all corpora

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -398,6 +399,35 @@ def run_rank(rank: Runtime, folder: Path, cfg: RlConfig) -> None:
     register()
     with tiny_runs.base_dir(folder):
         chat_rl.main(cfg, rank)
+
+
+def open_in_turn(rank: Runtime, folder: Path, cfg: RlConfig) -> list[bool]:
+    """Open the tasks on one rank; returns, for each time, whether the data was there already."""
+    marker, found = folder / "prepared", []
+    build_mixture = chat_rl.build_mixture
+
+    class Opened(Exception):
+        pass
+
+    def prepare(*arguments: Any, **keywords: Any) -> Any:
+        found.append(marker.exists())
+        time.sleep(0.2)  # ranks that do not wait look for it in this time
+        marker.touch()
+        return build_mixture(*arguments, **keywords)
+
+    def stop(*_: Any) -> None:
+        raise Opened
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_rl, "build_mixture", prepare)
+        patch.setattr(chat_rl, "PolicyGradient", stop)
+        with pytest.raises(Opened):
+            run_rank(rank, folder, cfg)
+    return found
+
+
+def test_data_sets_are_prepared_by_one_rank_first(folder: Path) -> None:
+    assert processes.run_ranks(open_in_turn, 3, folder, config()) == [[False], [True], [True]]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -22,7 +22,7 @@ from benchmarks.common import publish
 from benchmarks.decode import made_up_tokenizer
 from nanochat import memory
 from nanochat.cli import parse
-from nanochat.config import from_dict
+from nanochat.config import Learning, from_dict
 from nanochat.data.hub import open_corpus
 from nanochat.data.store import StoreWriter
 from nanochat.gpt import GPTConfig
@@ -109,7 +109,7 @@ def measure(shape: Shape, folder: Path) -> dict[str, Any]:
         from_dict(GPTConfig, records[0]["model"]),
         memory.Shape(shape.rows, shape.context_length, shape.recompute),
         Machine("cpu", DTYPES[shape.dtype]),
-        "muon",
+        Learning(),
     )
     return {
         **vars(shape),

@@ -5,10 +5,11 @@ python -m benchmarks.optimizer_step [--json out.json]
 Share: the part of a training step (depth 6, width 384, T 512, 8 rows, vocabulary 8,192, 4
 micro-batches) that `Optimizer.step` takes, in both dtypes, as medians.
 
-Bytes: the collectives of one optimizer step on 2, 3 and 4 gloo ranks. In a ring of W ranks, a rank
-sends (W-1)/W of the tensor for a reduce-scatter or an all-gather, and twice that for an all-reduce.
-The minimum is a reduce-scatter of all gradients and an all-gather of all parameters, 2 (W-1)/W of
-their bytes. The rest is padding of stacks whose number of matrices is not a multiple of W.
+Bytes: the collectives of one optimizer step on 2, 3 and 4 gloo ranks, without and with
+--bf16-transfers. In a ring of W ranks, a rank sends (W-1)/W of the tensor for a reduce-scatter, an
+all-gather or an all-to-all, and twice that for an all-reduce. The minimum in float32 is a
+reduce-scatter of all gradients and an all-gather of all parameters, 2 (W-1)/W of their bytes. The
+rest is padding of stacks whose number of matrices is not a multiple of W.
 """
 
 import json
@@ -84,7 +85,7 @@ def share_of_a_step(cfg: Config, dtype: torch.dtype) -> dict[str, float]:
     }
 
 
-def count_bytes(rank: int, world_size: int, folder: str, cfg: Config) -> None:
+def count_bytes(rank: int, world_size: int, folder: str, cfg: Config, halved: bool) -> None:
     """Run one rank: a step with counted collectives; rank 0 writes the bytes that it sent."""
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -104,22 +105,24 @@ def count_bytes(rank: int, world_size: int, folder: str, cfg: Config) -> None:
 
     optim.reduce_scatter = counted(optim.reduce_scatter, 1, 1)
     optim.all_gather = counted(optim.all_gather, 0, 1)
+    optim.all_to_all = counted(optim.all_to_all, 1, 1)
     dist.all_reduce = counted(dist.all_reduce, 0, 2)
     model = GPT(model_config(cfg)).init_weights(0)
     parameters = sum(p.numel() for p in model.parameters())
-    rules = parameter_rules(model, Learning(), width=model.config.n_embd)
+    rules = parameter_rules(model, Learning(bf16_transfers=halved), width=model.config.n_embd)
     Optimizer(model, rules, rank=rank, world_size=world_size).step(Hypers(1e-6))
     if rank == 0:
         least = 2 * (world_size - 1) / world_size * 4 * parameters
         result = {"ranks": world_size, "sent": sent, "least": least, "ratio": sent / least}
+        result["bf16_transfers"] = halved
         (Path(folder) / "result").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def communicated(cfg: Config, world_size: int) -> dict[str, float]:
+def communicated(cfg: Config, world_size: int, halved: bool = False) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(count_bytes, (world_size, folder, cfg), nprocs=world_size)  # type: ignore[no-untyped-call]
+        mp.spawn(count_bytes, (world_size, folder, cfg, halved), nprocs=world_size)  # type: ignore[no-untyped-call]
         result: dict[str, float] = json.loads((Path(folder) / "result").read_text())
     return result
 
@@ -128,7 +131,11 @@ def main(cfg: Config) -> dict[str, Any]:
     tune_cpu()
     result = {
         "share": {name: share_of_a_step(cfg, DTYPES[name]) for name in cfg.dtypes},
-        "bytes_per_step": [communicated(cfg, world_size) for world_size in cfg.world_sizes],
+        "bytes_per_step": [
+            communicated(cfg, world_size, halved)
+            for world_size in cfg.world_sizes
+            for halved in (False, True)
+        ],
         "threads": torch.get_num_threads(),
     }
     publish(result, cfg.json)

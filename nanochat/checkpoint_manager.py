@@ -62,8 +62,9 @@ class CheckpointManager:
         """
         self.wait()
         weights = {}
-        if self.runtime.is_main:
-            weights = {name: _host_copy(p) for name, p in model.named_parameters()}
+        with optimizer.masters():
+            if self.runtime.is_main:
+                weights = {name: _host_copy(p) for name, p in model.named_parameters()}
         state = optimizer.state_dict(host_copy=True)
         meta = {
             **meta,
@@ -456,6 +457,7 @@ def restore(
         )
     verify(folder, meta, meta["files"], runtime)
     _load_weights(folder, model)
+    optimizer.take_masters()
     group = dist.new_group(backend="gloo") if runtime.world_size > 1 else None
     state = optimizer.state_dict(host_copy=True)
     load_optimizer_state(state, folder / "optim", group)

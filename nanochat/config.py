@@ -290,6 +290,10 @@ class Learning:
     """Fraction of the steps, at the end, with a falling learning rate."""
     final_lr: float = 0.0
     """Learning rate at the end, as a fraction of its peak."""
+    bf16_transfers: bool = False
+    """Send gradients and weights of embedding, value embeddings and head between ranks in bfloat16:
+    half the bytes. It changes the losses by rounding: each rank's gradients are rounded before they
+    are added (in float32), and the head computes with rounded weights. Checkpoints keep float32."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from nanochat.attention import Layout, padded_documents, query_blocks
+from nanochat.config import Learning
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hardware import Machine
 from nanochat.loss import block_tokens, chunk_tokens
@@ -77,25 +78,22 @@ def saved_for_backward(config: GPTConfig, shape: Shape, dtype: torch.dtype, back
         model.summed_loss(ids, ids, ids.float(), layout)
     kept = sum(storage.nbytes() for storage in storages.values())
     if recompute:
-        # Checkpointing keeps the blocks' inputs, and one block at a time is run again.
-        half = dtype.itemsize
-        values = config.n_kv_head * config.head_dim
-        layers = [config.has_value_embedding(layer) for layer in range(config.n_layer)]
-        kept += rows * T * half * sum(config.n_embd + values * has_values for has_values in layers)
+        # The blocks' inputs are among what is kept. One block at a time is run again.
         whole = saved_for_backward(config, replace(shape, recompute=False), dtype, backend)
         kept += (whole - kept) // config.n_layer
     return kept
 
 
 def estimate_memory(
-    config: GPTConfig, shape: Shape, machine: Machine, optimizer: str
+    config: GPTConfig, shape: Shape, machine: Machine, learning: Learning
 ) -> dict[str, int]:
     """Bytes that a rank needs in training, by kind; the last entry is "total".
 
     For a GPU this is the device's memory. For a CPU it is all memory of the process, including the
-    copy that a checkpoint being written holds. `optimizer` is the rule of the block matrices.
+    copy that a checkpoint being written holds. `learning` decides what the optimizer keeps.
     benchmarks/memory.py compares the estimate with real runs on CPUs.
     """
+    optimizer = learning.matrix_optimizer
     rows, T, recompute = shape.rows, shape.sequence_length, shape.recompute
     C, V = config.n_embd, config.padded_vocab_size
     device_type, dtype, world_size = machine.device_type, machine.dtype, machine.world_size
@@ -118,6 +116,11 @@ def estimate_memory(
     tables = 4 * V * max(C, config.n_kv_head * config.head_dim)
     if not on_cpu:  # AdamW updates small blocks on a CPU
         temporaries = max(temporaries, KINDS["adamw"].temporaries * tables / world_size)
+    halved = 0  # parameters that travel in bfloat16
+    if learning.bf16_transfers and world_size > 1:
+        halved = sum(counts[kind] for kind in ("embedding", "value_embeddings", "head"))
+    # The sums of this rank's rows; in bfloat16 a buffer for all rows, and this rank's after them.
+    transfers = 2 * halved + (4 * (parameters - halved) + 2 * halved) // world_size
     windows = len({config.window(layer) for layer in range(config.n_layer)})
     # Gradients of the widest part of a block in the backward pass, and masks on CPUs.
     backward = rows * T * (half * 12 * C + (windows * T if on_cpu else 0))
@@ -134,8 +137,7 @@ def estimate_memory(
         "weights": 4 * parameters,
         "gradients": 4 * parameters,
         "optimizer shard": shard,
-        "optimizer temporaries": int(temporaries)
-        + (4 * parameters // world_size if world_size > 1 else 0),
+        "optimizer temporaries": int(temporaries) + (transfers if world_size > 1 else 0),
         "activations": activations,
         "weight casts and the head's gradient": max(0, 2 * one - two) + tables,
         "logits chunk": config.vocab_size
@@ -146,6 +148,8 @@ def estimate_memory(
         "checkpoint copy": 4 * parameters + 3 * shard if on_cpu else 0,
         "runtime": RUNTIME.get(device_type, RUNTIME["cuda"]),
     }
+    if halved:
+        memory["float32 rows of the tables"] = 4 * halved // world_size
     if not on_cpu:
         memory |= _gpu_memory(config, shape, machine)
     memory["total"] = sum(memory.values())
@@ -202,14 +206,14 @@ def largest_batch(
     config: GPTConfig,
     machine: Machine,
     sequence_length: int,
-    optimizer: str,
+    learning: Learning,
     recompute: bool = False,
 ) -> int:
     """Largest power of two of rows, up to 4,096, that fits the limit; 0 if not one row does."""
     rows, trial = 0, 1
     while trial <= 4096:
         shape = Shape(trial, sequence_length, recompute)
-        needed = estimate_memory(config, shape, machine, optimizer)["total"]
+        needed = estimate_memory(config, shape, machine, learning)["total"]
         if machine.memory_limit is not None and needed > machine.memory_limit:
             break
         rows, trial = trial, trial * 2
@@ -220,7 +224,7 @@ def memory_advice(
     config: GPTConfig,
     shape: Shape,
     machine: Machine,
-    optimizer: str,
+    learning: Learning,
     *,
     rows_per_step: int,
     fits: int,
@@ -232,7 +236,7 @@ def memory_advice(
     """
 
     def gibibytes(shape: Shape) -> str:
-        return f"{estimate_memory(config, shape, machine, optimizer)['total'] / 2**30:.1f} GiB"
+        return f"{estimate_memory(config, shape, machine, learning)['total'] / 2**30:.1f} GiB"
 
     fewer = [r for r in range(1, min(fits, shape.rows - 1) + 1) if rows_per_step % r == 0]
     remedies = []

@@ -12,10 +12,16 @@ are all-reduced, and every rank updates them.
 
 Gradients are summed over ranks, not averaged: the loss is already divided by the global count of
 targets. At world size 1 the same code runs and the collectives are skipped.
+
+With `Learning.bf16_transfers` the tables (embedding, value embeddings, head) travel in bfloat16.
+Each rank's gradient is rounded once and sent to the owners of its rows, who add in float32. An
+owner keeps its rows in float32, the `master`. Every rank gets them rounded, the owner included, so
+all ranks compute with the same numbers. `masters()` puts the float32 rows back for a checkpoint.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +37,7 @@ from nanochat.muon import muon_update
 # torch 2.13 renamed both functions.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_to_all = dist.all_to_all_single
 
 SMALL = 4096
 """Largest number of elements of an unstacked tensor that every rank updates instead of a share."""
@@ -46,6 +53,8 @@ class Rule:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.8, 0.95)
     eps: float = 1e-10
+    bf16_transfers: bool = False
+    """True: gradients and parameters are sent between ranks in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +168,11 @@ class Unit:
     own: slice
     """Indices of this rank's share of dimension 0, padding included."""
     state: dict[str, torch.Tensor] = field(default_factory=dict)
+    master: torch.Tensor | None = None
+    """This rank's share in float32 of a unit that travels in bfloat16; `parameters` is rounded."""
     reduced: torch.Tensor | None = None
+    sent: torch.Tensor | None = None
+    """Buffer in bfloat16, shaped like the parameters, for gradients sent and then rows gathered."""
 
 
 def parameter_rules(
@@ -183,9 +196,11 @@ def parameter_rules(
             kind, lr = learning.matrix_optimizer, learning.matrix_lr * lr_scale
             rules[name] = Rule(kind, lr, weight_decay, betas)
         elif name.startswith("head."):
-            rules[name] = Rule("adamw", learning.head_lr * adam_scale, betas=betas)
+            lr = learning.head_lr * adam_scale
+            rules[name] = Rule("adamw", lr, betas=betas, bf16_transfers=learning.bf16_transfers)
         elif name.startswith(("embedding.", "value_embeddings.")):
-            rules[name] = Rule("adamw", learning.embedding_lr * adam_scale, betas=betas)
+            lr = learning.embedding_lr * adam_scale
+            rules[name] = Rule("adamw", lr, betas=betas, bf16_transfers=learning.bf16_transfers)
         elif name.endswith("value_gate.weight") or name == "shift_scale":
             rules[name] = Rule("adamw", learning.gate_lr * adam_scale, betas=betas)
         else:
@@ -230,6 +245,7 @@ class Optimizer:
         self.units = sorted(
             stack_units + self.units, key=lambda unit: unit.parameters.numel(), reverse=True
         )
+        self.take_masters()
 
     def _padded(self, count: int) -> int:
         return -(-count // self.world_size) * self.world_size
@@ -266,6 +282,28 @@ class Optimizer:
         state = KINDS[rule.kind].make_state(parameters[own])
         return Unit(rule, [name], parameters, gradients, rows, sharded, own, state)
 
+    @torch.no_grad()
+    def take_masters(self) -> None:
+        """Take the model's float32 parameters as masters, and round them where they are rounded in
+        training; called whenever the parameters were set from outside."""
+        for unit in self.units:
+            if unit.rule.bf16_transfers and unit.sharded and self.world_size > 1:
+                unit.master = unit.parameters[unit.own].clone()
+                unit.parameters.copy_(unit.parameters.bfloat16())
+
+    @contextmanager
+    @torch.no_grad()
+    def masters(self) -> Iterator[None]:
+        """Put the float32 masters of all ranks into the parameters for a while; a collective."""
+        rounded = [unit for unit in self.units if unit.master is not None]
+        for unit in rounded:
+            all_gather(unit.parameters, unit.master)
+        try:
+            yield
+        finally:
+            for unit in rounded:
+                unit.parameters.copy_(unit.parameters.bfloat16())
+
     def zero_grad(self) -> None:
         for unit in self.units:
             unit.gradients.zero_()
@@ -292,11 +330,12 @@ class Optimizer:
                 handle.wait()
             self._update(unit, hypers)
             gathering.append(self._gather(unit))
-        for handle in gathering:
+        for unit, handle in zip(self.units, gathering, strict=True):
             if handle is not None:
                 handle.wait()
-        for unit in self.units:
-            unit.reduced = None
+            if unit.sent is not None:
+                unit.parameters.copy_(unit.sent)
+            unit.reduced = unit.sent = None
 
     def _reduce(self, unit: Unit) -> Any:
         if self.world_size == 1:
@@ -305,6 +344,12 @@ class Optimizer:
         if not unit.sharded:
             unit.reduced = unit.gradients
             return dist.all_reduce(unit.gradients, async_op=True)
+        if unit.master is not None:
+            unit.sent = unit.gradients.bfloat16()
+            # What comes takes half of the gradients' memory: they are in the buffer now.
+            memory = unit.gradients.view(-1).view(torch.bfloat16)[: unit.gradients.numel()]
+            unit.reduced = memory.view(self.world_size, -1, *unit.gradients.shape[1:])
+            return all_to_all(unit.reduced.flatten(0, 1), unit.sent, async_op=True)
         unit.reduced = torch.empty_like(unit.gradients[unit.own])
         return reduce_scatter(unit.reduced, unit.gradients, async_op=True)
 
@@ -312,9 +357,12 @@ class Optimizer:
         real = self._real_rows(unit) if unit.sharded else unit.rows
         if unit.reduced is None or real == 0:
             return
+        parameters, gradients = unit.parameters[unit.own], unit.reduced
+        if unit.master is not None:  # one share from each rank
+            parameters, gradients = unit.master, unit.reduced.sum(0, dtype=torch.float32)
         share = Share(
-            unit.parameters[unit.own][:real],
-            unit.reduced[:real],
+            parameters[:real],
+            gradients[:real],
             {name: tensor[:real] for name, tensor in unit.state.items()},
             unit.rule,
             hypers,
@@ -326,6 +374,9 @@ class Optimizer:
     def _gather(self, unit: Unit) -> Any:
         if self.world_size == 1 or not unit.sharded:
             return None
+        if unit.master is not None:
+            unit.reduced = unit.master.bfloat16()
+            return all_gather(unit.sent, unit.reduced, async_op=True)
         # The input is a copy, because some backends cannot gather from a view of the output.
         unit.reduced = unit.parameters[unit.own].clone()
         return all_gather(unit.parameters, unit.reduced, async_op=True)
@@ -333,7 +384,9 @@ class Optimizer:
     def bytes_communicated(self) -> int:
         """Bytes a rank sends per step with ring collectives: (W-1)/W of each buffer moved."""
         share = (self.world_size - 1) / self.world_size
-        total = sum(unit.parameters.numel() * unit.parameters.element_size() for unit in self.units)
+        total = sum(
+            unit.parameters.numel() * (4 if unit.master is None else 2) for unit in self.units
+        )
         return int(2 * share * total)
 
     def state_bytes(self) -> int:

@@ -227,9 +227,7 @@ def make_plan(
 
     tokens = _token_budget(duration, scaling, flops_per_token)
     total = batching.total_batch_size
-    largest = largest_batch(
-        config, machine, sequence_length, learning.matrix_optimizer, batching.recompute
-    )
+    largest = largest_batch(config, machine, sequence_length, learning, batching.recompute)
     if largest == 0 and batching.device_batch_size == "auto":
         raise UserError(
             f"not even one row of {sequence_length} tokens fits into "

@@ -231,7 +231,7 @@ class Stage:
             model.config,
             Shape(plan.device_batch_size, plan.sequence_length, model.recompute),
             runtime.machine(),
-            cfg.learning.matrix_optimizer,
+            cfg.learning,
             rows_per_step=plan.device_batch_size * plan.micro_batches,
             fits=plan.largest_device_batch_size,
         )

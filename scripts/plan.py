@@ -218,7 +218,7 @@ def main(cfg: AnyPlan, runtime: Runtime) -> dict[str, Any]:
         schedule=context_schedule(cfg) if isinstance(cfg, Config) else (),
     )
     shape = Shape(plan.device_batch_size, plan.sequence_length, job.batching.recompute)
-    memory = estimate_memory(job.model, shape, machine, job.learning.matrix_optimizer)
+    memory = estimate_memory(job.model, shape, machine, job.learning)
     total = memory.pop("total")
     always = total - sum(memory.get(kind, 0) for kind in LEARNING)
     for phase, kinds in job.other_memory.items():

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import checkpoint, contention, gpu, memory, optimizer_step, startup
 from nanochat.checkpoint_manager import list_steps
+from nanochat.config import Learning
 from nanochat.gpt import GPT
 from nanochat.optim import Optimizer
 
@@ -37,11 +38,20 @@ def test_optimizer_share() -> None:
 def test_bytes_on_ranks() -> None:
     """Counted at the collectives, they are what the optimizer says it sends."""
     cfg = optimizer_step.Config(depth=3, vocab_size=300, context_length=32)
-    result = optimizer_step.communicated(cfg, 2)
-    model = GPT(optimizer_step.model_config(cfg)).init_weights(0)
-    rules = optimizer_step.parameter_rules(model, optimizer_step.Learning(), width=192)
-    assert result["sent"] == Optimizer(model, rules, rank=0, world_size=2).bytes_communicated()
-    assert 1 <= result["ratio"] < 1.4
+    sent = []
+    for halved in (False, True):
+        result = optimizer_step.communicated(cfg, 2, halved)
+        model = GPT(optimizer_step.model_config(cfg)).init_weights(0)
+        learning = Learning(bf16_transfers=halved)
+        rules = optimizer_step.parameter_rules(model, learning, width=192)
+        optimizer = Optimizer(model, rules, rank=0, world_size=2)
+        assert result["sent"] == optimizer.bytes_communicated()
+        assert halved or 1 <= result["ratio"] < 1.4
+        sent.append(result["sent"])
+    groups = model.num_parameters()
+    tables = groups["embedding"] + groups["value_embeddings"] + groups["head"]
+    # Of each table a rank sends half, as gradients and as rows, in two bytes less.
+    assert sent[0] - sent[1] == 2 * tables
 
 
 def test_memory_shapes_are_distinct() -> None:
@@ -65,7 +75,8 @@ def test_a_dry_run_of_what_waits_for_a_gpu(tmp_path: Path, monkeypatch: pytest.M
     failed = [
         (name, key, value)
         for name, outcome in report["lines"].items()
-        for key, value in outcome["result"].items()
+        for key, values in outcome["result"].items()
+        for value in (values if isinstance(values, list) else [values])
         if isinstance(value, str) and value != "needs CUDA"
     ]
     assert failed == []

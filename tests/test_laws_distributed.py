@@ -14,6 +14,7 @@ import numpy as np
 import processes
 import pytest
 import torch
+from safetensors.torch import load_file
 from stores import make_store, take
 
 from nanochat import checkpoint_manager
@@ -197,6 +198,74 @@ def test_lion_is_sharded_like_the_other_rules(stores: Path) -> None:
     for name, value in alone["parameters"].items():
         near = torch.isclose(first["parameters"][name], value, rtol=1e-4, atol=2e-4)
         assert near.float().mean() > 0.98, name
+
+
+# Tables that travel in bfloat16
+
+HALVED = dataclasses.replace(LEARNING, bf16_transfers=True)
+TABLES = ("embedding.weight", "head.weight")
+"""Value embeddings are so small here that every rank updates them."""
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_bf16_transfers_keep_ranks_identical_and_losses_close(
+    world_size: int, stores: Path, results: dict[tuple[int, int], list[dict[str, Any]]]
+) -> None:
+    first, *others = processes.run_ranks(train, world_size, stores, 1, HALVED)
+    exact = results[1, 1][0]
+    assert first["losses"] == pytest.approx(exact["losses"], rel=1e-3)
+    assert first["losses"] != pytest.approx(exact["losses"], rel=1e-6), "something was rounded"
+    for other in others:
+        assert other["prints"] == first["prints"]
+        assert other["losses"] == first["losses"]
+    for name, value in first["parameters"].items():
+        table = name in TABLES
+        assert torch.equal(value, value.bfloat16().float()) == table, name
+
+
+def masters_fingerprint(model: GPT, optimizer: Optimizer) -> str:
+    with optimizer.masters():
+        return fingerprint(model)
+
+
+def resume_halved(runtime: Runtime, stores: Path, folder: Path) -> dict[str, Any]:
+    """Save after two steps, take the third, and take it again from the checkpoint."""
+    model, optimizer = make(runtime, HALVED)
+    loader = make_loader(runtime, stores, 1)
+    for hypers in HYPERS[:2]:
+        train_step(model, optimizer, take(loader, 1), hypers, runtime)
+    manager = CheckpointManager(folder, runtime)
+    manager.save(2, model, optimizer, {"loader_state": loader.state_dict()})
+    manager.wait()
+    rounded = parameters(model)
+    third = []
+    for again in (False, True):
+        if again:
+            model, optimizer = make(runtime, HALVED)
+            meta = restored(folder / "step_000002", model, optimizer, runtime)
+            loader = make_loader(runtime, stores, 1)
+            loader.load_state_dict(meta["loader_state"])
+            for name, value in parameters(model).items():
+                assert torch.equal(value, rounded[name]), name
+        stats = train_step(model, optimizer, take(loader, 1), HYPERS[2], runtime)
+        check_replicas(model, runtime)
+        third.append((stats.loss, fingerprint(model), masters_fingerprint(model, optimizer)))
+    assert third[0] == third[1]
+    assert third[0][1] != third[0][2], "masters are more precise"
+    return rounded
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_bf16_transfers_save_float32_and_resume_bit_for_bit(
+    world_size: int, stores: Path, tmp_path: Path
+) -> None:
+    rounded = processes.run_ranks(resume_halved, world_size, stores, tmp_path)[0]
+    saved = load_file(tmp_path / "step_000002" / "model.safetensors")
+    for name, value in rounded.items():
+        table = name in TABLES
+        assert torch.equal(saved[name], value) != table, name
+        if table:
+            assert torch.equal(saved[name].bfloat16().float(), value), name
 
 
 def diverge(runtime: Runtime) -> tuple[str, str] | None:

@@ -63,5 +63,8 @@ def test_lion_needs_less_memory_than_adamw() -> None:
     states = {kind: trained(kind, 0.0)[1] for kind in ("adamw", "lion")}
     assert states["lion"] < states["adamw"]
     machine = Machine("cpu", torch.float32)
-    planned = {kind: estimate_memory(CONFIG, Shape(1, 32), machine, kind) for kind in states}
+    planned = {
+        kind: estimate_memory(CONFIG, Shape(1, 32), machine, Learning(matrix_optimizer=kind))  # type: ignore[arg-type]
+        for kind in states
+    }
     assert planned["lion"]["optimizer shard"] < planned["adamw"]["optimizer shard"]

@@ -20,7 +20,7 @@ import torch
 
 from nanochat import memory, runtime
 from nanochat.cli import is_out_of_memory, launch
-from nanochat.config import BaseConfig
+from nanochat.config import BaseConfig, Learning
 from nanochat.errors import UserError
 from nanochat.gpt import GPT, GPTConfig, config_from_depth
 from nanochat.hardware import Machine, cpus, machine_memory
@@ -39,9 +39,12 @@ CONFIG = config_from_depth(3, 300, aspect_ratio=16, head_dim=16, context_length=
 CPU = Machine("cpu", torch.float32)
 
 
-def really_saved(config: GPTConfig, B: int, T: int, dtype: torch.dtype) -> int:
+def really_saved(
+    config: GPTConfig, B: int, T: int, dtype: torch.dtype, recompute: bool = False
+) -> int:
     """Bytes that autograd keeps of a step on real tensors, with several documents to a row."""
     model = GPT(config, dtype).init_weights(0)
+    model.recompute = recompute
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -59,26 +62,30 @@ def really_saved(config: GPTConfig, B: int, T: int, dtype: torch.dtype) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("portable", [False, True])
 def test_what_is_kept_is_counted_exactly(portable: bool, dtype: torch.dtype) -> None:
-    """Without running anything."""
+    """Without running anything. With recompute, a block's share comes to what is kept."""
     config = config_from_depth(
         3, 300, aspect_ratio=16, head_dim=16, kv_heads=1, context_length=64, portable=portable
     )
     counted = saved_for_backward(config, Shape(2, 48), dtype, "blocked")
-    assert counted == really_saved(config, 2, 48, dtype)
+    whole = really_saved(config, 2, 48, dtype)
+    assert counted == whole
+    again = saved_for_backward(config, Shape(2, 48, True), dtype, "blocked")
+    kept = really_saved(config, 2, 48, dtype, recompute=True)
+    assert again == kept + (whole - kept) // 3
 
 
 def test_estimate() -> None:
-    one, eight = (estimate_memory(CONFIG, Shape(rows, 64), CPU, "muon") for rows in (1, 8))
+    one, eight = (estimate_memory(CONFIG, Shape(rows, 64), CPU, Learning()) for rows in (1, 8))
     assert eight["activations"] == pytest.approx(8 * one["activations"], rel=1e-6)
     assert {k for k in one if one[k] != eight[k]} == {"activations", "total"}
     assert one["total"] == sum(one.values()) - one["total"]
     parameters = sum(p.numel() for p in memory.meta_model(CONFIG).parameters())
     assert one["weights"] == one["gradients"] == 4 * parameters
-    again = estimate_memory(CONFIG, Shape(8, 64, True), CPU, "muon")
+    again = estimate_memory(CONFIG, Shape(8, 64, True), CPU, Learning())
     assert again["activations"] < 0.7 * eight["activations"]
-    sharded = estimate_memory(CONFIG, Shape(8, 64), replace(CPU, world_size=4), "muon")
+    sharded = estimate_memory(CONFIG, Shape(8, 64), replace(CPU, world_size=4), Learning())
     assert sharded["optimizer shard"] == eight["optimizer shard"] // 4
-    on_gpu = estimate_memory(CONFIG, Shape(8, 64), replace(CPU, device_type="cuda"), "muon")
+    on_gpu = estimate_memory(CONFIG, Shape(8, 64), replace(CPU, device_type="cuda"), Learning())
     assert on_gpu["checkpoint copy"] == 0, "in the host's memory"
     assert on_gpu["activations"] < eight["activations"], "no probabilities, no masks"
 
@@ -86,16 +93,18 @@ def test_estimate() -> None:
 def test_each_rule_has_a_memory_of_its_own() -> None:
     """The option counts in the estimate, in the rows that fit, and in the advice."""
     config = config_from_depth(12, 4096, context_length=64)
-    needed = {kind: estimate_memory(config, Shape(4, 64), CPU, kind) for kind in KINDS}
+    rules = {kind: Learning(matrix_optimizer=kind) for kind in KINDS}  # type: ignore[arg-type]
+    needed = {kind: estimate_memory(config, Shape(4, 64), CPU, rules[kind]) for kind in KINDS}
     temporaries = {kind: parts["optimizer temporaries"] for kind, parts in needed.items()}
     assert temporaries["adamw"] == temporaries["lion"] < temporaries["muon"]
     totals = {kind: parts["total"] for kind, parts in needed.items()}
     assert totals["lion"] < min(totals["muon"], totals["adamw"])
     machine = replace(CPU, memory_limit=totals["lion"])
-    fits = {kind: largest_batch(config, machine, 64, kind) for kind in KINDS}
+    fits = {kind: largest_batch(config, machine, 64, rules[kind]) for kind in KINDS}
     assert fits["lion"] == 4 > max(fits["muon"], fits["adamw"])
     advice = {
-        memory_advice(config, Shape(4, 64), CPU, kind, rows_per_step=4, fits=4) for kind in KINDS
+        memory_advice(config, Shape(4, 64), CPU, rule, rows_per_step=4, fits=4)
+        for rule in rules.values()
     }
     assert len(advice) == len(KINDS)
 
@@ -103,10 +112,10 @@ def test_each_rule_has_a_memory_of_its_own() -> None:
 def test_advice_names_what_to_set() -> None:
     def advice(fits: int, limit: int | None, rows: int = 16, recompute: bool = False) -> str:
         machine, shape = replace(CPU, memory_limit=limit), Shape(rows, 64, recompute)
-        return memory_advice(CONFIG, shape, machine, "muon", rows_per_step=48, fits=fits)
+        return memory_advice(CONFIG, shape, machine, Learning(), rows_per_step=48, fits=fits)
 
-    limit = estimate_memory(CONFIG, Shape(8, 64), CPU, "muon")["total"]
-    assert largest_batch(CONFIG, replace(CPU, memory_limit=limit), 64, "muon") == 8
+    limit = estimate_memory(CONFIG, Shape(8, 64), CPU, Learning())["total"]
+    assert largest_batch(CONFIG, replace(CPU, memory_limit=limit), 64, Learning()) == 8
     text = advice(8, limit)
     for part in (
         "--device-batch-size 16 with rows of 64 tokens was planned to need",

@@ -46,6 +46,9 @@ def test_every_parameter_has_its_rule() -> None:
     assert rules["blocks.0.attention.value_gate.weight"].lr == learning.gate_lr / 2
     assert rules["shift_scale"].lr == learning.gate_lr / 2
     assert rules["residual_scale"].lr == learning.scalar_lr / 2
+    halved = parameter_rules(model, Learning(bf16_transfers=True), width=768)
+    tables = [name for name, rule in halved.items() if rule.bf16_transfers]
+    assert tables == [n for n in rules if n.startswith(("embedding", "value_embed", "head"))]
     in_units = [name for unit in optimizer.units for name in unit.names]
     assert sorted(in_units) == sorted(rules), "each in one unit, none left out"
 

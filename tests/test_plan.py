@@ -195,7 +195,7 @@ def test_auto_rows_are_the_most_that_fit_and_divide() -> None:
     assert plan(batch).device_batch_size == 12
     machine = Machine("cpu", torch.float32)
     needed = {
-        rows: estimate_memory(CONFIG, Shape(rows, 64), machine, "muon")["total"]
+        rows: estimate_memory(CONFIG, Shape(rows, 64), machine, Learning())["total"]
         for rows in (1, 4, 8)
     }
     assert needed[1] < needed[4] < needed[8]

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
@@ -215,7 +216,7 @@ def one_step(sizes: Sizes, rows: int, compiled: bool) -> Result:
     tokens = rows * config.context_length
     peak = peak_flops(runtime.device)
     machine = Machine(runtime.device.type, runtime.dtype)
-    planned = estimate_memory(config, Shape(rows, config.context_length), machine, "muon")
+    planned = estimate_memory(config, Shape(rows, config.context_length), machine, Learning())
     return {
         "milliseconds": took,
         "tokens_per_second": 1e3 * tokens / took,
@@ -273,7 +274,8 @@ def kernels(sizes: Sizes) -> Result:
 
 
 def head(sizes: Sizes) -> Result:
-    """Time the head and its loss by the size of a chunk, and two ways to add up its gradient."""
+    """Time the head and its loss, fused or not, by the size of a chunk; and two ways to add up the
+    head's gradient."""
     runtime = start(sizes)
     device, kind = runtime.device, runtime.device.type
     C, V, N = (1280 if sizes.cuda else 32), sizes.vocab_size, sizes.head_tokens
@@ -283,18 +285,21 @@ def head(sizes: Sizes) -> Result:
     weights = torch.full((N,), 1 / N, device=device)
     result: Result = {}
 
-    def run() -> None:
+    def run(fused: bool) -> None:
         hidden.grad = weight.grad = None
-        value = head_loss.summed_softcapped_loss(hidden, weight, targets, weights, 15.0, V)
-        value.backward()
+        tensors = hidden, weight, targets, weights
+        head_loss.summed_softcapped_loss(*tensors, 15.0, V, fused=fused)[0].backward()
 
     usual = head_loss.LOGITS_PER_CHUNK[kind], head_loss.LOGITS_PER_BLOCK[kind]
-    for chunk, block in ((26, 25), (28, 24), (28, 25), (28, 26), (29, 26)):
+    shapes = [(chunk, 25, True) for chunk in (26, 27, 28, 29) if sizes.cuda]
+    shapes += [(c, b, False) for c, b in ((26, 25), (28, 24), (28, 25), (28, 26), (29, 26))]
+    for chunk, block, fused in shapes:
         head_loss.LOGITS_PER_CHUNK[kind] = 2**chunk
         head_loss.LOGITS_PER_BLOCK[kind] = 2**block
         forget(device)
-        took = attempt(lambda: milliseconds(run, device, sizes.steps))
-        result[f"chunk 2^{chunk}, block 2^{block}"] = [took, peak_gib(device)]
+        took = attempt(lambda f=fused: milliseconds(lambda: run(f), device, sizes.steps))
+        name = f"chunk 2^{chunk}, " + ("fused" if fused else f"block 2^{block}")
+        result[name] = [took, peak_gib(device)]
     head_loss.LOGITS_PER_CHUNK[kind], head_loss.LOGITS_PER_BLOCK[kind] = usual
     result["milliseconds at 400 TFLOP/s"] = 6 * N * V * C / 400e12 * 1e3
     tokens = min(N, 4096)
@@ -483,6 +488,55 @@ def precisions(sizes: Sizes) -> Result:
     return {name: attempt(way) for name, way in ways.items()}
 
 
+def transfers(sizes: Sizes) -> Result:
+    """Time the optimizer's step on all GPUs, with tables sent in float32 and in bfloat16."""
+    ranks = torch.cuda.device_count() if sizes.cuda else 2
+    if ranks < 2:
+        return {"skipped": f"needs two GPUs or more, this machine has {ranks}"}
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(updates, (ranks, folder, sizes), nprocs=ranks)
+        result: Result = json.loads((Path(folder) / "result").read_text())
+    return result
+
+
+def updates(rank: int, world_size: int, folder: str, sizes: Sizes) -> None:
+    """Run one rank of `transfers`; rank 0 writes the result."""
+    device = torch.device("cuda", rank) if sizes.cuda else torch.device("cpu")
+    if sizes.cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if sizes.cuda else "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world_size,
+    )
+    config = model_config(sizes)
+    result: Result = {"ranks": world_size}
+    for name, halved in (("float32", False), ("bfloat16", True)):
+        forget(device)
+        with torch.device(device):
+            model = GPT(config)
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        rules = parameter_rules(model, Learning(bf16_transfers=halved), width=config.n_embd)
+        optimizer = Optimizer(model, rules, rank=rank, world_size=world_size)
+
+        def step(optimizer: Optimizer = optimizer) -> None:
+            optimizer.step(Hypers(1e-6))
+            optimizer.zero_grad()
+
+        result[name] = {
+            "milliseconds": milliseconds(step, device, sizes.steps),
+            "gigabytes_sent": optimizer.bytes_communicated() / 1e9,
+            "peak_gib": peak_gib(device),
+        }
+        del model, optimizer, step, parameter
+    if rank == 0:
+        (Path(folder) / "result").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def checkpoints(sizes: Sizes) -> Result:
     """Measure the seconds that a save stops training, that it takes, and that loading takes."""
     runtime, config = start(sizes), model_config(sizes, depth=12 if sizes.cuda else 1)
@@ -661,6 +715,7 @@ LINES: dict[str, tuple[Callable[[Sizes], Result], float]] = {
     "sdpa": (masked_sdpa, 45),
     "decoding": (decoding, 90),
     "eager": (functools.partial(steps, compiled=False), 45),
+    "transfers": (transfers, 60),
     "precisions": (precisions, 60),
     "checkpoints": (checkpoints, 60),
     "pipeline": (pipeline, 200),

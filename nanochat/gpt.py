@@ -560,6 +560,7 @@ class GPT(nn.Module):
             self.config.softcap,
             self.config.vocab_size,
             temperature,
+            fused=torch.compiler.is_compiling(),
         )[0]
 
     def _token_losses(
@@ -573,6 +574,7 @@ class GPT(nn.Module):
             self.config.softcap,
             self.config.vocab_size,
             temperature,
+            fused=torch.compiler.is_compiling(),
         )
         return losses.view_as(targets)
 

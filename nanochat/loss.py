@@ -13,10 +13,13 @@ on data that stay in the cache, so a chunk's logits become their gradient block 
 
 Both losses are operators of their own (`torch.library`), and `torch.compile` does not look inside
 them. If it saw the loop over chunks, it would move all products to the front and keep the logits of
-all chunks at once.
+all chunks at once. In a compiled model they are `fused`: what is done to a chunk's logits is a
+compiled function of its own. It reads them twice and writes their gradient over them, where the
+single operations read and write about fifty bytes for each.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,8 +41,13 @@ def chunk_tokens(vocab_size: int, device_type: str) -> int:
     return max(LEAST_TOKENS, logits // vocab_size)
 
 
-def block_tokens(vocab_size: int, device_type: str) -> int:
-    """Number of tokens in a block, at most that of a chunk."""
+def block_tokens(vocab_size: int, device_type: str, fused: bool = False) -> int:
+    """Number of tokens in a block, at most that of a chunk.
+
+    A fused loss needs no blocks on a GPU. Generated code for a CPU keeps float32 copies of a block.
+    """
+    if fused and device_type != "cpu":
+        return chunk_tokens(vocab_size, device_type)
     logits = LOGITS_PER_BLOCK.get(device_type, LOGITS_PER_BLOCK["cuda"])
     return min(chunk_tokens(vocab_size, device_type), max(LEAST_BLOCK, logits // vocab_size))
 
@@ -56,11 +64,52 @@ def _capped(
     return (weight[:vocab_size] * (2 / softcap)).to(hidden.dtype)
 
 
-def _gradient(probabilities: torch.Tensor, s: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Compute (p - one-hot) s (1 - s) in the memory of p. p and s are (t, V), targets (t, 1)."""
-    minus_one = s.new_full((1, 1), -1.0).expand_as(targets)
-    probabilities.scatter_add_(1, targets, minus_one)
-    return torch.ops.aten.sigmoid_backward(probabilities, s)
+# What is done to a block of logits (t, V): targets are (t, 1), `height` is softcap / temperature.
+
+
+def _log_probabilities(logits: torch.Tensor, targets: torch.Tensor, height: float) -> torch.Tensor:
+    """Compute the targets' log probabilities (t, 1) in float32."""
+    s = logits.float().sigmoid_()
+    chosen = s.gather(1, targets)
+    # log sum exp(2 height s), larger than that of the tempered logits by the height
+    normalizer = s.mul_(2 * height).exp_().sum(dim=-1, keepdim=True).log_()
+    return 2 * height * chosen - normalizer
+
+
+def _to_gradient(logits: torch.Tensor, targets: torch.Tensor, height: float) -> torch.Tensor:
+    """Overwrite logits with (p - one-hot) s (1 - s); returns the targets' log probabilities."""
+    s = logits.float().sigmoid_()
+    p = torch.softmax(s * (2 * height), dim=-1)
+    chosen = p.gather(1, targets)
+    p.scatter_add_(1, targets, p.new_full((1, 1), -1.0).expand_as(targets))
+    logits.copy_(torch.ops.aten.sigmoid_backward(p, s))
+    return chosen.log_()
+
+
+def _to_gradient_fused(logits: torch.Tensor, targets: torch.Tensor, height: float) -> torch.Tensor:
+    """Do as `_to_gradient`, in operations that the compiler makes one kernel of."""
+    s = torch.sigmoid(logits.float())
+    chosen = s.gather(1, targets)
+    p = torch.exp(2 * height * s)
+    normalizer = p.sum(dim=-1, keepdim=True)
+    hit = torch.arange(logits.shape[1], device=logits.device) == targets
+    logits.copy_((p / normalizer - torch.where(hit, 1.0, 0.0)) * (s * (1 - s)))
+    return 2 * height * chosen - normalizer.log()
+
+
+@functools.cache
+def _compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Add a @ b to total, which is float32; a and b may be of a shorter dtype."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.device.type == "cuda":  # in float32, and in one pass over total
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 @torch.library.custom_op("nanochat::token_losses", mutates_args=())
@@ -71,6 +120,7 @@ def softcapped_losses(
     softcap: float,
     vocab_size: int,
     temperature: float = 1.0,
+    fused: bool = False,
 ) -> torch.Tensor:
     """Compute each token's loss (N,) float32 in nats; targets of -1 are ignored and give 0.
 
@@ -82,17 +132,14 @@ def softcapped_losses(
     height = softcap / temperature  # the bound of the capped logits divided by the temperature
     cast = _capped(hidden, weight, softcap, vocab_size)
     kind = hidden.device.type
-    losses = []
+    index = targets.clamp(min=0)[:, None]
+    function = _compiled(_log_probabilities) if fused else _log_probabilities
+    chosen = []
     for rows in _spans(0, len(hidden), chunk_tokens(vocab_size, kind)):
         logits = F.linear(hidden[rows], cast)
-        for part in _spans(0, len(logits), block_tokens(vocab_size, kind)):
-            s = logits[part].float().sigmoid_()
-            target = targets[rows][part]
-            chosen = s.gather(1, target.clamp(min=0)[:, None])[:, 0]
-            # log sum exp(2 height s), larger than that of the tempered logits by the height
-            normalizer = s.mul_(2 * height).exp_().sum(dim=-1).log_()
-            losses.append(torch.where(target >= 0, normalizer - 2 * height * chosen, 0.0))
-    return torch.cat(losses)
+        for part in _spans(0, len(logits), block_tokens(vocab_size, kind, fused)):
+            chosen.append(function(logits[part], index[rows][part], height))
+    return torch.where(targets >= 0, -torch.cat(chosen)[:, 0], 0.0)
 
 
 @torch.library.custom_op("nanochat::summed_loss", mutates_args=())
@@ -104,6 +151,7 @@ def summed_softcapped_loss(
     softcap: float,
     vocab_size: int,
     temperature: float = 1.0,
+    fused: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sum of weights * softcapped_losses, a float32 scalar, and its gradients.
 
@@ -119,19 +167,16 @@ def summed_softcapped_loss(
     scale = 2 * height * weights
     scaled = (hidden * (scale * (2 / softcap))).to(hidden.dtype)
     index = targets.clamp(min=0)[:, None]
+    function = _compiled(_to_gradient_fused) if fused else _to_gradient
     chosen, grad_hidden = [], []
     grad_weight = torch.zeros_like(weight, dtype=torch.float32)
     for rows in _spans(0, len(hidden), chunk_tokens(vocab_size, kind)):
         logits = F.linear(hidden[rows], cast)
-        for part in _spans(0, len(logits), block_tokens(vocab_size, kind)):
-            target = index[rows][part]
-            s = logits[part].float().sigmoid_()
-            p = torch.softmax(s * (2 * height), dim=-1)
-            chosen.append(p.gather(1, target))
-            logits[part] = _gradient(p, s, target)
+        for part in _spans(0, len(logits), block_tokens(vocab_size, kind, fused)):
+            chosen.append(function(logits[part], index[rows][part], height))
         grad_hidden.append(((logits @ cast) * scale[rows]).to(hidden.dtype))
-        grad_weight[:vocab_size] += logits.t() @ scaled[rows]
-    total = -(weights * torch.cat(chosen).log()).sum()
+        _add_product(grad_weight[:vocab_size], logits.t(), scaled[rows])
+    total = -(weights * torch.cat(chosen)).sum()
     return total, torch.cat(grad_hidden), grad_weight
 
 
@@ -152,15 +197,16 @@ def _(
 
 
 def _keep_for_token_losses(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    *tensors, ctx.softcap, ctx.vocab_size, ctx.temperature = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:3])
+    ctx.settings = inputs[3:]
 
 
 def _derive_token_losses(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """Gradients of the sum of the losses, weighted by their gradients."""
-    numbers = ctx.softcap, ctx.vocab_size, ctx.temperature
-    _, grad_hidden, grad_weight = summed_softcapped_loss(*ctx.saved_tensors, grad_output, *numbers)
-    return grad_hidden, grad_weight.to(ctx.saved_tensors[1].dtype), *(None,) * 4
+    _, grad_hidden, grad_weight = summed_softcapped_loss(
+        *ctx.saved_tensors, grad_output, *ctx.settings
+    )
+    return grad_hidden, grad_weight.to(ctx.saved_tensors[1].dtype), *(None,) * 5
 
 
 def _keep_for_summed_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -173,9 +219,9 @@ def _derive_summed_loss(
     ctx: Any, grad_output: torch.Tensor | None, *rest: None
 ) -> tuple[torch.Tensor | None, ...]:
     if grad_output is None:
-        return (None,) * 7
+        return (None,) * 8
     grad_hidden, grad_weight = ctx.saved_tensors
-    return grad_hidden * grad_output, grad_weight * grad_output, *(None,) * 5
+    return grad_hidden * grad_output, grad_weight * grad_output, *(None,) * 6
 
 
 softcapped_losses.register_autograd(_derive_token_losses, setup_context=_keep_for_token_losses)

@@ -6,6 +6,7 @@ B batch, T time
 
 import functools
 import operator
+import re
 import shutil
 import weakref
 from collections.abc import Iterator
@@ -48,9 +49,11 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """torch.compile captures graphs, and runs them as they are."""
     torch._dynamo.reset()
     counters.clear()
+    loss._compiled.cache_clear()
     monkeypatch.setattr(torch, "compile", functools.partial(COMPILE, backend="eager"))
     yield
     torch._dynamo.reset()
+    loss._compiled.cache_clear()
 
 
 def graphs() -> int:
@@ -108,11 +111,11 @@ def test_documents_rates_and_steps_do_not_compile_again(
         hypers = Hypers(lr_multiplier=0.1 / (step + 1), momentum=0.85 + 0.01 * step)
         batches = [batch(10 * step + i) for i in range(1 + step % 2)]
         train_step(model, optimizer, batches, hypers, RUNTIME)
-    assert graphs() == 1
+    assert graphs() == 2, "the model, and what is done to the logits"
     # Rows of one document need no mask: the one other kind of layout.
     for step in range(8):
         train_step(model, optimizer, [batch(step, step % 2 == 0)], Hypers(0.1), RUNTIME)
-    assert graphs() == 2
+    assert graphs() == 3
 
 
 def test_evaluation_between_steps_compiles_once() -> None:
@@ -122,7 +125,7 @@ def test_evaluation_between_steps_compiles_once() -> None:
         with torch.no_grad():
             data = batch(100 + step)
             model.nll(data.inputs, data.targets, data.doc_ids)
-    assert graphs() == 2
+    assert graphs() == 4
 
 
 def test_float16_with_a_moving_loss_scale() -> None:
@@ -131,7 +134,7 @@ def test_float16_with_a_moving_loss_scale() -> None:
     for step in range(6):
         train_step(model, optimizer, [batch(step)], Hypers(0.1), RUNTIME, scale)
     assert scale.scale > 2.0**16
-    assert graphs() == 1
+    assert graphs() == 2
 
 
 def test_rollouts_of_any_number_do_not_compile_again() -> None:
@@ -142,7 +145,7 @@ def test_rollouts_of_any_number_do_not_compile_again() -> None:
         advantages = torch.linspace(-1, 1, len(samples))
         batches = [r.weighted(advantages) for r in rows]
         train_step(model, optimizer, batches, Hypers(0.1), RUNTIME, temperature=0.8, divisor=9)
-    assert graphs() == 2, "a whole micro-batch, and a half"
+    assert graphs() == 4, "a whole micro-batch, and a half"
 
 
 def test_all_stages_without_a_break(encoded: Path, tmp_path: Path) -> None:
@@ -159,8 +162,84 @@ def test_all_stages_without_a_break(encoded: Path, tmp_path: Path) -> None:
             saving={"save_every": 0},
         )
         assert tiny_runs.train(stage, tmp_path / "run", config).finished
-        # Training and evaluation, each with and without a row that holds several documents.
-        assert 2 <= graphs() <= 4, stage
+        # Training and evaluation, each with and without a row that holds several documents, and
+        # what each does to the logits.
+        assert 4 <= graphs() <= 6, stage
+
+
+# What is done to the logits of a compiled model
+
+
+def both_losses(fused: bool, dtype: torch.dtype, temperature: float) -> list[torch.Tensor]:
+    """Sum, losses and gradients of a head, with ignored targets and weights of any sign."""
+    N, C, V = 150, 16, 50
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(-1, V, (N,), generator=generator)
+    weights = torch.randn(N, generator=generator)
+    hidden = torch.randn(N, C, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(64, C, generator=generator).requires_grad_()
+    settings = (5.0, V, temperature, fused)
+    total = loss.summed_softcapped_loss(hidden, weight, targets, weights, *settings)[0]
+    token_losses = loss.softcapped_losses(hidden, weight, targets, *settings)
+    results = [total, token_losses]
+    for value in (total, (weights * token_losses).sum()):
+        results += torch.autograd.grad(value, (hidden, weight))
+    return results
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_fused_head_is_the_eager_one(
+    dtype: torch.dtype, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three chunks of 64, 64 and 22 tokens; the eager one has blocks of 16."""
+    monkeypatch.setattr(torch, "compile", functools.partial(COMPILE, backend="aot_eager"))
+    monkeypatch.setitem(loss.LOGITS_PER_CHUNK, "cpu", 1)
+    monkeypatch.setitem(loss.LOGITS_PER_BLOCK, "cpu", 1)
+    eager, fused = (both_losses(fused, dtype, temperature) for fused in (False, True))
+    assert graphs() == 4, "two functions in two shapes"
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    for a, b in zip(eager, fused, strict=True):
+        torch.testing.assert_close(b, a, **close)
+
+
+def test_a_compiled_model_has_a_fused_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a model that is not compiled, or no longer, has not."""
+    seen: list[str] = []
+
+    def spied(function: Any) -> Any:
+        seen.append(function.__name__)
+        return function
+
+    model, _ = compiled()
+    data = batch(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(loss, "_compiled", spied)
+        for _ in range(2):
+            model.weighted_loss(data.inputs, data.targets, data.weights, data.doc_ids).backward()  # type: ignore[no-untyped-call]
+            model.nll(data.inputs, data.targets, data.doc_ids)
+            assert seen == ["_to_gradient_fused", "_log_probabilities"]
+            model.token_losses, model.summed_loss = model._token_losses, model._summed_loss
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("name", ["_to_gradient_fused", "_log_probabilities"])
+def test_generated_code_is_one_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads the logits and writes over them. (For a GPU it keeps nothing else of their size.)"""
+    from torch._inductor.utils import run_and_get_code
+
+    monkeypatch.setattr(torch, "compile", COMPILE)
+    generator = torch.Generator().manual_seed(0)
+    t, V = 24, 1000
+    logits = torch.randn(t, V, generator=generator).bfloat16()
+    targets = torch.randint(0, V, (t, 1), generator=generator)
+    twin = logits.clone()
+    chosen, (code,) = run_and_get_code(loss._compiled(getattr(loss, name)), logits, targets, 15.0)
+    eager = getattr(loss, name.removesuffix("_fused"))
+    torch.testing.assert_close(chosen, eager(twin, targets, 15.0))
+    torch.testing.assert_close(logits, twin)
+    (call,) = re.findall(r"^ +cpp_fused\w+\((.*)\)$", code, re.MULTILINE)
+    assert call.count("arg0_1") == (2 if name == "_to_gradient_fused" else 1), "read, and written"
 
 
 # The head at a real vocabulary, without the memory it would need.

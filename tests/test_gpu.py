@@ -4,6 +4,7 @@ B batch, T time
 """
 
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import tiny_runs
 import torch
 import torch.distributed as dist
 
-from nanochat import runtime
+from nanochat import loss, runtime
 from nanochat.attention import Layout
 from nanochat.checkpoint_manager import CheckpointManager, read_meta_once, restore
 from nanochat.cli import is_out_of_memory
@@ -113,6 +114,37 @@ def test_compiled_steps_are_the_eager_ones() -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("name", ["_to_gradient_fused", "_log_probabilities"])
+def test_the_fused_head_keeps_nothing_of_the_size_of_logits(name: str) -> None:
+    """The logits are read twice at most, and the gradient is written over them."""
+    from torch._inductor.utils import run_and_get_code
+
+    t, V = 256, 32768
+    logits = torch.randn(t, V, device=CUDA, dtype=torch.bfloat16)
+    targets = torch.randint(0, V, (t, 1), device=CUDA)
+    twin = logits.clone()
+    chosen, (code,) = run_and_get_code(loss._compiled(getattr(loss, name)), logits, targets, 15.0)
+    eager = getattr(loss, name.removesuffix("_fused"))
+    torch.testing.assert_close(chosen, eager(twin, targets, 15.0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, twin)
+    kernels = re.findall(r"triton_\w+\.run\(", code)
+    assert len(kernels) == (2 if name == "_to_gradient_fused" else 1), "sums, then gradients"
+    assert f"empty_strided_cuda(({t}, {V})" not in code
+
+
+@pytest.mark.cuda
+def test_the_head_adds_up_its_gradient_in_float32() -> None:
+    """Products of bfloat16 added to a float32 sum, in place."""
+    a, b = (torch.randn(512, 256, device=CUDA, dtype=torch.bfloat16) for _ in range(2))
+    total = torch.randn(512, 512, device=CUDA)
+    expected = total.double() + a.double() @ b.double().t()
+    at = total.data_ptr()
+    loss._add_product(total, a, b.t())
+    assert total.data_ptr() == at
+    torch.testing.assert_close(total.double(), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.cuda
 def test_recomputing_takes_less_memory_and_changes_nothing() -> None:
     config = config_from_depth(4, 300, head_dim=64, context_length=256)
     peaks, gradients = [], []
@@ -140,7 +172,7 @@ def test_the_memory_estimate() -> None:
         data = batch(step, config=config, rows=16)
         train_step(model, optimizer, [data], Hypers(0.1), rank)
     measured = torch.cuda.max_memory_allocated() - before
-    estimate = estimate_memory(config, Shape(16, 1024), Machine("cuda", torch.bfloat16), "muon")
+    estimate = estimate_memory(config, Shape(16, 1024), Machine("cuda", torch.bfloat16), Learning())
     outside = RUNTIME["cuda"] + CUDA_CONTEXT + estimate["gradients of a compiled pass"]
     assert estimate["total"] - outside == pytest.approx(measured, rel=0.2)
 
@@ -184,7 +216,7 @@ def test_the_stages_run_and_resume(encoded: Path, tmp_path: Path) -> None:
         assert sorted(tiny_runs.losses(folder, stage)) == [1, 2, 3, 4]
 
 
-def steps_over_nccl(rank: Runtime) -> list[float]:
+def steps_over_nccl(rank: Runtime, bf16_transfers: bool) -> list[float]:
     """The gloo group of the test's processes is replaced."""
     dist.destroy_process_group()
     device = torch.device("cuda", rank.rank)
@@ -192,7 +224,8 @@ def steps_over_nccl(rank: Runtime) -> list[float]:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
     dist.init_process_group("nccl", rank=rank.rank, world_size=rank.world_size, device_id=device)
     model = GPT(CONFIG, torch.bfloat16).init_weights(0).to(device)
-    rules: Any = parameter_rules(model, Learning(), width=CONFIG.n_embd)
+    learning = Learning(bf16_transfers=bf16_transfers)
+    rules: Any = parameter_rules(model, learning, width=CONFIG.n_embd)
     optimizer = Optimizer(
         model, rules, rank=rank.rank, world_size=rank.world_size, muon_dtype=torch.float32
     )
@@ -208,9 +241,10 @@ def steps_over_nccl(rank: Runtime) -> list[float]:
 
 
 @pytest.mark.cuda
-def test_two_gpus_take_the_steps_of_one() -> None:
+@pytest.mark.parametrize("bf16_transfers", [False, True])
+def test_two_gpus_take_the_steps_of_one(bf16_transfers: bool) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    first, second = processes.run_ranks(steps_over_nccl, 2)
+    first, second = processes.run_ranks(steps_over_nccl, 2, bf16_transfers)
     assert first == second
     assert first == pytest.approx(losses(CUDA, torch.bfloat16, steps=4), rel=0.02)

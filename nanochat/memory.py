@@ -161,11 +161,13 @@ def _gpu_memory(config: GPTConfig, shape: Shape, machine: Machine) -> dict[str, 
     tokens, heads = shape.rows * shape.sequence_length, config.n_head * config.head_dim
     # A compiled backward pass returns all gradients together, before they are added up.
     memory = {"gradients of a compiled pass": 4 * sum(parameter_counts(config).values())}
-    if machine.dtype == torch.float32:  # masked sdpa: a mask for each window, and one as a bias
+    # float16 is for older GPUs, with masks; on newer ones it has accumulators. Both are counted.
+    if machine.dtype != torch.bfloat16:  # masked sdpa: a mask for each window, and one as a bias
         windows = len({config.window(layer) for layer in range(config.n_layer)})
         masks = tokens * shape.sequence_length * (windows + machine.dtype.itemsize)
         memory["attention masks"] = masks
-    else:  # the backward kernel's float32 dq, with a block of 128 rows for each document
+    if machine.dtype != torch.float32:
+        # The backward kernel's float32 dq has a block of 128 rows for each document.
         rows = tokens + 128 * padded_documents(0, tokens)
         memory["attention accumulators"] = 4 * rows * heads
     memory["communication buffers"] = NCCL_BUFFERS if machine.world_size > 1 else 0

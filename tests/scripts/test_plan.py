@@ -86,8 +86,10 @@ def test_what_only_a_gpu_needs_is_planned() -> None:
     assert half["gradients of a compiled pass"] == half["gradients"]
     assert half["communication buffers"] == 0
     assert half["attention accumulators"] > 0
-    # One mask for each of two window sizes, and one in float32: 4 x 2048 x 2048 times 6 bytes.
+    # One mask for each of two window sizes, and one in the dtype: 4 x 2048 x 2048 times 6 bytes.
     assert single_precision["attention masks"] == 4 * 2048**2 * 6
+    assert half["attention masks"] == 4 * 2048**2 * 4, "a T4 has no varlen attention"
+    assert "attention masks" not in plan("--depth 4 --gpus 1 --gpu h100")["memory"]
     assert "CUDA context" not in plan("--depth 2 --context-length 64 --gpu cpu")["memory"]
 
 

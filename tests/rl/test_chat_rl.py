@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
-from nanochat import paths, runtime
+from nanochat import loss, paths, runtime
 from nanochat.checkpoint_manager import latest, list_steps, load_model, read_meta
 from nanochat.config import Preferences, RlConfig, RlEvaluating, Rollouts, Run, Saving, to_dict
 from nanochat.errors import UserError
@@ -294,9 +294,10 @@ def test_compiled_without_a_break(folder: Path, monkeypatch: pytest.MonkeyPatch)
     cfg = config(num_steps=4, rollouts={"updates_per_rollout": 2}, **changes)
     assert run(folder, cfg).finished
     assert not counters["graph_break"], dict(counters["graph_break"])
-    # What was drawn is scored, and trained on.
-    assert 1 <= counters["stats"]["unique_graphs"] <= 4
+    # What was drawn is scored, and trained on; what is done to the logits is a graph of its own.
+    assert 2 <= counters["stats"]["unique_graphs"] <= 8
     torch._dynamo.reset()
+    loss._compiled.cache_clear()
 
 
 def test_the_report_shows_it(folder: Path) -> None:

@@ -204,7 +204,7 @@ def test_the_fused_head_is_the_eager_one(
 
 
 def test_a_compiled_model_has_a_fused_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a model that is not compiled, or no longer, has not."""
+    """A model that is not compiled, or no longer, has none."""
     seen: list[str] = []
 
     def spied(function: Any) -> Any:
@@ -225,7 +225,7 @@ def test_a_compiled_model_has_a_fused_head(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("name", ["_to_gradient_fused", "_log_probabilities"])
 def test_generated_code_is_one_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It reads the logits and writes over them. (For a GPU it keeps nothing else of their size.)"""
+    """Generated code reads the logits and writes over them."""
     from torch._inductor.utils import run_and_get_code
 
     monkeypatch.setattr(torch, "compile", COMPILE)

@@ -76,7 +76,7 @@ def open_tasks(cfg: RlConfig, tokenizer: Tokenizer) -> tuple[TaskMixture, list[T
     mixture, halves = build_mixture(cfg.mix, cfg.run.seed, **corpus_options(cfg.mix, tokenizer))
     held_out: list[Task] = []
     for train, held in zip(mixture.tasks, halves, strict=True):
-        check_rewards(train)
+        checked_reward(train.reward(train[0], ""), train.where(0))  # a task may have no rewards
         if held is None:
             raise UserError(f"{train.name} has only {len(train)} rows, too few to hold any out")
         count = max(1, cfg.evaluating.eval_problems // len(cfg.mix))
@@ -86,11 +86,6 @@ def open_tasks(cfg: RlConfig, tokenizer: Tokenizer) -> tuple[TaskMixture, list[T
         step = len(held) // count
         held_out.append(TaskSlice(held, 0, step * count, step))
     return mixture, held_out
-
-
-def check_rewards(task: Task) -> None:
-    """Raise UserError for a task without rewards, before anything is computed."""
-    checked_reward(task.reward(task[0], ""), task.where(0))
 
 
 if __name__ == "__main__":

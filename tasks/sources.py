@@ -11,9 +11,9 @@ from nanochat.data.hub import open_corpus
 from nanochat.data.sources import (
     HeldOut,
     Source,
-    _targets,
     long_documents,
     parse_shares,
+    targets_of,
     text_sources,
 )
 from nanochat.errors import UserError
@@ -85,12 +85,12 @@ def build_sources(
             f"--long-fraction {cfg.long_fraction} must be at least 0, and below 1 together with "
             f"--replay {cfg.replay}: the rest is for the tasks"
         )
-    tasks = _targets(sources)
+    tasks = targets_of(sources)
     for share, minimum in ((replay, 0), (long, cfg.context_length or 0)):
         if share and sources:
             texts = replayed(cfg, tokenizer, split)
             texts = long_documents(texts, minimum) if minimum else texts
-            scale = share / (1 - replay - long) * tasks / _targets(texts)
+            scale = share / (1 - replay - long) * tasks / targets_of(texts)
             sources += [replace(text, weight=Fraction(text.weight) * scale) for text in texts]
     return sources
 

@@ -141,7 +141,7 @@ def fit_conversations(
     conversations fit.
     """
     limit = sequence_length + 1
-    lengths = np.diff(store._offsets)
+    lengths = store.lengths(np.arange(len(store)))
     longer = lengths[lengths > limit]
     if not len(longer):
         return store, ""

@@ -103,12 +103,9 @@ def long_documents(texts: Sequence[Source], minimum: int) -> list[Source]:
     return found
 
 
-def _targets(sources: Sequence[Source]) -> Fraction:
-    """Number of targets in an epoch."""
-    return sum(
-        (Fraction(str(s.weight)) * s.store.num_targets for s in sources),
-        start=Fraction(0),
-    )
+def targets_of(sources: Sequence[Source]) -> Fraction:
+    """Number of targets of these sources in an epoch."""
+    return sum((Fraction(str(s.weight)) * s.store.num_targets for s in sources), Fraction(0))
 
 
 @dataclass(frozen=True)

@@ -279,11 +279,8 @@ def _common_prefix(rows: Sequence[Ids]) -> int:
 def _strings(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
-    return (
-        [s for v in value for s in _strings(v)]
-        if isinstance(value, list)
-        else ([s for v in value.values() for s in _strings(v)] if isinstance(value, dict) else [])
-    )
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for part in parts for text in _strings(part)]
 
 
 # The bundle

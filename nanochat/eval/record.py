@@ -298,13 +298,11 @@ def chat_core_texts(measured: Sequence[Measurement]) -> dict[str, str]:
 
 
 def _is_measurement(one: Any) -> bool:
+    types = {"kind": str, "name": str, "settings": dict, "result": dict}
     return (
         isinstance(one, dict)
-        and isinstance(one.get("kind"), str)
-        and isinstance(one.get("name"), str)
-        and isinstance(one.get("settings"), dict)
-        and isinstance(one.get("result"), dict)
         and "step" in one
+        and all(isinstance(one.get(key), kind) for key, kind in types.items())
     )
 
 

@@ -3,11 +3,32 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from pathlib import Path
+from string import Template
 from typing import Any
 
 from nanochat import __version__, paths
 from nanochat.eval.record import Measurement, chat_core_texts, labels, of_checkpoint, to_show
 from nanochat.gpt import GPT
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+MLX_USAGE = """\
+```bash
+mlx_lm.generate --model PATH --prompt "Who are you?"
+```"""
+TRANSFORMERS_USAGE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH"$remote)
+model = AutoModelForCausalLM.from_pretrained("PATH"$remote)
+messages = [{"role": "user", "content": "Who are you?"}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+output = model.generate(**inputs, max_new_tokens=$new_tokens)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))
+```"""
 
 
 def model_card(
@@ -15,71 +36,31 @@ def model_card(
 ) -> str:
     """Write the text of README.md. names: "transformers" or "mlx", whose tensor names are used."""
     config = model.config
-    portable = config.is_portable
     stage, tag, step = (meta.get(key) for key in ("stage", "tag", "step"))
-    counts = sum(model.num_parameters().values())
-    origin = f", stage `{stage}`, run `{tag}`, step {step:,}" if stage else ""
-    remote = "" if portable else ", trust_remote_code=True"
-    architecture = (
-        "transformers' own `nanochat` model type"
-        if portable
-        else f"`nanochat_full`, defined by `{modeling_file}` in this folder"
-    )
-    usage = _transformers_usage(config.context_length, remote)
+    remote = "" if config.is_portable else ", trust_remote_code=True"
+    new_tokens = min(256, config.context_length // 2)
+    usage = Template(TRANSFORMERS_USAGE).substitute(remote=remote, new_tokens=new_tokens)
+    architecture = "transformers' own `nanochat` model type"
+    if not config.is_portable:
+        architecture = f"`nanochat_full`, defined by `{modeling_file}` in this folder"
     if names == "mlx":
-        architecture = "`nanochat` in mlx-lm"
-        usage = ["```bash", 'mlx_lm.generate --model PATH --prompt "Who are you?"', "```"]
-    lines = [
-        "---",
-        f"library_name: {names}",
-        "pipeline_tag: text-generation",
-        "---",
-        "",
-        f"# nanochat, {counts / 1e6:,.1f} million parameters",
-        "",
-        f"Trained with nanochat {__version__}{origin}. Architecture: {architecture}.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| layers × width | {config.n_layer} × {config.n_embd} |",
-        f"| heads, query / key-value | {config.n_head} / {config.n_kv_head} |",
-        f"| vocabulary | {config.vocab_size:,} |",
-        f"| context | {config.context_length:,} tokens |",
-        *_training_rows(meta),
-        "",
-        "## Use",
-        "",
-        *usage,
-        "",
-        "Batches are padded on the left, with `<|bos|>`. A text that is no conversation begins",
-        "with `<|bos|>`; the tokenizer adds it. To keep a text that spells a special token from",
-        "becoming that token, pass `split_special_tokens=True`; the chat template refuses such",
-        "messages.",
-        "",
-        "The model may write a tool call between `<|python_start|>` and `<|python_end|>`. Whoever",
-        "runs it is to append `<|output_start|>`, the result and `<|output_end|>`; `generate` runs",
-        "no tools, and the model then makes up the result.",
-        "",
-        *_measurements(meta),
-    ]
-    return "\n".join(lines)
-
-
-def _transformers_usage(context_length: int, remote: str) -> list[str]:
-    return [
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'tokenizer = AutoTokenizer.from_pretrained("PATH"{remote})',
-        f'model = AutoModelForCausalLM.from_pretrained("PATH"{remote})',
-        'messages = [{"role": "user", "content": "Who are you?"}]',
-        "inputs = tokenizer.apply_chat_template(",
-        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
-        ")",
-        f"output = model.generate(**inputs, max_new_tokens={min(256, context_length // 2)})",
-        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))',
-        "```",
-    ]
+        architecture, usage = "`nanochat` in mlx-lm", MLX_USAGE
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        library=names,
+        parameters=f"{sum(model.num_parameters().values()) / 1e6:,.1f}",
+        version=__version__,
+        origin=f", stage `{stage}`, run `{tag}`, step {step:,}" if stage else "",
+        architecture=architecture,
+        layers=config.n_layer,
+        width=config.n_embd,
+        heads=config.n_head,
+        kv_heads=config.n_kv_head,
+        vocabulary=f"{config.vocab_size:,}",
+        context=f"{config.context_length:,}",
+        training="".join(f"{row}\n" for row in _training_rows(meta)),
+        usage=usage,
+        measurements="\n".join(_measurements(meta)).rstrip(),
+    )
 
 
 def _training_rows(meta: Mapping[str, Any]) -> list[str]:

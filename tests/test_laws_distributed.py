@@ -533,11 +533,18 @@ def collectives(runtime: Runtime) -> str:
     assert runtime.all_reduce_sum(mine) is mine
     assert mine.tolist() == [sum(ranks), 10 * sum(ranks)]
     runtime.barrier()
-    return str(runtime.broadcast_object(f"from {runtime.rank}"))
+    assert runtime.on_main(lambda: runtime.rank) == 0
+    try:
+        read_meta_once(Path("nowhere"), runtime)
+    except UserError as error:
+        return f"{runtime.broadcast_object(runtime.rank)}: {error}"
+    return "the mistake is rank 0's alone"
 
 
 def test_collectives() -> None:
-    assert processes.run_ranks(collectives, 3) == ["from 0"] * 3
+    """Rank 0's result counts for all, and so does its mistake."""
+    (said,) = set(processes.run_ranks(collectives, 3))
+    assert said.startswith("0: nowhere is gone")
 
 
 def test_shapes_cover_what_they_should() -> None:

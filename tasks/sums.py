@@ -13,7 +13,7 @@ from tasks.common import split_of
 
 MAX_NUMBER = 1000
 WORDS_SHARE = 0.4
-"""Share of the sums whose numbers up to a hundred are written in words; a few mix both."""
+"""Share of the sums in words whose numbers are written in words too; a few mix both."""
 ROUND_SHARE = 0.15
 """Share of the numbers that are round (30, 400, 1000), which people type more often than others."""
 
@@ -121,16 +121,27 @@ def draw_number(random: Random, low: int = 0) -> int:
     return random.randint(min(low, largest), largest)
 
 
-def draw_pair(random: Random, sign: str) -> tuple[int, int]:
-    """Draw two numbers whose result is mostly a whole number of at least 0."""
-    a, b = draw_number(random), draw_number(random)
+def draw_small(random: Random) -> int:
+    """Draw a number that people write in words: up to a hundred, mostly up to twenty."""
+    if random.random() < ROUND_SHARE:
+        return random.choice((100, 100, 10 * random.randint(1, 9)))
+    return random.randint(0, random.choice((9, 12, 20, 20, 99)))
+
+
+def draw_pair(random: Random, sign: str, worded: bool = False) -> tuple[int, int]:
+    """Draw two numbers whose result is mostly a whole number of at least 0.
+
+    Numbers to be `worded` are at most a hundred.
+    """
+    draw, most = (draw_small, 100) if worded else (draw_number, MAX_NUMBER)
+    a, b = draw(random), draw(random)
     if sign == "-" and random.random() < 0.85:
         a, b = max(a, b), min(a, b)
     if sign == "/":
-        b = draw_number(random, 1)
+        b = max(b, 1)
         if random.random() < 0.85:
             b = random.randint(1, min(b, 100))
-            a = b * random.randint(1, max(1, MAX_NUMBER // b))
+            a = b * random.randint(1, max(1, most // b))
     return a, b
 
 
@@ -149,17 +160,18 @@ def _draw_sum(random: Random) -> tuple[str, str, str]:
     shape = random.choice(("signs",) * 8 + ("words",) * 6 + ("asked",) * 3 + ("three",) * 3 +
                           ("brackets",) * 3 + ("one",))  # fmt: skip
     sign = random.choice("+-*/" if shape in ("signs", "words", "asked") else "++-*")
-    a, b = draw_pair(random, sign)
+    worded = shape in ("words", "asked", "one") and random.random() < WORDS_SHARE
+    a, b = draw_pair(random, sign, worded)
     if shape == "one":
         said, call = random.choice(list(OF_ONE.items()))
-        a = draw_number(random, 1) * (12 if "/" in call and random.random() < 0.8 else 1)
+        a = max(a, 1) * (12 if "/" in call and random.random() < 0.8 else 1)
         a = min(a, MAX_NUMBER) if "/" not in call else a % 996 + 12 - a % 996 % 12
-        return shape, said.format(a=_shown([a], random)[0]), call.format(a=a)
+        return shape, said.format(a=_shown([a], random, worded)[0]), call.format(a=a)
     if shape == "asked":
-        return sign, "\t".join(_shown([a, b], random)), f"{a}{sign}{b}"
+        return sign, "\t".join(_shown([a, b], random, worded)), f"{a}{sign}{b}"
     if shape == "words":
         said = expand(random.choice(WORDED[sign]), random)
-        first, other = _shown([a, b], random)
+        first, other = _shown([a, b], random, worded)
         return shape, said.format(a=first, b=other), f"{a}{sign}{b}"
     if shape == "signs":
         spoken = random.choice(SIGNED[sign])
@@ -188,10 +200,9 @@ def ask_sum(random: Random, split: str, shape: str, said: str) -> str:
     return ask(random, split, SUMS, {"sum": said})
 
 
-def _shown(numbers: list[int], random: Random) -> list[str]:
+def _shown(numbers: list[int], random: Random, worded: bool) -> list[str]:
     """Write numbers in digits, or those up to a hundred in words; one in ten is written the other
     way than its neighbour."""
-    worded = random.random() < WORDS_SHARE
     shown = []
     for number in numbers:
         if number > 100 or worded == (random.random() < 0.1):

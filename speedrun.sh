@@ -135,15 +135,17 @@ else
             vocabulary=4096 problems=256  # whole test splits
             base=(--depth 4 --context-length 256 --num-steps 440 --save-every 110 --eval-every 110)
             chat=(--save-every 100 --eval-every 0)
-            mid_mix=(customjson:1 identity:4000:1 simplespelling:14000:1 spellingbee:5000:1
+            mid_mix=(customjson:1 identity:5500:1 simplespelling:12500:1 spellingbee:5000:1
                 arithmetic:4500:level=0:1 arithmetic:1500:1 passages:4500:1 ignorance:2500:1
-                followups:1500:1)
+                followups:2200:1)
             # seed=1: other rows than those of mid-training
-            sft_mix=(customjson:1 identity:2000:seed=1:1 simplespelling:3500:seed=1:1
+            sft_mix=(customjson:1 identity:2500:seed=1:1 simplespelling:3200:seed=1:1
                 spellingbee:2500:seed=1:1 arithmetic:2000:level=0:seed=1:1 arithmetic:600:seed=1:1
-                passages:1500:seed=1:1 ignorance:1200:seed=1:1 followups:800:seed=1:1)
-            # Harder sums than those of SFT, and what should not get lost on the way.
-            rl=(--mix arithmetic:5000:level=2:1 spellingbee:1500:seed=2:1 --num-steps 12
+                passages:1500:seed=1:1 ignorance:1200:seed=1:1 followups:1100:seed=1:1)
+            # Harder sums than those of SFT, and all else, so that nothing gets lost on the way.
+            rl=(--mix arithmetic:3000:level=2:1 arithmetic:2000:level=0:seed=2:1
+                simplespelling:2000:seed=2:1 spellingbee:2000:seed=2:1 ignorance:1000:seed=2:1
+                followups:1500:seed=2:1 passages:1000:seed=2:1 --num-steps 12
                 --prompts-per-step 16 --max-tokens 100 --eval-problems 128 --save-every 10)
             ;;
         smoke)

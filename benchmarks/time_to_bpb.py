@@ -1,12 +1,18 @@
-"""Measure the time that nanochat needs to be as good as a Llama with AdamW after a fixed time.
+"""Measure the time that nanochat needs to be as good as another recipe after a fixed time.
 
-python -m benchmarks.time_to_bpb --seconds 90 [--json out.json]
+python -m benchmarks.time_to_bpb --seconds 90 [--baselines llama muon] [--json out.json]
 
-Both have the same shape (width 256, 4 layers), batch, data order, dtype and held-out text (the
-embedded corpus; run scripts.tok_train and scripts.tok_encode first). The baseline is a Hugging Face
-Llama with torch's fused AdamW (betas 0.9 and 0.95, decay 0.1), with warm-up and linear decay to
-zero over the time, and with the best learning rate of `--rates`. nanochat then trains for growing
-shares of that time, each with a whole schedule, until it is as good. This needs the extra `hf`.
+All have the same shape (width 256, 4 layers), batch, data order, dtype and held-out text (the
+embedded corpus; run scripts.tok_train and scripts.tok_encode first). Baselines:
+
+- llama: a Hugging Face Llama with torch's fused AdamW (betas 0.9 and 0.95, decay 0.1), with warm-up
+  and linear decay to zero over the time, and with the best learning rate of `--rates`. This needs
+  the extra `hf`.
+- muon: the plain block (`--portable`: no value embeddings, no token shift), Muon and AdamW, and the
+  square-root rule for the rates, sqrt(batch / 2^19), down to a batch of a few thousand tokens.
+
+nanochat then trains for growing shares of that time, each with a whole schedule, until it is as
+good.
 """
 
 import argparse
@@ -29,7 +35,7 @@ from nanochat.data.store import TokenStore
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.hardware import tune_cpu
 from nanochat.optim import Optimizer, parameter_rules
-from nanochat.plan import lr_multiplier, muon_momentum, scaled_lr
+from nanochat.plan import REFERENCE_BATCH, lr_multiplier, muon_momentum, scaled_lr
 from nanochat.runtime import Runtime, best_dtype, single
 from nanochat.tokenizer import Tokenizer
 from nanochat.train import Hypers, train_step
@@ -107,13 +113,20 @@ def train_llama(seconds: float, rate: float, tokenizer: Tokenizer, runtime: Runt
     return {"rate": rate, "seconds": seconds, "steps": steps, "bpb": bits_per_byte(nll, tokenizer)}
 
 
-def train_ours(seconds: float, tokenizer: Tokenizer, runtime: Runtime) -> dict:
+def train_ours(seconds: float, tokenizer: Tokenizer, runtime: Runtime, plain: bool = False) -> dict:
+    """Train this project's model with its recipe, or with that of the `plain` baseline muon."""
     config = config_from_depth(
-        DEPTH, tokenizer.vocab_size, head_dim=64, context_length=T, window_pattern="L"
+        DEPTH,
+        tokenizer.vocab_size,
+        portable=plain,
+        head_dim=64,
+        context_length=T,
+        window_pattern="L",
     )
     model = GPT(config, runtime.dtype).init_weights(0)
     learning = Learning()
-    rules = parameter_rules(model, learning, width=config.n_embd, lr_scale=scaled_lr(T * ROWS))
+    lr_scale = math.sqrt(T * ROWS / REFERENCE_BATCH) if plain else scaled_lr(T * ROWS)
+    rules = parameter_rules(model, learning, width=config.n_embd, lr_scale=lr_scale)
     optimizer = Optimizer(model, rules, muon_dtype=runtime.dtype)
     batches = loader("train", tokenizer)
     low, high = learning.muon_momentum
@@ -133,31 +146,38 @@ def train_ours(seconds: float, tokenizer: Tokenizer, runtime: Runtime) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=90.0)
+    parser.add_argument(
+        "--baselines", nargs="+", default=["llama", "muon"], choices=["llama", "muon"]
+    )
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3, 8e-3])
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.2, 0.3, 0.4, 0.5, 0.7, 1.0])
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0]
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     tune_cpu()
     runtime = single(dtype=best_dtype(torch.device("cpu")))
     tokenizer = Tokenizer.load()
-    baselines = []
-    for rate in arguments.rates:
-        baselines.append(train_llama(arguments.seconds, rate, tokenizer, runtime))
-        print("llama", json.dumps(baselines[-1]), flush=True)
-    target = min(baselines, key=lambda run: run["bpb"])
-    ours = []
+    baselines: dict[str, list[dict[str, Any]]] = {}
+    if "llama" in arguments.baselines:
+        baselines["llama"] = [
+            train_llama(arguments.seconds, rate, tokenizer, runtime) for rate in arguments.rates
+        ]
+    if "muon" in arguments.baselines:
+        baselines["muon"] = [train_ours(arguments.seconds, tokenizer, runtime, plain=True)]
+    targets = {name: min(run["bpb"] for run in runs) for name, runs in baselines.items()}
+    print(json.dumps(targets), flush=True)
+    ours: list[dict[str, Any]] = []
     for share in arguments.shares:
         ours.append(train_ours(share * arguments.seconds, tokenizer, runtime))
         print("ours", json.dumps(ours[-1]), flush=True)
-        if ours[-1]["bpb"] <= target["bpb"]:
+        if ours[-1]["bpb"] <= min(targets.values()):
             break
-    reached = ours[-1]["bpb"] <= target["bpb"]
-    result = {
-        "baselines": baselines,
-        "ours": ours,
-        "target_bpb": target["bpb"],
-        "ratio": ours[-1]["seconds"] / target["seconds"] if reached else None,
-    }
+    ratios: dict[str, float | None] = {}
+    for name, target in targets.items():
+        enough = [run["seconds"] for run in ours if run["bpb"] <= target]
+        ratios[name] = enough[0] / arguments.seconds if enough else None
+    result = {"baselines": baselines, "ours": ours, "target_bpb": targets, "ratio": ratios}
     publish(result, arguments.json)
 
 

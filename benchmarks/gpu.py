@@ -300,6 +300,7 @@ def head(sizes: Sizes) -> Result:
         took = attempt(lambda f=fused: milliseconds(lambda: run(f), device, sizes.steps))
         name = f"chunk 2^{chunk}, " + ("fused" if fused else f"block 2^{block}")
         result[name] = [took, peak_gib(device)]
+        print(json.dumps(result), flush=True)  # kept if the time runs out
     head_loss.LOGITS_PER_CHUNK[kind], head_loss.LOGITS_PER_BLOCK[kind] = usual
     result["milliseconds at 400 TFLOP/s"] = 6 * N * V * C / 400e12 * 1e3
     tokens = min(N, 4096)
@@ -710,7 +711,7 @@ LINES: dict[str, tuple[Callable[[Sizes], Result], float]] = {
     "tests": (cuda_tests, 120),
     "kernels": (kernels, 90),
     "waits": (waits, 30),
-    "head": (head, 30),
+    "head": (head, 60),
     "attention": (attention, 30),
     "sdpa": (masked_sdpa, 45),
     "decoding": (decoding, 90),

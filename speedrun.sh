@@ -182,7 +182,8 @@ else
         run python -m scripts.chat_rl --source "sft/$name" --tag "$name" "${rl[@]}" --group-size 8 --lr-scale 0.03 --eval-every 0 \
             --eval-samples 2 --resume
     fi
-    for stage in "${stages[@]}"; do
+    # Not base: a model that has seen no conversation answers none of these, and at length.
+    for stage in "${stages[@]:1}"; do
         run python -m scripts.chat_eval --source "$stage/$name" --resume --max-problems "$problems" \
             "${tasks[@]/#/--task=}"
     done

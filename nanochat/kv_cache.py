@@ -113,6 +113,13 @@ class KVCache:
         self.shortest += T if counts is None else 0
         self.longest = min(self.longest + T, self.capacity)
 
+    def take_back(self, count: int, last_id: int) -> None:
+        """Forget the last `count` tokens of every row; `last_id` is then the last one's id."""
+        self.lengths -= count
+        self.last_ids.fill_(last_id)
+        self.shortest -= count
+        self.longest -= count
+
     def reset(self, rows: torch.Tensor | slice = slice(None)) -> None:
         """Empty these rows."""
         self.lengths[rows] = 0

@@ -145,6 +145,40 @@ def test_a_sample_does_not_depend_on_its_company(temperature: float) -> None:
         assert len(firsts) > 1  # samples of a prompt do not share their first token
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("temperature", [0.0, 0.4])
+def test_guesses_change_no_answer(variant: str, temperature: float) -> None:
+    """Alone in the engine, a row gives the same tokens in fewer passes."""
+    model = tiny_model(**VARIANTS[variant])
+    prompts = [random_ids(n, n) for n in (3, 40, 1, 70)]
+    kinds: list[dict[str, Any]] = [{}, {"top_k": 8}, {"top_logprobs": 2}, {"stop": ("1",)}]
+    params = [
+        SamplingParams(max_tokens=n, seed=5, temperature=temperature, **kind)
+        for n, kind in zip((80, 33, 95, 90), kinds, strict=True)
+    ]
+    found, passes = {}, {}
+    for guesses in (0, 4):
+        decoder = CountingCaller(model)
+        decoder.guesses = guesses
+        engine = Engine(decoder, tiny_tokenizer(), max_slots=1)
+        found[guesses] = engine.generate(prompts, params, 2)
+        passes[guesses] = decoder.passes
+    assert found[4] == Nearly(found[0])
+    for mine, theirs in zip(sum(found[4], []), sum(found[0], []), strict=True):
+        assert len(mine.top_logprobs) == len(theirs.top_logprobs)
+        for one, other in zip(mine.top_logprobs, theirs.top_logprobs, strict=True):
+            assert [token for token, _ in one] == [token for token, _ in other]
+    assert passes[4] < 0.85 * passes[0]
+
+
+class CountingCaller(ToolCaller):
+    passes = 0
+
+    def hidden(self, *arguments: Any) -> torch.Tensor:
+        self.passes += 1
+        return super().hidden(*arguments)
+
+
 class Nearly:
     """Completions are equal up to the rounding of their log-probabilities."""
 

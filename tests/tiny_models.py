@@ -66,6 +66,7 @@ class Scripted(Decoder):
     By place in the context: what a tool forces takes the place of as many tokens of the script.
     """
 
+    guesses = 0
     script: tuple[int, ...] = ()
     prompt: tuple[int, ...] | list[int] = ()
     """The last one that was read."""

@@ -10,11 +10,18 @@ gets its place at once (continuous batching, as in Orca, OSDI 2022).
 Every sample has a random stream of its own, a pure function of (seed, prompt index, sample index,
 step). A sample therefore depends neither on the other rows nor on their number, except for the
 rounding of matrix products of different shapes.
+
+A row that is alone is read several tokens at a time: the token drawn last, and a guess of what
+follows it (`Row.guess`). Each token is drawn as always, from the logits of its own position. Tokens
+are kept up to the first one that differs from the guess, and the cache forgets the rest
+(speculative decoding with n-grams of the text itself, arXiv 2304.04487). The answer is the same as
+without guesses, again except for the rounding of products of different shapes.
 """
 
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import cast
 
 import torch
 
@@ -197,6 +204,8 @@ class Engine:
     def step(self) -> list[Event]:
         """Read a chunk of waiting prompts, if there is room for them, and decode one token per row.
 
+        A row that is alone may get several tokens, if they were guessed right.
+
         Returns what happened: text of streaming requests, and the end of every sample.
         """
         events: list[Event] = []
@@ -323,53 +332,85 @@ class Engine:
                 tools = [row.tool for row in rows if row.tool]
                 wait(tools, timeout=0.05, return_when=FIRST_COMPLETED)
             return
-        self._slots.reserve(0)
+        decoder = self._decoder_now()
+        guess = rows[0].guess(getattr(decoder, "guesses", 0)) if len(rows) == 1 else []
+        self._slots.reserve(0, len(guess))
         cache = self._slots.view()
+        if guess:
+            self._decode_guess(guess, cache, events)
+            return
         # The cache may have rows that are not in use.
         unused = cache.batch_size - len(rows)
         ids = torch.tensor([[row.next_id] for row in rows] + [[0]] * unused).to(self.device)
         counts = None
         if unused or any(paused):
             counts = torch.tensor([1 - p for p in paused] + [0] * unused).to(self.device)
-        logits = self._decoder_now().next_logits(ids, cache, counts)
+        logits = decoder.next_logits(ids, cache, counts)
         for row, waits in zip(rows, paused, strict=True):
             row.position += not waits
         self._draw(logits[: len(rows)], rows, events)
         self._drop_finished()
 
+    def _decode_guess(self, guess: list[int], cache: KVCache, events: list[Event]) -> None:
+        """Read the only row's next token and a guess; append tokens up to the first wrong one."""
+        (row,) = self._rows
+        decoder = cast(Decoder, self._decoder_now())
+        ids = [row.next_id, *guess]
+        logits = decoder.logits_after_each(torch.tensor([ids]).to(self.device), cache)[0]
+        first = len(row.completion.ids)
+        drawn = self._sampler_of(self._rows).draw(logits, [*range(first, first + len(ids))])
+        kept = 0
+        for token, logprob, top in zip(*drawn, strict=True):
+            self._append(row, token, logprob, top, events)
+            kept += 1
+            ended = row.completion.finish_reason is not None or row.tool is not None
+            if ended or ids[kept : kept + 1] != [row.next_id]:
+                break
+        row.position += kept
+        cache.take_back(len(ids) - kept, ids[kept - 1])
+        self._drop_finished()
+
+    def _sampler_of(self, rows: list[Row]) -> Sampler:
+        """Return a sampler of these rows; that of all rows is kept while they stay the same."""
+        if rows is self._rows and self._sampler is not None:
+            return self._sampler
+        sampler = Sampler(
+            [row.request.params for row in rows],
+            [row.key for row in rows],
+            self.vocab_size,
+            self.device,
+            lambda i: rows[i].history,
+        )
+        if rows is self._rows:
+            self._sampler = sampler
+        return sampler
+
     def _draw(self, logits: torch.Tensor, rows: list[Row], events: list[Event]) -> None:
         """Choose the next token of every row from its logits (len(rows), V) and append it."""
-        whole = rows is self._rows
-        sampler = self._sampler if whole else None
-        if sampler is None:
-            sampler = Sampler(
-                [row.request.params for row in rows],
-                [row.key for row in rows],
-                self.vocab_size,
-                self.device,
-                lambda i: rows[i].history,
-            )
-            if whole:
-                self._sampler = sampler
-        steps = [len(row.completion.ids) for row in rows]
-        tokens, logprobs, top = sampler.draw(logits, steps)
-        drawn: list[int] = []
-        for i, row in enumerate(rows):
-            if row.tool is not None:
-                drawn.append(row.next_id)
-                continue
-            if row.forced:
-                self._accept(row, row.forced.popleft(), 0.0, 0)
-            else:
-                self._accept(row, tokens[i], logprobs[i], 1)
-            drawn.append(row.next_id)
-            if row.request.params.top_logprobs:
-                count = row.request.params.top_logprobs
-                row.completion.top_logprobs.append(
-                    top[i][:count] if row.completion.mask[-1] else []
-                )
-            self._report(row, events)
-        sampler.see(drawn)
+        sampler = self._sampler_of(rows)
+        drawn = sampler.draw(logits, [len(row.completion.ids) for row in rows])
+        for row, token, logprob, top in zip(rows, *drawn, strict=True):
+            if row.tool is None:
+                self._append(row, token, logprob, top, events)
+        sampler.see([row.next_id for row in rows])
+
+    def _append(
+        self,
+        row: Row,
+        token: int,
+        logprob: float,
+        top: list[tuple[int, float]],
+        events: list[Event],
+    ) -> None:
+        """Append a token that was drawn, or the next one of a tool's output in its place."""
+        if row.forced:
+            self._accept(row, row.forced.popleft(), 0.0, 0)
+        else:
+            self._accept(row, token, logprob, 1)
+        count = row.request.params.top_logprobs
+        if count:
+            row.completion.top_logprobs.append(top[:count] if row.completion.mask[-1] else [])
+        self._report(row, events)
 
     def _accept(self, row: Row, token: int, logprob: float, mask: int) -> None:
         completion, transcript = row.completion, row.transcript

@@ -32,6 +32,10 @@ class Row:
     """Token to read next: the last one of the completion's ids."""
     forced: deque[int] = field(default_factory=deque)
     tool: Future[str] | None = None
+    _after: dict[tuple[int, int], int] = field(default_factory=dict)
+    """For each pair of tokens, where the token after its last occurrence is in `history`."""
+    _indexed: int = 0
+    """Number of pairs of `history` that are in `_after`."""
 
     @property
     def completion(self) -> Completion:
@@ -41,6 +45,25 @@ class Row:
     def history(self) -> list[int]:
         """All tokens of prompt and completion."""
         return self.request.prompt + self.completion.ids
+
+    def guess(self, count: int) -> list[int]:
+        """Guess `count` tokens after `next_id`, or none.
+
+        They are what is left of a tool's output, or what followed the last two tokens where these
+        occurred before, repeated if it is too short: steps then have one more shape, not `count`.
+        There is no guess with a repetition penalty, as a token then changes the next one's logits.
+        """
+        params, room = self.request.params, self.request.max_tokens - len(self.completion.ids)
+        if count == 0 or room <= count or params.repetition_penalty != 1:
+            return []
+        if self.forced:
+            return (list(self.forced) * count)[:count]
+        ids = self.history
+        for i in range(self._indexed, len(ids) - 2):
+            self._after[ids[i], ids[i + 1]] = i + 2
+        self._indexed = len(ids) - 2
+        at = self._after.get((ids[-2], ids[-1]), len(ids))
+        return (ids[at : at + count] * count)[:count]
 
 
 def power_of_two(number: int) -> int:
@@ -111,14 +134,14 @@ class Slots:
         if not self.fixed:
             self.cache = self._view = None
 
-    def reserve(self, waiting: int) -> None:
-        """Make the cache large enough for the rows and their next tokens.
+    def reserve(self, waiting: int, guessed: int = 0) -> None:
+        """Make the cache large enough for the rows, their next tokens and those guessed.
 
         The capacity follows the longest row in steps of a quarter. A cache for the longest possible
         answer would be slower: a step computes over all slots, and products over a part of them
         were measured 2-3 times slower on CPUs than over contiguous memory.
         """
-        needed = max(row.position for row in self.rows) + 1
+        needed = max(row.position for row in self.rows) + 1 + guessed
         cache = self.cache
         count = 0 if cache is None else cache.batch_size
         capacity = 0 if cache is None else cache.capacity

@@ -144,8 +144,9 @@ class Sampler:
     ) -> tuple[list[int], list[float], list[list[tuple[int, float]]]]:
         """Draw a token per row; returns tokens, log-probabilities, and the most likely tokens.
 
-        logits is (B, V) float32, steps the B positions in the random streams. The most likely
-        tokens are (id, log-probability) pairs; the lists are empty if no row asks for them.
+        logits is (B, V) float32, steps the B positions in the random streams. A sampler of a single
+        row also draws several of its tokens at once, from logits (T, V) at T positions. The most
+        likely tokens are (id, log-probability) pairs; the lists are empty if no row asks for them.
         """
         x = logits
         if self.seen is not None and self.penalty is not None:
@@ -181,7 +182,7 @@ class Sampler:
         floats = host.view(np.float32)
         top = [
             list(zip(host[i, 2 : 2 + n].tolist(), floats[i, 2 + n :].tolist(), strict=True))
-            for i in range(len(host) if n else 0)
+            for i in range(len(host))
         ]
         return host[:, 0].tolist(), floats[:, 1].tolist(), top
 

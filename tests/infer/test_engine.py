@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import ToolCaller, scripted, tiny_model, tiny_tokenizer
+from tiny_models import Scripted, ToolCaller, scripted, tiny_model, tiny_tokenizer
 
 from nanochat.data.order import make_key
 from nanochat.errors import UserError
@@ -390,6 +390,100 @@ def test_a_slow_tool_does_not_hold_up_other_rows() -> None:
         engine.step()
     assert [c.ids for c in caller.completions] == [c.ids for c in fast[0]]
     assert [c.ids for c in other.completions] == [c.ids for c in fast[1]]
+
+
+# Guesses
+
+
+class Guessing(Scripted):
+    """Counts its passes; reads guesses too."""
+
+    guesses = 4
+    passes = 0
+
+    def next_logits(self, *arguments: Any) -> torch.Tensor:
+        self.passes += 1
+        return super().next_logits(*arguments)
+
+    def logits_after_each(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        start = int(cache.lengths[0]) + 1 - len(self.prompt)
+        self.passes += 1
+        logits = super().logits_after_each(ids, cache) * 0
+        for t in range(ids.shape[1]):
+            logits[0, t, self.script[min(start + t, len(self.script) - 1)]] = 100.0
+        return logits
+
+
+PHRASE = [5, 9, 7, 3, 8, 6, 4, 2]
+
+
+def guessed(script: list[int | str], params: SamplingParams, *prompt: int) -> tuple[Any, int]:
+    """Decode alone, with guesses and without; returns the completion and the passes with them."""
+    found, passes = [], []
+    for guesses in (0, 4):
+        decoder = scripted(script, Guessing)
+        decoder.guesses = guesses
+        events = list(Engine(decoder, tiny_tokenizer()).stream([0, *prompt], params))
+        found.append(([(e.type, e.text, e.tokens, e.finished) for e in events], events[-1]))
+        passes.append(decoder.passes)
+    assert found[0][0] == found[1][0]
+    completion = found[1][1].completion
+    assert completion == found[0][1].completion
+    assert passes[0] == len(completion.ids)
+    return completion, passes[1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_the_row_said_before_is_read_at_once(temperature: float) -> None:
+    """The first two tokens of a phrase are drawn one by one, then five in a pass."""
+    end = "<|assistant_end|>"
+    params = SamplingParams(temperature=temperature)
+    completion, passes = guessed([*PHRASE, end], params, *PHRASE)
+    assert len(completion.ids) == 9
+    # The prompt's pass gives 1 token and a pass without a guess 1; then come 5, and 1 with the end.
+    assert passes == 4
+    completion, passes = guessed([*PHRASE[:4], 1, *PHRASE[4:], end], params, *PHRASE)
+    assert completion.ids[:9] == [*PHRASE[:4], 1, *PHRASE[4:]]
+    assert passes == 6
+
+
+def test_a_guess_goes_no_further_than_the_answer() -> None:
+    """A limit, a stop string or an end inside of what was guessed; a period; a penalty."""
+    for limit in range(1, 10):
+        completion, _ = guessed([*PHRASE, 1], SamplingParams(max_tokens=limit), *PHRASE)
+        assert (len(completion.ids), completion.finish_reason) == (limit, "length")
+    text = tiny_tokenizer().encode("the king and the sea")
+    completion, passes = guessed([*text, 1], SamplingParams(stop=("g a",)), *text)
+    assert (completion.text, completion.finish_reason) == ("the kin", "stop")
+    assert passes < len(completion.ids)
+    end = tiny_tokenizer().special("<|assistant_end|>")
+    completion, _ = guessed([5, 9, 7, end], SamplingParams(), 5, 9, 7, end, 5, 9, 7, end, 5)
+    assert completion.ids == [5, 9, 7, end]
+    _, passes = guessed([5], SamplingParams(max_tokens=50))
+    assert passes == 14  # one token again and again: the first 3 and the last 2 one by one
+    _, passes = guessed([5], SamplingParams(max_tokens=50, repetition_penalty=1.5))
+    assert passes == 50
+
+
+def test_a_call_inside_of_a_guess() -> None:
+    """What the tool says takes the place of what it said the last time; it is read at once."""
+    tokenizer = tiny_tokenizer()
+    call = [tokenizer.special("<|python_start|>"), *tokenizer.encode("12 + 34")]
+    call.append(tokenizer.special("<|python_end|>"))
+    output = [tokenizer.special("<|output_start|>"), *tokenizer.encode("46")]
+    output.append(tokenizer.special("<|output_end|>"))
+    said = [tokenizer.special("<|output_start|>"), *tokenizer.encode("9")]  # a wrong one before
+    script: list[int | str] = [*call, *output, *tokenizer.encode(" a"), "<|assistant_end|>"]
+    completion, passes = guessed(script, SamplingParams(top_logprobs=2), *call, *said)
+    assert [part["text"] for part in completion.parts] == ["12 + 34", "46", " a"]
+    assert passes <= len(completion.ids) // 2
+
+
+def test_only_a_row_that_is_alone_is_guessed() -> None:
+    decoder = scripted([*PHRASE, *PHRASE], Guessing)
+    engine = Engine(decoder, tiny_tokenizer())
+    engine.generate([[0], [0]], SamplingParams(max_tokens=16))
+    assert decoder.passes == 16
 
 
 # Scheduling

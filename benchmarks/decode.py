@@ -1,6 +1,7 @@
 """Compare the engine's decoding speed with transformers' `generate` on the exported model.
 
 python -m benchmarks.decode [--depth 6] [--dtypes bfloat16 float32] [--json out.json]
+python -m benchmarks.decode --source sft --dtypes float32
 
 Weights are random, decoding is greedy, and no token ends an answer. Two models, a portable one
 (transformers' own `nanochat` type) and a full one (with its own code), are exported and loaded. The
@@ -15,6 +16,10 @@ two programs are timed in turn, A B A B, prompts included. The cases are:
 
 The results are medians of new tokens per second, and of the ratio of the two times within a round.
 In float32 the tokens are compared too. This needs the extra `hf`.
+
+With `--source` it compares something else: the engine with and without guesses (`Row.guess`), on a
+trained model that answers messages of first contact, one at a time. The results are passes through
+the model per token, and seconds of processor time per token, which other processes change least.
 """
 
 import argparse
@@ -24,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from operator import eq
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -31,14 +37,16 @@ from typing import Any
 import torch
 
 from benchmarks.common import publish
+from nanochat.checkpoint_manager import load_model, system_style
 from nanochat.export import hf
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.hardware import tune_cpu
 from nanochat.infer.decoder import Decoder
 from nanochat.infer.engine import Engine
 from nanochat.infer.sampling import SamplingParams
-from nanochat.runtime import DTYPES
+from nanochat.runtime import DTYPES, single
 from nanochat.tokenizer import Tokenizer
+from tasks.registry import build, corpus_options
 
 MIXED = 32
 LONGEST_PROMPT, LONGEST_ANSWER = 512, 256
@@ -179,6 +187,66 @@ def compare(kind: str, dtype_name: str, arguments: argparse.Namespace) -> list[d
     return results
 
 
+class Counting(Decoder):
+    """Counts its passes, prompts included."""
+
+    passes = 0
+
+    def hidden(self, *arguments: Any) -> torch.Tensor:
+        self.passes += 1
+        return super().hidden(*arguments)
+
+
+def compare_guesses(dtype_name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Answer messages with and without guesses, as `chat_cli` samples and greedily."""
+    model, tokenizer, meta = load_model(arguments.source, single(dtype=DTYPES[dtype_name]))
+    task = build("first_contact", "test", **corpus_options(["first_contact"], tokenizer))
+    step = max(1, len(task) // arguments.messages)
+    prompts = [
+        tokenizer.render_for_completion(task[i], system_style(meta))
+        for i in range(0, len(task), step)
+    ]
+    decoder = Counting(model)
+    engine, results = Engine(decoder, tokenizer, max_slots=1), []
+    for params in (SamplingParams(temperature=0.6, top_k=50), SamplingParams(temperature=0)):
+        arms = {"without": 0, "with": Decoder.guesses}
+        times: dict[str, list[float]] = {name: [] for name in arms}
+        passes = dict.fromkeys(arms, 0)
+        answers: dict[str, list[list[int]]] = {name: [] for name in arms}
+        for repeat in range(arguments.repeats + 1):
+            seconds = dict.fromkeys(arms, 0.0)
+            for i, prompt in enumerate(prompts):
+                for name, decoder.guesses in arms.items():
+                    decoder.passes, start = 0, time.process_time()
+                    ((completion,),) = engine.generate([prompt], params, indices=[i])
+                    seconds[name] += time.process_time() - start
+                    if not repeat:  # the first round warms up
+                        passes[name] += decoder.passes
+                        answers[name].append(completion.ids)
+            if repeat:
+                for name, one in seconds.items():
+                    times[name].append(one)
+        tokens = sum(map(len, answers["with"]))
+        ratios = [a / b for a, b in zip(times["without"], times["with"], strict=True)]
+        results.append(
+            {
+                "dtype": dtype_name,
+                "temperature": params.temperature,
+                "messages": len(prompts),
+                "tokens": tokens,
+                "passes_per_token": {name: passes[name] / tokens for name in arms},
+                "cpu_seconds_per_token": {
+                    name: statistics.median(values) / tokens for name, values in times.items()
+                },
+                "ratio": statistics.median(ratios),
+                "ratio_range": [min(ratios), max(ratios)],
+                "equal_answers": sum(map(eq, answers["without"], answers["with"])),
+            }
+        )
+        print(json.dumps(results[-1]), flush=True)
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--depth", type=int, default=6)
@@ -190,11 +258,16 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=DTYPES)
     parser.add_argument("--cases", nargs="+")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--source", help="trained model: compare with and without guesses")
+    parser.add_argument("--messages", type=int, default=100, help="number, with --source")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     tune_cpu()
     results = []
     for dtype in arguments.dtypes:
+        if arguments.source:
+            results += compare_guesses(dtype, arguments)
+            continue
         for kind in arguments.models:
             results += compare(kind, dtype, arguments)
     if arguments.json:

@@ -148,7 +148,7 @@ def test_a_sample_does_not_depend_on_its_company(temperature: float) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("temperature", [0.0, 0.4])
 def test_guesses_change_no_answer(variant: str, temperature: float) -> None:
-    """Alone in the engine, a row gives the same tokens in fewer passes."""
+    """Rows that are alone in the engine give the same tokens in fewer passes."""
     model = tiny_model(**VARIANTS[variant])
     prompts = [random_ids(n, n) for n in (3, 40, 1, 70)]
     kinds: list[dict[str, Any]] = [{}, {"top_k": 8}, {"top_logprobs": 2}, {"stop": ("1",)}]

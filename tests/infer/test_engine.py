@@ -466,7 +466,7 @@ def test_a_guess_goes_no_further_than_the_answer() -> None:
 
 
 def test_a_call_inside_of_a_guess() -> None:
-    """What the tool says takes the place of what it said the last time; it is read at once."""
+    """Output of the tool takes the place of what it said the last time, and is read at once."""
     tokenizer = tiny_tokenizer()
     call = [tokenizer.special("<|python_start|>"), *tokenizer.encode("12 + 34")]
     call.append(tokenizer.special("<|python_end|>"))

@@ -170,8 +170,8 @@ def test_the_same_tag_is_the_first_source(run: Callable[..., Any], folder: Path)
     run()
     run(run={"tag": "small"})
     stage = run("mid", run={"tag": "small"})
-    assert (stage.source["stage"], stage.source["tag"]) == ("base", "small")
-    assert run("mid").source["tag"] == "default"
+    assert (stage.run.source["stage"], stage.run.source["tag"]) == ("base", "small")
+    assert run("mid").run.source["tag"] == "default"
 
 
 def test_a_torn_line_of_the_log_is_repaired(run: Callable[..., Any], folder: Path) -> None:

@@ -621,7 +621,7 @@ def test_a_run_whose_source_was_trained_on_is_not_resumed(folder: Path) -> None:
     numbered(sft / "step_000080", sft / "step_000099")
     with pytest.raises(UserError, match="sft/default step 80, which has moved on to step_000099"):
         run(folder, config(num_steps=4, run={"resume": True}))
-    assert run(folder, config(num_steps=2, run={"tag": "fresh"})).source["step"] == 99
+    assert run(folder, config(num_steps=2, run={"tag": "fresh"})).run.source["step"] == 99
 
 
 @pytest.mark.parametrize("where", ["sft/other", "path"])

@@ -678,7 +678,8 @@ def test_ever_new_lengths_leave_nothing_behind() -> None:
     receiver, sender = processes.context.Pipe(duplex=False)
     assert processes.finish(processes.start(resident_after, [200, 500], sender)) == 0
     early, late = receiver.recv()
-    assert late - early < 16 * 2**20
+    # 7 to 25 MiB were seen; kernels of 300 more lengths would take 180.
+    assert late - early < 64 * 2**20
 
 
 # Bad input

@@ -78,7 +78,7 @@ def random_model(depth: int, tokenizer: Tokenizer, portable: bool, dtype: torch.
             parameter.add_(noise * config.n_embd**-0.5)
         # Special tokens are never the most likely ones: no answer ends early, no tool is called.
         model.head.weight[tokenizer.bos : tokenizer.vocab_size] = 0
-    return model.eval()
+    return model
 
 
 def cases(prompt: int, new: int, scale: float) -> dict[str, Requests]:

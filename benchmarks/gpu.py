@@ -418,7 +418,7 @@ def decoding(sizes: Sizes) -> Result:
     runtime = start(sizes)
     with torch.device(runtime.device):
         model = GPT(model_config(sizes), runtime.dtype)
-    model.init_weights(0).eval()
+    model.init_weights(0)
     slots = min(512, sizes.context_length)
     result: Result = {}
 

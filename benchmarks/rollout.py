@@ -107,7 +107,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         return prompts
 
     def step(batches: list[Batch], divisor: int) -> float:
-        model.train()
         start = time.perf_counter()
         # The learning rate is almost 0, so that the measured model stays the same.
         train_step(model, optimizer, batches, Hypers(1e-9), runtime, divisor=divisor)
@@ -120,7 +119,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     for repeat in range(arguments.repeats + 1):
         first = repeat * arguments.prompts
-        model.eval()
         prompts = render(first)
         start = time.perf_counter()
         answers = engine.generate(

@@ -119,7 +119,8 @@ def estimate_memory(
     halved = 0  # parameters that travel in bfloat16
     if learning.bf16_transfers and world_size > 1:
         halved = sum(counts[kind] for kind in ("embedding", "value_embeddings", "head"))
-    # The sums of this rank's rows; in bfloat16 a buffer for all rows, and this rank's after them.
+    # float32: this rank's rows of the summed gradients. bfloat16: a buffer of all rows, then a
+    # copy of this rank's.
     transfers = 2 * halved + (4 * (parameters - halved) + 2 * halved) // world_size
     windows = len({config.window(layer) for layer in range(config.n_layer)})
     # Gradients of the widest part of a block in the backward pass, and masks on CPUs.

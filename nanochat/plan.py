@@ -131,17 +131,20 @@ def scaled_weight_decay(
     return float(min(REFERENCE_DECAY * share / lr_scale, 0.02 / (lr * lr_scale)))
 
 
-def inherited_batching(batching: Batching, source: Mapping[str, Any], multiple: int) -> Batching:
+def inherited_batching(
+    batching: Batching, source: Mapping[str, Any], sequence_length: int
+) -> Batching:
     """Set a step size of `auto` to that of the run that this one starts from.
 
     source: metadata of its checkpoint. A run that chose small steps is thus followed by one with
-    small steps. The size is rounded down to a multiple of `multiple` tokens, a row of each rank.
+    small steps. The size is rounded down to whole rows, whatever the number of ranks.
     The rule applies if the size is not recorded, or belongs to rollouts, which set their own.
     """
     total = source.get("total_batch_size")
     if batching.total_batch_size != "auto" or total is None or source["stage"] == "rl":
         return batching
-    return replace(batching, total_batch_size=max(1, total // multiple) * multiple)
+    rows = max(1, total // sequence_length)
+    return replace(batching, total_batch_size=rows * sequence_length)
 
 
 def context_schedule(cfg: BaseConfig) -> list[tuple[int, Fraction]]:

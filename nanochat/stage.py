@@ -94,16 +94,15 @@ class OpenRun:
     def batching(self, sequence_length: int) -> Batching:
         """Batching flags; `auto` means the step size that the run began with, or its source's.
 
-        Without the former, another number of ranks would change the step size, since it is rounded
-        to whole rows of all ranks.
+        Without the former, another number of ranks would change the step size, since the rule for
+        `auto` rounds to whole rows of all ranks.
         """
         assert not isinstance(self.cfg, RlConfig)
         batching = self.cfg.batching
         if self.meta and batching.total_batch_size == "auto":
             total = self.meta.get("total_batch_size", "auto")
             return replace(batching, total_batch_size=total)
-        step = sequence_length * self.runtime.world_size
-        return inherited_batching(batching, self.source or {}, step)
+        return inherited_batching(batching, self.source or {}, sequence_length)
 
 
 @contextmanager

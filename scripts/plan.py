@@ -158,7 +158,7 @@ class Workload:
 def model_of(cfg: MidPlan | SftPlan | RlPlan) -> tuple[GPTConfig, str, dict[str, Any]]:
     """Configuration of the model that the stage starts from, its origin in words, its metadata."""
     try:
-        folder = find(cfg.source)
+        folder = find(cfg.source, tag=cfg.run.tag)
     except UserError:
         model = config_from_depth(
             cfg.model.depth, cfg.hardware.vocab_size, context_length=cfg.model.trained_context
@@ -191,7 +191,7 @@ def job_of(cfg: AnyPlan, world_size: int, dtype: torch.dtype) -> Workload:
             f"--stage {cfg.stage} needs --num-steps or --target-tokens: how long an epoch is "
             "depends on the encoded conversations"
         )
-    batching = inherited_batching(cfg.batching, source, model.context_length * world_size)
+    batching = inherited_batching(cfg.batching, source, model.context_length)
     return Workload(model, about, batching, cfg.duration, cfg.learning)
 
 

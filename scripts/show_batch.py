@@ -116,8 +116,13 @@ def choose_sources(
         store = TokenStore.open(cfg.store, tokenizer.hash)
         return [Source(store, prompt_weight=prompt_weight)]
     if cfg.pairs is not None:
-        system = "tokens" if isinstance(stage, BaseConfig) else stage.system
-        store = pairs_store(cfg.pairs, tokenizer, sequence_length + 1, system=system)
+        store = pairs_store(
+            cfg.pairs.expanduser(),
+            tokenizer,
+            sequence_length + 1,
+            system="tokens" if isinstance(stage, BaseConfig) else stage.system,
+            bad_rows="error" if isinstance(stage, BaseConfig) else stage.bad_rows,
+        )
         return [Source(store, prompt_weight=0.0, name=cfg.pairs.name)]
     if isinstance(stage, BaseConfig):
         if cfg.task is not None:

@@ -54,14 +54,14 @@ QUESTION_OPENERS = Ways(
         *("hey,", "hi,", "hello,", "ok,", "okay,", "so,", "and", "now,", "please,", "hi!"),
         *("quick question:", "question:", "tell me,", "please tell me,", "then", "um,"),
         *("i have a question:", "another question:", "just asking,", "oh,", "ah,", "hmm,", "but"),
-        *("can i ask,", "let me ask,", "sorry,", "good morning,", "hey nanochat,", "listen,"),
+        *("can i ask,", "let me ask,", "sorry,", "good morning,", "look,", "listen,"),
     ),
     held_out=("well,", "one question:", "good day,", "excuse me,", "say,"),
 )
 CLOSERS = Ways(
     train=(
         *("please", "please", "pls", "for me", "for me please", "thanks", "now", "thank you"),
-        *("nanochat", "if possible", "will you", "can you", "could you", "when you can", "then"),
+        *("if possible", "will you", "can you", "could you", "when you can", "then"),
         *("right now", "ok", "okay", "my dear", "mate", "once more", "as well", "quickly"),
     ),
     held_out=("if you can", "would you", "my friend", "if you like"),

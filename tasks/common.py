@@ -29,8 +29,8 @@ EvalType = Literal["categorical", "generative"]
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-
 FINGERPRINTED = 256
+"""Largest number of rows that a fingerprint covers."""
 
 
 class Task(ABC):
@@ -106,12 +106,20 @@ class Task(ABC):
         """Digest of name, split, settings, and of FINGERPRINTED rows spread over the split.
 
         Another digest means other rows. The rows show a change of the code too, such as a new way
-        of asking, unless it concerns fewer than about one row in a hundred.
+        of asking, unless it concerns fewer than about one row in a hundred. A bad row counts by its
+        mistake; whoever reads it decides what to do about it.
         """
-        step = max(1, len(self) // FINGERPRINTED)
-        rows = [self.row(index) for index in range(0, len(self), step)]
+
+        def shown(index: int) -> Any:
+            try:
+                return self.row(index)
+            except UserError as error:
+                return str(error)
+
+        step = -(-len(self) // FINGERPRINTED) or 1
+        rows = [shown(index) for index in range(0, len(self), step)]
         identity = [type(self).__name__, self.name, self.split, self.settings(), rows]
-        return digest(json.dumps(identity, sort_keys=True))
+        return digest(json.dumps(identity, sort_keys=True, default=str))
 
 
 def digest(text: str) -> str:

@@ -10,5 +10,5 @@ ruff format --check .
 mypy
 # Many tests start processes, which then find the modules compiled.
 unset PYTHONDONTWRITEBYTECODE
-# A process for each core, of one thread: more threads would only wait for each other.
+# A process for each core, at most 8, of one thread: more threads would only wait for each other.
 OMP_NUM_THREADS=1 python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal "$@"

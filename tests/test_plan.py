@@ -208,8 +208,8 @@ def test_auto_rows_are_the_most_that_fit_and_divide() -> None:
 def test_a_step_size_is_inherited_in_whole_rows() -> None:
     source = {"stage": "base", "total_batch_size": 4096}
     auto, chosen = Batching(recompute=True), Batching(total_batch_size=512)
-    for multiple, total in ((64, 4096), (96, 42 * 96), (8192, 8192)):
-        inherited = inherited_batching(auto, source, multiple)
+    for T, total in ((64, 4096), (96, 42 * 96), (8192, 8192)):
+        inherited = inherited_batching(auto, source, T)
         assert inherited == dataclasses.replace(auto, total_batch_size=total)
     for other in ({}, {"stage": "base"}, {**source, "stage": "rl"}):
         assert inherited_batching(auto, other, 64) == auto

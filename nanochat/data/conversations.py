@@ -71,7 +71,7 @@ def conversations_store(
     where = f"{task.name}/{task.split}"
     if len(task) == 0:
         raise UserError(f"{where} has no rows; check the split's name and the task's files")
-    content = json.dumps([task.fingerprint(), None, system, VERSION])  # None: tokens, once limited
+    content = json.dumps([task.fingerprint(), system, VERSION])
     fingerprint = hashlib.sha256(content.encode()).hexdigest()
     if folder is None:
         digest = hashlib.sha256((tokenizer.hash + fingerprint).encode()).hexdigest()[:10]

@@ -11,7 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tiny_models import tiny_tokenizer
 
+from nanochat.data.conversations import conversations_store
 from nanochat.errors import UserError
 from nanochat.eval.results import pass_at_k
 from nanochat.tools.sandbox import layer_report
@@ -147,6 +149,20 @@ def test_fingerprints_tell_tasks_apart_and_only_those():
     prints = [task.fingerprint() for task in tasks]
     assert len(set(prints)) == len(prints)
     assert Numbers("a", 3).fingerprint() == prints[0]
+
+
+def test_a_bad_row_has_a_fingerprint_and_is_skipped_where_it_is_read(home: Path):
+    class Torn(Numbers):
+        def row(self, index: int) -> Conversation:
+            if index == 1:
+                raise UserError("row 1 is torn")
+            return super().row(index) | {"kinds": {"of row"}}  # no JSON
+
+    assert Torn("a", 3).fingerprint() == Torn("a", 3).fingerprint() != Torn("a", 4).fingerprint()
+    store = conversations_store(Torn("a", 3), tiny_tokenizer(), bad_rows="skip")
+    assert (len(store), store.meta["skipped"]) == (2, 1)
+    with pytest.raises(UserError, match=r"row 1 is torn.*--bad-rows skip"):
+        conversations_store(Torn("a", 3), tiny_tokenizer())
 
 
 def test_a_slice_is_a_part_of_its_task():

@@ -175,6 +175,11 @@ class Page:
         script = "return [...document.querySelectorAll(arguments[0])].map((n) => n.innerText)"
         return list(self.browser.execute_script(script, css))
 
+    def downloaded(self, path: Path) -> Path:
+        """The file once it is whole: Chromium holds its name with an empty file, and renames."""
+        self.until(lambda: path.exists() and path.stat().st_size)
+        return path
+
     def picture(self, name: str) -> None:
         if SCREENSHOTS:
             Path(SCREENSHOTS).mkdir(parents=True, exist_ok=True)
@@ -759,15 +764,13 @@ def test_rename_search_and_export(page: Page, tmp_path: Path) -> None:
     settings = {"behavior": "allow", "downloadPath": str(tmp_path)}
     page.browser.execute_cdp_cmd("Browser.setDownloadBehavior", settings)  # type: ignore[attr-defined]
     page.one("#chats [data-current] .save").click()
-    page.until(lambda: (tmp_path / "Water1.json").exists())
-    saved = json.loads((tmp_path / "Water1.json").read_text(encoding="utf-8"))
+    saved = json.loads(page.downloaded(tmp_path / "Water1.json").read_text(encoding="utf-8"))
     validate(saved, "the file")  # chat_cli's /load reads it
     assert [m["role"] for m in saved["messages"]] == ["system", "user", "assistant"]
     assert saved["messages"][2]["content"][1] == {"type": "python", "text": "12 + 34"}
     page.one("#open-settings").click()
     page.one("#export-all").click()
-    page.until(lambda: (tmp_path / "conversations.jsonl").exists())
-    assert len(CustomJSON("train", tmp_path / "conversations.jsonl")) == 2
+    assert len(CustomJSON("train", page.downloaded(tmp_path / "conversations.jsonl"))) == 2
     page.one("#close-settings").click()
 
 

@@ -143,7 +143,7 @@ class Page:
         assert found, f"no button {label}"
         return found[-1]
 
-    def until(self, holds: Callable[[], Any], seconds: float = 10) -> None:
+    def until(self, holds: Callable[[], Any], seconds: float = 30) -> None:
         deadline = time.monotonic() + seconds
         while True:
             try:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import publish
+from benchmarks.common import publish, words
 from nanochat.checkpoint_manager import CheckpointManager
 from nanochat.cli import parse
 from nanochat.config import Learning
@@ -58,7 +58,7 @@ def measure(cfg: Config, folder: Path) -> dict[str, Any]:
     shape = config_from_depth(
         cfg.depth, cfg.vocab_size, head_dim=64, context_length=cfg.context_length
     )
-    model = GPT(shape, runtime.dtype).init_weights(0)
+    model = GPT(shape, runtime.dtype).init_weights(0, words(shape.vocab_size))
     optimizer = Optimizer(
         model, parameter_rules(model, Learning(), width=shape.n_embd), muon_dtype=runtime.dtype
     )

@@ -1,8 +1,13 @@
-"""Output of the benchmarks' results."""
+"""Output of the benchmarks' results, and words for their models."""
 
 import json
 from pathlib import Path
 from typing import Any
+
+
+def words(count: int) -> list[bytes]:
+    """Make bytes for so many tokens, each as long as a token of a real vocabulary."""
+    return [b"%06d" % i for i in range(count)]
 
 
 def publish(result: Any, path: Path | None, quiet: bool = False) -> None:

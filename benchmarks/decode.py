@@ -70,7 +70,7 @@ def random_model(depth: int, tokenizer: Tokenizer, portable: bool, dtype: torch.
         context_length=LONGEST_PROMPT + LONGEST_ANSWER,
         portable=portable,
     )
-    model = GPT(config, dtype).init_weights(0)
+    model = GPT(config, dtype).init_weights(0, tokenizer.ranks)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

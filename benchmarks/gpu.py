@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.common import publish
+from benchmarks.common import publish, words
 from nanochat import loss as head_loss
 from nanochat import runtime as runtimes
 from nanochat.attention import activate_flash_attention, attend, make_layout, pad_boundaries
@@ -114,7 +114,7 @@ def model_config(sizes: Sizes, depth: int | None = None, **changes: Any) -> GPTC
 def make(config: GPTConfig, runtime: Runtime, compiled: bool) -> tuple[GPT, Optimizer]:
     with torch.device(runtime.device):
         model = GPT(config, runtime.dtype)
-    model.init_weights(0)
+    model.init_weights(0, words(config.vocab_size))
     rules = parameter_rules(model, Learning(), width=config.n_embd)
     optimizer = Optimizer(model, rules, muon_dtype=runtime.dtype)
     if compiled and runtime.device.type == "cuda":  # compiling on a CPU would take minutes
@@ -418,7 +418,7 @@ def decoding(sizes: Sizes) -> Result:
     runtime = start(sizes)
     with torch.device(runtime.device):
         model = GPT(model_config(sizes), runtime.dtype)
-    model.init_weights(0)
+    model.init_weights(0, words(model.config.vocab_size))
     slots = min(512, sizes.context_length)
     result: Result = {}
 

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from benchmarks.common import publish
+from benchmarks.common import publish, words
 from nanochat import optim
 from nanochat.cli import parse
 from nanochat.config import Learning
@@ -57,7 +57,7 @@ def model_config(cfg: Config) -> GPTConfig:
 
 
 def share_of_a_step(cfg: Config, dtype: torch.dtype) -> dict[str, float]:
-    model = GPT(model_config(cfg), dtype).init_weights(0)
+    model = GPT(model_config(cfg), dtype).init_weights(0, words(cfg.vocab_size))
     rules = parameter_rules(model, Learning(), width=model.config.n_embd)
     taken: list[float] = []
 
@@ -107,7 +107,7 @@ def count_bytes(rank: int, world_size: int, folder: str, cfg: Config, halved: bo
     optim.all_gather = counted(optim.all_gather, 0, 1)
     optim.all_to_all = counted(optim.all_to_all, 1, 1)
     dist.all_reduce = counted(dist.all_reduce, 0, 2)
-    model = GPT(model_config(cfg)).init_weights(0)
+    model = GPT(model_config(cfg)).init_weights(0, words(cfg.vocab_size))
     parameters = sum(p.numel() for p in model.parameters())
     rules = parameter_rules(model, Learning(bf16_transfers=halved), width=model.config.n_embd)
     Optimizer(model, rules, rank=rank, world_size=world_size).step(Hypers(1e-6))

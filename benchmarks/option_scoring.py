@@ -211,7 +211,8 @@ def main(cfg: Config) -> dict[str, Any]:
     shape = config_from_depth(
         cfg.depth, tokenizer.vocab_size, head_dim=64, context_length=cfg.context_length
     )
-    model = randomised(GPT(shape, started.dtype).init_weights(0).to(started.device))
+    drawn = GPT(shape, started.dtype).init_weights(0, tokenizer.ranks)
+    model = randomised(drawn.to(started.device))
     result = {
         "config": dataclasses.asdict(cfg),
         "device": str(started.device),

@@ -51,7 +51,7 @@ def open_model(source: str | None, depth: int, dtype: torch.dtype) -> tuple[GPT,
     config = config_from_depth(
         depth, tokenizer.vocab_size, head_dim=64, context_length=512, window_pattern="L"
     )
-    return GPT(config, dtype).init_weights(0), tokenizer
+    return GPT(config, dtype).init_weights(0, tokenizer.ranks), tokenizer
 
 
 def full_speed(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> float:

@@ -8,8 +8,9 @@ embedded corpus; run scripts.tok_train and scripts.tok_encode first). Baselines:
 - llama: a Hugging Face Llama with torch's fused AdamW (betas 0.9 and 0.95, decay 0.1), with warm-up
   and linear decay to zero over the time, and with the best learning rate of `--rates`. This needs
   the extra `hf`.
-- muon: the plain block (`--portable`: no value embeddings, no token shift), Muon and AdamW, and the
-  square-root rule for the rates, sqrt(batch / 2^19), down to a batch of a few thousand tokens.
+- muon: the plain block (`--portable`: no value embeddings, token shift or spelling), Muon and
+  AdamW, and the square-root rule for the rates, sqrt(batch / 2^19), down to a batch of a few
+  thousand tokens.
 
 nanochat then trains for growing shares of that time, each with a whole schedule, until it is as
 good.
@@ -123,7 +124,7 @@ def train_ours(seconds: float, tokenizer: Tokenizer, runtime: Runtime, plain: bo
         context_length=T,
         window_pattern="L",
     )
-    model = GPT(config, runtime.dtype).init_weights(0)
+    model = GPT(config, runtime.dtype).init_weights(0, tokenizer.ranks)
     learning = Learning()
     lr_scale = math.sqrt(T * ROWS / REFERENCE_BATCH) if plain else scaled_lr(T * ROWS)
     rules = parameter_rules(model, learning, width=config.n_embd, lr_scale=lr_scale)

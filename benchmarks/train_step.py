@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import publish
+from benchmarks.common import publish, words
 from nanochat.config import Learning
 from nanochat.gpt import GPT, config_from_depth
 from nanochat.hardware import peak_memory_bytes, physical_cores, tune_cpu
@@ -57,7 +57,7 @@ def batch(seed: int) -> torch.Tensor:
 
 def ours(depth: int, dtype: torch.dtype, compiled: bool) -> tuple[Callable[[int], None], GPT]:
     config = config_from_depth(depth, VOCAB, head_dim=64, context_length=T, window_pattern="L")
-    model = GPT(config, dtype).init_weights(0)
+    model = GPT(config, dtype).init_weights(0, words(VOCAB))
     rules = parameter_rules(model, Learning(), width=config.n_embd)
     # As the training scripts do: orthogonalisation in the fastest native dtype.
     optimizer = Optimizer(model, rules, muon_dtype=best_dtype(torch.device("cpu")))

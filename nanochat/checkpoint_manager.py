@@ -64,7 +64,7 @@ class CheckpointManager:
         weights = {}
         with optimizer.masters():
             if self.runtime.is_main:
-                weights = {name: _host_copy(p) for name, p in model.named_parameters()}
+                weights = {name: _host_copy(t) for name, t in model.state_dict().items()}
         state = optimizer.state_dict(host_copy=True)
         meta = {
             **meta,
@@ -186,7 +186,7 @@ class CheckpointManager:
 
 
 def save_file(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
-    """Write float32 tensors as safetensors; returns the file's size and SHA-256.
+    """Write float32 and int32 tensors as safetensors; returns the file's size and SHA-256.
 
     The library's own function first makes bytes of all tensors. That needs a second copy of the
     weights, and meanwhile holds the interpreter's lock, which stops the training thread.
@@ -195,7 +195,8 @@ def save_file(tensors: dict[str, torch.Tensor], path: Path) -> dict[str, Any]:
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + 4 * tensor.numel()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+        dtype = {torch.float32: "F32", torch.int32: "I32"}[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with HashedFile(path) as file:
@@ -399,7 +400,7 @@ def _load_weights(folder: Path, model: GPT) -> None:
         weights = load_file(folder / WEIGHTS)
     except FileNotFoundError:
         raise UserError(_gone(folder)) from None
-    parameters = dict(model.named_parameters())
+    parameters = model.state_dict()
     missing, unknown = set(parameters) - set(weights), set(weights) - set(parameters)
     wrong = [n for n in set(parameters) & set(weights) if parameters[n].shape != weights[n].shape]
     if missing or unknown or wrong:
@@ -420,9 +421,10 @@ def read_meta_once(folder: Path, runtime: Runtime) -> dict[str, Any]:
 def saved_config(meta: dict[str, Any], where: str) -> GPTConfig:
     """The model's configuration in a checkpoint's metadata; `where` names it in errors.
 
-    Checkpoints from before the token shift have none.
+    Checkpoints from before the token shift and spelled embeddings have none.
     """
-    return from_dict(GPTConfig, {"token_shift": False} | meta["model_config"], where)
+    older = {"token_shift": False, "spelling_bytes": 0}
+    return from_dict(GPTConfig, older | meta["model_config"], where)
 
 
 def build_model(config: GPTConfig, runtime: Runtime) -> GPT:

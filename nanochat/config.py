@@ -269,7 +269,7 @@ class Learning:
     matrix_lr: float = 0.02
     """Learning rate of the block matrices."""
     embedding_lr: float = 0.3
-    """AdamW's learning rate of the token embedding and the value embeddings."""
+    """AdamW's learning rate of the embeddings of tokens and bytes and of the value embeddings."""
     head_lr: float = 0.004
     """AdamW's learning rate of the output head."""
     scalar_lr: float = 0.5
@@ -291,9 +291,9 @@ class Learning:
     final_lr: float = 0.0
     """Learning rate at the end, as a fraction of its peak."""
     bf16_transfers: bool = False
-    """Send gradients and weights of embedding, value embeddings and head between ranks in bfloat16:
-    half the bytes. It changes the losses by rounding: each rank's gradients are rounded before they
-    are added (in float32), and the head computes with rounded weights. Checkpoints keep float32."""
+    """Send gradients and weights of embeddings, value embeddings and head between ranks in
+    bfloat16: half the bytes. It changes the losses by rounding: each rank's gradients are rounded
+    before they are added (in float32), and tables are read rounded. Checkpoints keep float32."""
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ Rotary positions, QK-norm, weightless RMSNorm, ReLU^2 MLP (arXiv 2109.08668), no
 embedding and head, grouped-query attention, logit softcap (Gemma 2, arXiv 2408.00118). Optional:
 value embeddings on alternating layers behind a gate per head (ResFormer, arXiv 2410.17897),
 per-layer scalars on the residual stream and on the first embedding, a token shift (an embedding
-gets a share of the one before it, per channel; RWKV, arXiv 2305.13048), sliding windows. The
-portable variant has none of the options and loads as transformers' own `nanochat` model type.
+gets a share of the one before it, per channel; RWKV, arXiv 2305.13048), spelled embeddings (a
+token's embedding is in part the sum of learned vectors of its bytes; arXiv 2601.18030), sliding
+windows. The portable variant has none of the options and loads as transformers' own `nanochat`
+model type.
 
 Precision: weights are float32; the activations run in `compute_dtype`, to which `Linear` casts its
 weight. Norms, softmax and the loss reduce in float32.
@@ -55,6 +57,9 @@ class GPTConfig:
     value_embeddings: bool = True
     residual_scalars: bool = True
     token_shift: bool = True
+    spelling_bytes: int = 16
+    """Largest number of bytes of a token, without a space before it, whose vectors are added to its
+    embedding; later bytes are ignored. 0: no spelling."""
     softcap: float = 15.0
 
     def __post_init__(self) -> None:
@@ -90,7 +95,7 @@ class GPTConfig:
 
     @property
     def is_portable(self) -> bool:
-        """True if transformers' `nanochat` model type computes the same function."""
+        """True if transformers' `nanochat` model type computes the function of `GPT.plain`."""
         options = self.value_embeddings or self.residual_scalars or self.token_shift
         plain = not (options or any(self.windows))
         return plain and self.head_dim * self.n_head == self.n_embd
@@ -139,6 +144,7 @@ def config_from_depth(
         value_embeddings=not portable,
         residual_scalars=not portable,
         token_shift=not portable,
+        spelling_bytes=0 if portable else GPTConfig.spelling_bytes,
     )
 
 
@@ -265,6 +271,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole model. Its constructor leaves parameters undefined; `init_weights` draws them."""
 
+    spelling: torch.Tensor
+    """Rows (V, P) of the byte embedding that spell each token: a buffer, saved in checkpoints."""
+
     def __init__(self, config: GPTConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config = config
@@ -288,15 +297,24 @@ class GPT(nn.Module):
             self.first_scale = nn.Parameter(torch.zeros(config.n_layer))
         if config.token_shift:
             self.shift_scale = nn.Parameter(torch.zeros(C))
+        if config.spelling_bytes:
+            # Row 256 p + b is the vector of byte b at position p. Row 0, which would be that of a
+            # NUL byte at the start, means "no byte".
+            self.byte_embedding = _embedding(256 * config.spelling_bytes, C)
+            spelling = torch.zeros(V, config.spelling_bytes, dtype=torch.int32)
+            self.register_buffer("spelling", spelling)
         self.token_losses: Callable[..., torch.Tensor] = self._token_losses
         self.summed_loss: Callable[..., torch.Tensor] = self._summed_loss
 
-    def init_weights(self, seed: int = 0) -> "GPT":
+    def init_weights(self, seed: int, tokens: Sequence[bytes]) -> "GPT":
         """Draw every parameter from one seeded stream, the same on any device; returns self.
+
+        `tokens` are the bytes that the first ids stand for (`Tokenizer.ranks`); later ids (special
+        tokens, padding) have no spelling.
 
         Matrices and value embeddings are uniform in +-sqrt(3)/sqrt(C) (standard deviation
         1/sqrt(C)). Output projections, gates and the token shift are zero. The head is normal with
-        standard deviation 0.001, the embedding normal with 0.8.
+        standard deviation 0.001, the embedding normal with 0.8, that of the bytes normal with 0.3.
         """
         generator = torch.Generator().manual_seed(seed)
         bound = math.sqrt(3 / self.config.n_embd)
@@ -305,6 +323,8 @@ class GPT(nn.Module):
                 value = torch.empty(parameter.shape)
                 if name == "embedding.weight":
                     value.normal_(0, 0.8, generator=generator)
+                elif name == "byte_embedding.weight":
+                    value.normal_(0, 0.3, generator=generator)
                 elif name == "head.weight":
                     value.normal_(0, 0.001, generator=generator)
                 elif name == "residual_scale":
@@ -316,7 +336,37 @@ class GPT(nn.Module):
                 else:
                     value.uniform_(-bound, bound, generator=generator)
                 parameter.copy_(value)
+        longest = self.config.spelling_bytes
+        if longest:
+            rows = [
+                [256 * p + byte for p, byte in enumerate(token.removeprefix(b" ")[:longest])]
+                for token in tokens
+            ]
+            rows += [[]] * (self.config.padded_vocab_size - len(rows))
+            padded = [row + [0] * (longest - len(row)) for row in rows]
+            self.spelling.copy_(torch.tensor(padded, dtype=torch.int32))
         return self
+
+    @torch.no_grad()
+    def plain_weights(self) -> dict[str, torch.Tensor]:
+        """Tensors by name, with the spelling of each token added to its row of the embedding.
+
+        They are those of a model without spelled embeddings that computes the same function.
+        """
+        weights = self.state_dict()
+        if self.config.spelling_bytes:
+            del weights["byte_embedding.weight"], weights["spelling"]
+            weights["embedding.weight"] = self.embedding.weight + self._spelled(self.spelling)
+        return weights
+
+    def plain(self) -> "GPT":
+        """Return the model of `plain_weights`; all but its embedding are this model's tensors."""
+        if not self.config.spelling_bytes:
+            return self
+        with torch.device("meta"):
+            same = GPT(replace(self.config, spelling_bytes=0), self.compute_dtype)
+        same.load_state_dict(self.plain_weights(), assign=True)
+        return same
 
     @property
     def device(self) -> torch.device:
@@ -327,7 +377,8 @@ class GPT(nn.Module):
         blocks = sum(p.numel() for p in self.blocks.parameters())
         gates = sum(p.numel() for n, p in self.blocks.named_parameters() if "value_gate" in n)
         return {
-            "embedding": self.embedding.weight.numel(),
+            "embedding": self.embedding.weight.numel()
+            + (self.byte_embedding.weight.numel() if self.config.spelling_bytes else 0),
             "value_embeddings": sum(p.numel() for p in self.value_embeddings.parameters()),
             "block_matrices": blocks - gates,
             "head": self.head.weight.numel(),
@@ -378,7 +429,17 @@ class GPT(nn.Module):
 
     def _embedded(self, ids: torch.Tensor) -> torch.Tensor:
         """Look up normalised embeddings (..., C) of ids (...), in the compute dtype."""
-        return norm(self.embedding(ids).to(self.compute_dtype))
+        x = self.embedding(ids)
+        if self.config.spelling_bytes:
+            x = x + self._spelled(self.spelling[ids])
+        return norm(x.to(self.compute_dtype))
+
+    def _spelled(self, spelling: torch.Tensor) -> torch.Tensor:
+        """Sum the vectors of bytes given as rows (..., P) of `spelling`: (..., C) in float32."""
+        weight = self.byte_embedding.weight
+        bags = spelling.reshape(-1, spelling.shape[-1])
+        sums = F.embedding_bag(bags, weight, mode="sum", padding_idx=0)
+        return sums.view(*spelling.shape[:-1], weight.shape[1])
 
     def _trunk(
         self,

@@ -113,7 +113,8 @@ def estimate_memory(
         matrix_share = 4 * C * C * -(-config.n_layer // world_size)
     temporaries = 4 * KINDS[optimizer].temporaries * matrix_share
     # The gradient of the head, or of an embedding, before it is added to the existing gradient.
-    tables = 4 * V * max(C, config.n_kv_head * config.head_dim)
+    rows_of_table = max(V, 256 * config.spelling_bytes)
+    tables = 4 * max(rows_of_table * C, V * config.n_kv_head * config.head_dim)
     if not on_cpu:  # AdamW updates small blocks on a CPU
         temporaries = max(temporaries, KINDS["adamw"].temporaries * tables / world_size)
     halved = 0  # parameters that travel in bfloat16
@@ -190,12 +191,14 @@ LEARNING = (
 def decoder_memory(config: GPTConfig, dtype: torch.dtype) -> int:
     """Upper bound of a decoder's bytes: a copy of the weights in the compute dtype.
 
-    In float32 the decoder shares the embedding tables with the model.
+    In float32 the decoder shares the embedding tables with the model. A model with spelled
+    embeddings gives it an embedding table of its own.
     """
-    counts = parameter_counts(config)
+    counts = parameter_counts(replace(config, spelling_bytes=0))
     parameters = sum(counts.values())
     if dtype == torch.float32:
-        parameters -= counts["embedding"] + counts["value_embeddings"]
+        parameters -= counts["value_embeddings"]
+        parameters -= 0 if config.spelling_bytes else counts["embedding"]
     return parameters * dtype.itemsize
 
 

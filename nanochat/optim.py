@@ -13,7 +13,7 @@ are all-reduced, and every rank updates them.
 Gradients are summed over ranks, not averaged: the loss is already divided by the global count of
 targets. At world size 1 the same code runs and the collectives are skipped.
 
-With `Learning.bf16_transfers` the tables (embedding, value embeddings, head) travel in bfloat16.
+With `Learning.bf16_transfers` the tables (embeddings, value embeddings, head) travel in bfloat16.
 Each rank's gradient is rounded once and sent to the owners of its rows, who add in float32. An
 owner keeps its rows in float32, the `master`. Every rank gets them rounded, the owner included, so
 all ranks compute with the same numbers. `masters()` puts the float32 rows back for a checkpoint.
@@ -198,7 +198,7 @@ def parameter_rules(
         elif name.startswith("head."):
             lr = learning.head_lr * adam_scale
             rules[name] = Rule("adamw", lr, betas=betas, bf16_transfers=learning.bf16_transfers)
-        elif name.startswith(("embedding.", "value_embeddings.")):
+        elif name.startswith(("embedding.", "byte_embedding.", "value_embeddings.")):
             lr = learning.embedding_lr * adam_scale
             rules[name] = Rule("adamw", lr, betas=betas, bf16_transfers=learning.bf16_transfers)
         elif name.endswith("value_gate.weight") or name == "shift_scale":

@@ -33,9 +33,13 @@ def main(cfg: BaseConfig, runtime: Runtime) -> Stage | OpenRun:
             return run
         tokenizer = Tokenizer.named(cfg.tokenizer)
         config = model_config(cfg, tokenizer.vocab_size)
-        if run.meta is not None:  # a run of an older version goes on without a token shift
-            config = replace(config, token_shift=saved_config(run.meta, "meta.json").token_shift)
-        model = GPT(config, runtime.dtype).init_weights(cfg.run.seed).to(runtime.device)
+        if run.meta is not None:  # a run of an older version goes on without what it lacked
+            saved = saved_config(run.meta, "meta.json")
+            config = replace(
+                config, token_shift=saved.token_shift, spelling_bytes=saved.spelling_bytes
+            )
+        model = GPT(config, runtime.dtype).init_weights(cfg.run.seed, tokenizer.ranks)
+        model.to(runtime.device)
 
         sources = pretraining_sources(cfg, tokenizer)
         held_out = HeldOut(pretraining_sources(cfg, tokenizer, "val"))

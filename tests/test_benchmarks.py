@@ -12,6 +12,7 @@ import tiny_runs
 import torch
 
 from benchmarks import checkpoint, contention, gpu, memory, optimizer_step, startup
+from benchmarks.common import words
 from nanochat.checkpoint_manager import list_steps
 from nanochat.config import Learning
 from nanochat.gpt import GPT
@@ -41,7 +42,7 @@ def test_bytes_on_ranks() -> None:
     sent = []
     for halved in (False, True):
         result = optimizer_step.communicated(cfg, 2, halved)
-        model = GPT(optimizer_step.model_config(cfg)).init_weights(0)
+        model = GPT(optimizer_step.model_config(cfg)).init_weights(0, words(300))
         learning = Learning(bf16_transfers=halved)
         rules = optimizer_step.parameter_rules(model, learning, width=192)
         optimizer = Optimizer(model, rules, rank=0, world_size=2)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from nanochat.checkpoint_manager import (
     read_meta,
     read_meta_once,
     restore,
+    saved_config,
     system_style,
 )
 from nanochat.config import Learning
@@ -43,6 +45,7 @@ CONFIG = GPTConfig(
     n_kv_head=1,
     n_embd=16,
     head_dim=8,
+    spelling_bytes=2,
     context_length=16,
     windows=(8, 0),
 )
@@ -61,7 +64,7 @@ def load(step: Path, model: GPT) -> None:
 
 
 def make(seed: int = 0, config: GPTConfig = CONFIG, steps: int = 1) -> tuple[GPT, Optimizer]:
-    model = GPT(config).init_weights(seed)
+    model = GPT(config).init_weights(seed, [bytes([i % 256, seed]) for i in range(300)])
     optimizer = Optimizer(model, parameter_rules(model, Learning(), width=16))
     for step in range(steps):
         ids = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(step))
@@ -94,8 +97,9 @@ def test_what_was_saved_is_restored(folder: Path) -> None:
     assert meta["step"] == 5
     assert META.items() <= meta.items()
     assert other_optimizer.steps == optimizer.steps == 1
-    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(a, b), name
+    restored_tensors = other.state_dict()
+    for name, a in model.state_dict().items():
+        assert torch.equal(a, restored_tensors[name]), name
     mine, theirs = optimizer.state_dict(), other_optimizer.state_dict()
     assert mine.keys() == theirs.keys()
     for key, value in mine.items():
@@ -140,6 +144,16 @@ def test_saving_does_not_see_what_training_does_meanwhile(
     assert all(torch.equal(v, state[k]) for k, v in other_optimizer.state_dict().items())
 
 
+def test_older_checkpoints_have_no_token_shift_and_no_spelling(folder: Path) -> None:
+    save(folder, 5)
+    meta = read_meta(folder / "step_000005")
+    assert saved_config(meta, "meta.json") == CONFIG
+    for field in ("token_shift", "spelling_bytes"):
+        del meta["model_config"][field]
+    older = replace(CONFIG, token_shift=False, spelling_bytes=0)
+    assert saved_config(meta, "meta.json") == older
+
+
 def test_saving_reads_nothing_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are hashed while they are written."""
     with monkeypatch.context() as patch:
@@ -180,7 +194,7 @@ def test_files_are_safetensors_and_json_only(folder: Path) -> None:
     from safetensors import safe_open
 
     with safe_open(step / "model.safetensors", "pt") as file:  # type: ignore[no-untyped-call]
-        assert set(file.keys()) == {name for name, _ in model.named_parameters()}
+        assert set(file.keys()) == set(model.state_dict())
     meta = json.loads((step / "meta.json").read_text())
     assert set(meta["files"]) == {p.relative_to(step).as_posix() for p in files} - {"meta.json"}
 
@@ -382,7 +396,7 @@ def test_weights_of_another_model_are_a_user_error(saved: Path, tmp_path: Path) 
 
     save(tmp_path, 5)
     step = tmp_path / "step_000005"
-    other = GPT(replace(CONFIG, n_embd=32, n_head=4)).init_weights(0)
+    other = GPT(replace(CONFIG, n_embd=32, n_head=4)).init_weights(0, ())
     with pytest.raises(UserError, match=r"model\.safetensors is of another model.*other shape"):
         load(step, other)
 
@@ -501,12 +515,12 @@ def test_weights_are_what_the_library_reads(tmp_path: Path) -> None:
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 512 KiB."""
+    """A file system of 768 KiB."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         pytest.skip("mounting needs root on Linux")
     disk = tmp_path / "disk"
     disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=768k", "tmpfs", str(disk)]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     yield disk

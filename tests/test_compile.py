@@ -20,6 +20,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.common import words
 from nanochat import loss, runtime
 from nanochat.config import Learning
 from nanochat.gpt import GPT, GPTConfig, config_from_depth
@@ -62,7 +63,9 @@ def graphs() -> int:
 
 
 def compiled(**changes: Any) -> tuple[GPT, Optimizer]:
-    model = GPT(CONFIG, changes.pop("dtype", torch.float32)).init_weights(0)
+    model = GPT(CONFIG, changes.pop("dtype", torch.float32)).init_weights(
+        0, words(CONFIG.vocab_size)
+    )
     for name, value in changes.items():
         setattr(model, name, value)
     optimizer = Optimizer(

@@ -24,6 +24,7 @@ import tiny_runs
 import torch
 from torch.distributed.run import get_args_parser
 
+from benchmarks.common import words
 from nanochat import checkpoint_manager, runtime
 from nanochat.checkpoint_manager import CheckpointManager, latest, read_meta
 from nanochat.cli import launch
@@ -110,7 +111,7 @@ def run_job(folder: Path, world_size: int, main: Any, *args: Any) -> tuple[list[
 
 
 def make(runtime: Runtime) -> tuple[GPT, Optimizer]:
-    model = GPT(MODEL).init_weights(0)
+    model = GPT(MODEL).init_weights(0, words(MODEL.vocab_size))
     rules = parameter_rules(model, Learning(), width=16)
     ranks = {"rank": runtime.rank, "world_size": runtime.world_size}
     return model, Optimizer(model, rules, **ranks, muon_dtype=torch.float32)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ import pytest
 import tiny_runs
 import torch
 
+from benchmarks.common import words
 from nanochat import runtime
 from nanochat.checkpoint_manager import latest, read_meta
 from nanochat.config import Learning
@@ -27,7 +28,7 @@ FLAT = {"warmup": 0.0, "warmdown": 0.0, "muon_momentum": (0.9, 0.9), "weight_dec
 
 
 def make(dtype: torch.dtype, rank: Runtime) -> tuple[GPT, Optimizer]:
-    model = GPT(CONFIG, dtype).init_weights(0)
+    model = GPT(CONFIG, dtype).init_weights(0, words(CONFIG.vocab_size))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # so that every parameter has a gradient from the first step
         for p in model.parameters():

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks.common import words
 from nanochat import runtime
 from nanochat.config import Learning
 from nanochat.errors import UserError
@@ -29,7 +30,7 @@ def batch(device: str = "cpu") -> Batch:
 
 
 def losses(fp8: bool, device: str = "cpu", steps: int = 12) -> tuple[list[float], GPT]:
-    model = GPT(CONFIG, torch.bfloat16).init_weights(0).to(device)
+    model = GPT(CONFIG, torch.bfloat16).init_weights(0, words(CONFIG.vocab_size)).to(device)
     rules = parameter_rules(model, Learning(), width=CONFIG.n_embd)
     optimizer = Optimizer(model, rules)
     if fp8:
@@ -72,7 +73,7 @@ def test_training_on_a_gpu_is_close_to_bfloat16() -> None:
 
 def test_gates_head_and_odd_shapes_stay() -> None:
     pytest.importorskip("torchao")
-    model = GPT(CONFIG).init_weights(0)
+    model = GPT(CONFIG).init_weights(0, words(CONFIG.vocab_size))
     convert_to_fp8(model, emulate=True)
     kinds = {name: type(m).__name__ for name, m in model.named_modules() if hasattr(m, "weight")}
     assert kinds["head"] == kinds["blocks.1.attention.value_gate"] == "Linear"

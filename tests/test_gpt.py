@@ -12,6 +12,7 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 
+from benchmarks.common import words
 from nanochat import loss as head_loss
 from nanochat.errors import UserError
 from nanochat.functional import NORM_EPS
@@ -29,8 +30,15 @@ TINY = GPTConfig(
     windows=(7, 0, 5),
 )
 PORTABLE = dataclasses.replace(
-    TINY, windows=(), value_embeddings=False, residual_scalars=False, token_shift=False
+    TINY,
+    windows=(),
+    value_embeddings=False,
+    residual_scalars=False,
+    token_shift=False,
+    spelling_bytes=0,
 )
+TOKENS = [b" word", b"word", b"Word", b" w" * 12, b" ", *(bytes([i, 99 - i]) for i in range(85))]
+"""The last ids have no spelling, like special tokens."""
 VARIANTS = {
     "full": TINY,
     "portable": PORTABLE,
@@ -40,7 +48,7 @@ VARIANTS = {
 
 def random_model(config: GPTConfig = TINY, dtype: torch.dtype = torch.float32) -> GPT:
     """Every parameter random: the initialisation's zeros would switch half of the model off."""
-    model = GPT(config, dtype).init_weights(0)
+    model = GPT(config, dtype).init_weights(0, TOKENS[: config.vocab_size])
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -321,11 +329,13 @@ def test_init_statistics() -> None:
         head_dim=64,
         context_length=64,
     )
-    model = GPT(config).init_weights(7)
+    model = GPT(config).init_weights(7, words(config.vocab_size))
     bound = math.sqrt(3 / 256)
     for name, p in model.named_parameters():
         if name == "embedding.weight":
             assert p.std().item() == pytest.approx(0.8, rel=0.02)
+        elif name == "byte_embedding.weight":
+            assert p.std().item() == pytest.approx(0.3, rel=0.02)
         elif name == "head.weight":
             assert p.std().item() == pytest.approx(0.001, rel=0.02)
         elif name == "residual_scale":
@@ -341,14 +351,14 @@ def test_init_statistics() -> None:
 
 
 def test_init_is_a_function_of_the_seed() -> None:
-    a, b, c = (GPT(TINY).init_weights(seed) for seed in (3, 3, 4))
+    a, b, c = (GPT(TINY).init_weights(seed, words(TINY.vocab_size)) for seed in (3, 3, 4))
     torch.manual_seed(0)
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
     assert not torch.equal(a.embedding.weight, c.embedding.weight)
 
 
 def test_first_loss_is_that_of_a_uniform_guess() -> None:
-    model = GPT(TINY).init_weights(0)
+    model = GPT(TINY).init_weights(0, words(TINY.vocab_size))
     nll = model.nll(random_ids(2, 40), random_ids(2, 40, seed=1))
     assert nll.mean().item() == pytest.approx(math.log(100), abs=0.02)
 
@@ -360,9 +370,42 @@ def test_built_on_meta_every_parameter_is_initialised() -> None:
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(math.nan)
-    model.init_weights(3)
-    for p, q in zip(model.parameters(), GPT(TINY).init_weights(3).parameters(), strict=True):
-        assert torch.equal(p, q)
+        model.spelling.fill_(10**6)
+    model.init_weights(3, TOKENS)
+    expected = GPT(TINY).init_weights(3, TOKENS).state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+# Spelled embeddings
+
+
+def test_an_embedding_is_in_part_the_sum_of_its_bytes_vectors() -> None:
+    model = random_model()
+    at = model.byte_embedding.weight.view(16, 256, -1)  # by position and byte
+    for token, text in ((0, b"word"), (2, b"Word"), (3, b"w w w w w w w w "), (4, b""), (99, b"")):
+        expected = model.embedding.weight[token].clone()
+        for position, byte in enumerate(text):
+            expected += at[position, byte]
+        got = model._embedded(torch.tensor([token]))[0]
+        torch.testing.assert_close(got, F.rms_norm(expected, (32,), eps=NORM_EPS))
+    spelled = model.spelling
+    assert torch.equal(spelled[0], spelled[1]), "the space before a word does not count"
+    model.nll(torch.tensor([[3, 4]]), torch.tensor([[4, 3]])).sum().backward()
+    moved = model.byte_embedding.weight.grad
+    assert moved is not None
+    assert moved.any(dim=1).nonzero().flatten().tolist() == sorted(spelled[3].tolist())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_plain_model_is_the_same_function(variant: str) -> None:
+    model = random_model(VARIANTS[variant])
+    plain = model.plain()
+    ids = random_ids(2, 30)
+    assert torch.equal(plain(ids), model(ids))
+    assert plain.config.spelling_bytes == 0
+    assert plain.head.weight.data_ptr() == model.head.weight.data_ptr(), "no copy"
+    assert (plain is model) == (variant == "portable")
 
 
 # Shapes, counts, errors
@@ -372,7 +415,8 @@ def test_parameter_counts_and_flops() -> None:
     model = GPT(TINY)
     counts = model.num_parameters()
     assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
-    assert counts["head"] == counts["embedding"] == 128 * 32
+    assert counts["head"] == 128 * 32
+    assert counts["embedding"] == (128 + 16 * 256) * 32
     plain = dataclasses.replace(TINY, windows=(), n_layer=1)
     single = GPT(plain)
     matrices = single.num_parameters()["block_matrices"] + single.num_parameters()["head"]
@@ -426,12 +470,12 @@ def test_too_long_a_row_is_a_user_error() -> None:
         random_model().nll(random_ids(1, 49), random_ids(1, 49))
 
 
-def test_checkpoint_names_and_state_dict_hold_parameters_only() -> None:
-    """No buffers, no `_orig_mod.`: compiling does not rename anything."""
+def test_names_of_a_checkpoint() -> None:
+    """The parameters' and the spelling's, no `_orig_mod.`: compiling does not rename anything."""
     model = GPT(TINY)
     names = [name for name, _ in model.named_parameters()]
     model.compile_loss()
-    assert list(model.state_dict()) == names
+    assert set(model.state_dict()) == {*names, "spelling"}
     assert [name for name, _ in model.named_parameters()] == names
 
 

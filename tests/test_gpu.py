@@ -16,6 +16,7 @@ import tiny_runs
 import torch
 import torch.distributed as dist
 
+from benchmarks.common import words
 from nanochat import loss, runtime
 from nanochat.attention import Layout
 from nanochat.checkpoint_manager import CheckpointManager, read_meta_once, restore
@@ -56,7 +57,7 @@ def batch(seed: int, device: str = CUDA, config: GPTConfig = CONFIG, rows: int =
 
 
 def make(device: str, dtype: torch.dtype, config: GPTConfig = CONFIG) -> tuple[GPT, Optimizer]:
-    model = GPT(config, dtype).init_weights(0).to(device)
+    model = GPT(config, dtype).init_weights(0, words(config.vocab_size)).to(device)
     rules = parameter_rules(model, Learning(), width=config.n_embd)
     return model, Optimizer(model, rules, muon_dtype=torch.float32)
 
@@ -223,7 +224,7 @@ def steps_over_nccl(rank: Runtime, bf16_transfers: bool) -> list[float]:
     torch.cuda.set_device(device)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
     dist.init_process_group("nccl", rank=rank.rank, world_size=rank.world_size, device_id=device)
-    model = GPT(CONFIG, torch.bfloat16).init_weights(0).to(device)
+    model = GPT(CONFIG, torch.bfloat16).init_weights(0, words(CONFIG.vocab_size)).to(device)
     learning = Learning(bf16_transfers=bf16_transfers)
     rules: Any = parameter_rules(model, learning, width=CONFIG.n_embd)
     optimizer = Optimizer(

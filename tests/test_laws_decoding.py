@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "value_embeddings": False,
         "residual_scalars": False,
         "token_shift": False,
+        "spelling_bytes": 0,
         "n_kv_head": 4,
     },
     "one kv head, other rotary bases": {

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from stores import make_store, take
 
+from benchmarks.common import words
 from nanochat import checkpoint_manager
 from nanochat.checkpoint_manager import (
     CheckpointManager,
@@ -79,7 +80,7 @@ LEARNING = Learning(embedding_lr=0.01, scalar_lr=0.02)
 
 
 def make(runtime: Runtime, learning: Learning = LEARNING) -> tuple[GPT, Optimizer]:
-    model = GPT(CONFIG).init_weights(0)
+    model = GPT(CONFIG).init_weights(0, words(CONFIG.vocab_size))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # every parameter gets a gradient from the first step
         for p in model.parameters():
@@ -203,7 +204,7 @@ def test_lion_is_sharded_like_the_other_rules(stores: Path) -> None:
 # Tables that travel in bfloat16
 
 HALVED = dataclasses.replace(LEARNING, bf16_transfers=True)
-TABLES = ("embedding.weight", "head.weight")
+TABLES = ("embedding.weight", "byte_embedding.weight", "head.weight")
 """Value embeddings are so small here that every rank updates them."""
 
 

@@ -18,6 +18,7 @@ import pytest
 import tiny_runs
 import torch
 
+from benchmarks.common import words
 from nanochat import memory, runtime
 from nanochat.cli import is_out_of_memory, launch
 from nanochat.config import BaseConfig, Learning
@@ -43,7 +44,7 @@ def really_saved(
     config: GPTConfig, B: int, T: int, dtype: torch.dtype, recompute: bool = False
 ) -> int:
     """Bytes that autograd keeps of a step on real tensors, with several documents to a row."""
-    model = GPT(config, dtype).init_weights(0)
+    model = GPT(config, dtype).init_weights(0, words(config.vocab_size))
     model.recompute = recompute
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -67,10 +68,13 @@ def test_what_is_kept_is_counted_exactly(portable: bool, dtype: torch.dtype) -> 
         3, 300, aspect_ratio=16, head_dim=16, kv_heads=1, context_length=64, portable=portable
     )
     counted = saved_for_backward(config, Shape(2, 48), dtype, "blocked")
-    whole = really_saved(config, 2, 48, dtype)
+    # On a CPU the sums of the bytes' vectors keep an int32 for each token, and one for all. The
+    # kernel for meta tensors keeps what a GPU does, which is neither.
+    unseen = 0 if portable else 4 * (2 * 48 + 1)
+    whole = really_saved(config, 2, 48, dtype) - unseen
     assert counted == whole
     again = saved_for_backward(config, Shape(2, 48, True), dtype, "blocked")
-    kept = really_saved(config, 2, 48, dtype, recompute=True)
+    kept = really_saved(config, 2, 48, dtype, recompute=True) - unseen
     assert again == kept + (whole - kept) // 3
 
 
@@ -134,7 +138,7 @@ def test_advice_names_what_to_set() -> None:
 def test_what_a_decoder_holds(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the model, whose tensors it may share. What oneDNN lays out is as large as a copy."""
     monkeypatch.setattr(decoder, "_pack", torch.clone)
-    model = GPT(CONFIG, dtype).init_weights(0)
+    model = GPT(CONFIG, dtype).init_weights(0, words(CONFIG.vocab_size))
     shared = {p.untyped_storage().data_ptr() for p in model.parameters()}
     made = decoder.Decoder(model)
     tensors = [made.embedding]

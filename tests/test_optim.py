@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.common import words
 from nanochat.adamw import adamw_update
 from nanochat.config import Learning
 from nanochat.gpt import GPT, GPTConfig
@@ -19,8 +20,11 @@ CONFIG = GPTConfig(
 )
 
 
+TOKENS = [bytes([i % 256]) * (1 + i % 3) for i in range(300)]
+
+
 def make(**settings: Any) -> tuple[GPT, Optimizer]:
-    model = GPT(CONFIG).init_weights(0)
+    model = GPT(CONFIG).init_weights(0, TOKENS)
     rules = parameter_rules(model, Learning(), width=CONFIG.n_embd, weight_decay=0.1)
     return model, Optimizer(model, rules, muon_dtype=torch.float32, **settings)
 
@@ -41,6 +45,7 @@ def test_every_parameter_has_its_rule() -> None:
     learning = Learning()
     assert rules["blocks.0.mlp.up.weight"].lr == learning.matrix_lr / 2
     assert rules["embedding.weight"].lr == learning.embedding_lr / 2
+    assert rules["byte_embedding.weight"].lr == learning.embedding_lr / 2
     assert rules["value_embeddings.0.weight"].lr == learning.embedding_lr / 2
     assert rules["head.weight"].lr == learning.head_lr / 2
     assert rules["blocks.0.attention.value_gate.weight"].lr == learning.gate_lr / 2
@@ -48,7 +53,7 @@ def test_every_parameter_has_its_rule() -> None:
     assert rules["residual_scale"].lr == learning.scalar_lr / 2
     halved = parameter_rules(model, Learning(bf16_transfers=True), width=768)
     tables = [name for name, rule in halved.items() if rule.bf16_transfers]
-    assert tables == [n for n in rules if n.startswith(("embedding", "value_embed", "head"))]
+    assert tables == [n for n in rules if "embedding" in n or n == "head.weight"]
     in_units = [name for unit in optimizer.units for name in unit.names]
     assert sorted(in_units) == sorted(rules), "each in one unit, none left out"
 
@@ -64,7 +69,7 @@ def test_width_scales_adamw_only() -> None:
 
 
 def test_moving_into_buffers_changes_no_value() -> None:
-    fresh = GPT(CONFIG).init_weights(0)
+    fresh = GPT(CONFIG).init_weights(0, words(CONFIG.vocab_size))
     model, _ = make()
     for (name, a), b in zip(model.named_parameters(), fresh.parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -137,7 +142,7 @@ def test_step_equals_the_rules_applied_one_by_one() -> None:
             torch.testing.assert_close(p.detach(), expected[name], rtol=1e-5, atol=1e-6)
     assert all(
         (expected[name] != q).any()
-        for name, q in GPT(CONFIG).init_weights(0).named_parameters()
+        for name, q in GPT(CONFIG).init_weights(0, TOKENS).named_parameters()
         if name not in ("first_scale",)
     ), "everything moved"
 

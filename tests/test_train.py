@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.common import words
 from nanochat import runtime
 from nanochat.attention import make_layout
 from nanochat.config import Learning
@@ -29,7 +30,7 @@ RUNTIME = runtime.single()
 
 
 def make(dtype: torch.dtype = torch.float32) -> tuple[GPT, Optimizer]:
-    model = GPT(CONFIG, dtype).init_weights(0)
+    model = GPT(CONFIG, dtype).init_weights(0, words(CONFIG.vocab_size))
     with torch.no_grad():  # so that every parameter has a gradient from the first step
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
@@ -154,7 +155,7 @@ def test_accumulation_does_not_change_the_first_steps() -> None:
     """From the real initialisation, where some gradients are zero but for rounding."""
     scalars = []
     for cuts in ((0, 8), (0, 1, 2, 8)):
-        model = GPT(CONFIG).init_weights(0)
+        model = GPT(CONFIG).init_weights(0, words(CONFIG.vocab_size))
         rules = parameter_rules(model, Learning(), width=16)
         optimizer = Optimizer(model, rules, muon_dtype=torch.float32)
         for seed in range(3):

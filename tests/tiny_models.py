@@ -33,7 +33,8 @@ def tiny_model(
         "context_length": 96,
         "windows": (8, 0, 5),
     }
-    model = kind(GPTConfig(**{**settings, **overrides}), dtype).init_weights(seed)
+    config = GPTConfig(**{**settings, **overrides})
+    model = kind(config, dtype).init_weights(seed, tiny_tokenizer().ranks)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():

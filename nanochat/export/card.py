@@ -47,7 +47,7 @@ def model_card(
         architecture, usage = "`nanochat` in mlx-lm", MLX_USAGE
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         library=names,
-        parameters=f"{sum(model.num_parameters().values()) / 1e6:,.1f}",
+        parameters=f"{sum(w.numel() for w in model.plain_weights().values()) / 1e6:,.1f}",
         version=__version__,
         origin=f", stage `{stage}`, run `{tag}`, step {step:,}" if stage else "",
         architecture=architecture,

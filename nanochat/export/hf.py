@@ -15,7 +15,7 @@ import random
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -250,7 +250,7 @@ def mlx_name(name: str) -> str:
 def hf_tensors(model: GPT) -> dict[str, torch.Tensor]:
     """Parameters by their new names; embeddings and head without padding rows."""
     tensors = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.plain_weights().items():
         if "embedding" in name or name == "head.weight":
             tensor = tensor[: model.config.vocab_size]
         tensors[hf_name(name)] = tensor.detach().cpu().contiguous()
@@ -292,8 +292,9 @@ def model_class(portable: bool) -> Any:
 def check(folder: Path, model: GPT, tokenizer: Tokenizer, *, texts: int = 1000) -> Check:
     """Load an exported folder and compare it with its origin, both in float32 on the CPU.
 
-    If weights were saved in another dtype, the model's weights are rounded to it first. Raises
-    RuntimeError if logits or ids differ, or if transformers invented or ignored a weight.
+    If weights were saved in another dtype, the model's weights (`GPT.plain_weights`) are rounded to
+    it first. Raises RuntimeError if logits or ids differ, or if transformers invented or ignored a
+    weight.
     """
     from transformers import PreTrainedTokenizerFast
     from transformers import __version__ as transformers_version
@@ -305,9 +306,10 @@ def check(folder: Path, model: GPT, tokenizer: Tokenizer, *, texts: int = 1000) 
         raise RuntimeError(f"transformers does not load all of {folder}: {loading}")
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         saved = file.get_tensor("lm_head.weight").dtype
-    ours = GPT(model.config)
+    ours = GPT(replace(model.config, spelling_bytes=0))
+    weights = model.plain_weights()
     for name, parameter in ours.named_parameters():
-        parameter.copy_(model.get_parameter(name).to(saved))
+        parameter.copy_(weights[name].to(saved))
     generator = torch.Generator().manual_seed(0)
     length = min(model.config.context_length, CHECKED_TOKENS)
     ids = torch.randint(0, model.config.vocab_size, (2, length), generator=generator)

@@ -139,6 +139,7 @@ class Decoder:
             )
         if compiled and model.device.type != "cuda":
             raise UserError(f"--cuda-graphs works on CUDA devices, not on {model.device.type}")
+        model = model.plain()
         self.config = config = model.config
         self.compute_dtype = model.compute_dtype
         self.device = model.device
@@ -352,7 +353,7 @@ def _fast_norm(x: torch.Tensor) -> torch.Tensor:
     """
     C = x.shape[-1]
     root = C**0.5
-    rows = x.reshape(-1, C)
+    rows = x.reshape(-1, C).contiguous()  # the kernel takes the rows for contiguous
     if root % 1:  # the kernel would round this length to the dtype of x
         rows = rows.float()
     lengths = rows.new_full((len(rows), 1), root)

@@ -11,6 +11,7 @@ import torch
 import yaml
 from tiny_models import tiny_model, tiny_tokenizer
 
+from benchmarks.common import words
 from nanochat.errors import UserError
 from nanochat.eval.core import describe_core, evaluate_core, load_bundle
 from nanochat.eval.options import GPTScorer, LogitsScorer
@@ -219,7 +220,7 @@ def tiny_gpt(context_length: int = 200) -> GPT:
         vocab_size=V, n_layer=2, n_head=2, n_kv_head=1, n_embd=16, head_dim=8,
         context_length=context_length, windows=(30, 0),
     )  # fmt: skip
-    model = GPT(config).init_weights(0)
+    model = GPT(config).init_weights(0, words(config.vocab_size))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from benchmarks.common import words
 from nanochat.eval import options as scoring
 from nanochat.eval import results
 from nanochat.eval.options import GPTScorer, LogitsScorer, crop, length_blocks
@@ -26,7 +27,7 @@ def model() -> GPT:
         context_length=CONTEXT,
         windows=(5, 0, 7),
     )
-    model = GPT(config).init_weights(0)
+    model = GPT(config).init_weights(0, words(config.vocab_size))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():  # the initial output projections are zero

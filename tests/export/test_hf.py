@@ -37,6 +37,7 @@ PORTABLE = {
     "value_embeddings": False,
     "residual_scalars": False,
     "token_shift": False,
+    "spelling_bytes": 0,
 }
 MODELS: dict[str, dict[str, Any]] = {
     "portable": PORTABLE,
@@ -57,10 +58,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "windows": (),
         "residual_scalars": False,
         "token_shift": False,
+        "spelling_bytes": 0,
         "n_kv_head": 4,
     },
     "scalars alone": {"windows": (), "value_embeddings": False, "token_shift": False},
     "token shift alone": {"windows": (), "value_embeddings": False, "residual_scalars": False},
+    "portable but for its spelling": {**PORTABLE, "spelling_bytes": 3},
     "narrow heads": {**PORTABLE, "head_dim": 4},
 }
 
@@ -149,7 +152,7 @@ def test_logits_are_equal_with_a_cache(exported: tuple[GPT, Path], chunks: list[
         output = theirs(piece, **{CACHE_FIELD: past}, use_cache=True)
         past = output[CACHE_FIELD]
         pieces.append(output.logits)
-    torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids), rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids), rtol=0, atol=2e-5)
 
 
 @torch.no_grad()
@@ -429,6 +432,7 @@ def test_weights_in_another_dtype(tmp_path: Path) -> None:
         assert result is not None
         assert result.largest_difference < 1e-5
         assert load(tmp_path / "out").dtype == torch.bfloat16
+        model = model.plain()
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16())
         theirs = load(tmp_path / "out", dtype=torch.float32)

@@ -189,7 +189,7 @@ def test_the_rewarded_answer_is_learned_on_held_out_prompts(folder: Path, update
         num_steps=24,
         rollouts={"updates_per_rollout": updates, "prompts_per_step": 8, "max_importance": 1.2},
         evaluating={"eval_every": 8, "sample_every": 8},
-        learning={"lr_scale": 0.4},
+        learning={"lr_scale": 0.6},
     )
     stage = run(folder, cfg)
     assert stage.finished

@@ -133,7 +133,9 @@ else
     case "$profile" in
         cpu)
             vocabulary=4096 problems=256  # whole test splits
-            base=(--depth 4 --context-length 256 --num-steps 440 --save-every 110 --eval-every 110)
+            # A small corpus of one's own would be learned by heart in so many steps.
+            base=(--depth 4 --context-length 256 --num-steps 440 --max-epochs 3 --save-every 110
+                --eval-every 110)
             chat=(--save-every 100 --eval-every 0)
             mid_mix=(customjson:1 identity:5500:1 simplespelling:12500:1 spellingbee:5000:1
                 arithmetic:4500:level=0:1 arithmetic:1500:1 passages:4500:1 ignorance:2500:1

@@ -71,6 +71,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "final_lr": (0, 1),
     "num_steps": (1, 10**9),
     "epochs": (1, 10**6),
+    "max_epochs": (1, 10**6),
     "target_tokens": (1, 10**15),
     "target_flops": (1, 10**30),
     "target_param_data_ratio": (0.000001, 10**6),
@@ -244,6 +245,10 @@ class Duration:
     # The last one, since some stages set epochs by default, and a flag must win over it.
     epochs: int | None = None
     """Passes over all sources; an epoch covers every row exactly once."""
+    max_epochs: int | None = None
+    """Largest number of passes over all sources, whatever else is set: a small corpus then takes
+    fewer steps. Text read four times teaches nearly as much as new text, and then less and less
+    (arXiv 2305.16264)."""
 
     @property
     def counts_epochs(self) -> bool:

@@ -208,17 +208,24 @@ def make_plan(
 ) -> Plan:
     """Resolve every "auto" and count the steps.
 
-    rows_in_epochs(n) is the number of rows in n epochs (for --epochs). schedule is the result of
+    rows_in_epochs(n) is the number of rows in n epochs (for --epochs and --max-epochs; without it,
+    as there is no data yet, --max-epochs counts for nothing). schedule is the result of
     `context_schedule`; it ends with the model's context length. Raises UserError if batch sizes do
     not divide or not even one row fits into memory.
     """
     sequence_length, world_size = config.context_length, machine.world_size
     schedule = schedule or [(sequence_length, Fraction(1))]
-    if duration.counts_epochs and len(schedule) > 1:
-        raise UserError(
-            f"--epochs {duration.epochs} with a --context-schedule: how many rows an epoch has "
-            "depends on their length; give --num-steps or --target-tokens instead"
-        )
+    for flag, passes in (
+        ("epochs", duration.epochs if duration.counts_epochs else None),
+        ("max-epochs", duration.max_epochs),
+    ):
+        if passes is not None and passes < 1:
+            raise UserError(f"--{flag} {passes} must be at least 1")
+        if passes is not None and len(schedule) > 1:
+            raise UserError(
+                f"--{flag} {passes} with a --context-schedule: how many rows an epoch has "
+                "depends on their length; give --num-steps or --target-tokens instead"
+            )
     model = meta_model(config)
     parameters = model.num_parameters()
     scaling = parameters["block_matrices"] + parameters["head"]
@@ -253,8 +260,6 @@ def make_plan(
     if duration.num_steps is not None:
         num_steps = duration.num_steps
     elif duration.counts_epochs and duration.epochs is not None:
-        if duration.epochs < 1:
-            raise UserError(f"--epochs {duration.epochs} must be at least 1")
         if rows_in_epochs is None:
             raise UserError("--epochs needs the encoded data; use --num-steps here")
         num_steps = math.ceil(rows_in_epochs(duration.epochs) * sequence_length / total)
@@ -262,6 +267,9 @@ def make_plan(
         num_steps = max(1, round((tokens or 0) / total))
     if num_steps < 1:
         raise UserError(f"--num-steps {num_steps} must be at least 1")
+    if duration.max_epochs is not None and rows_in_epochs is not None:
+        rows_at_most = rows_in_epochs(duration.max_epochs)
+        num_steps = min(num_steps, math.ceil(rows_at_most * sequence_length / total))
     lr_scale = scaled_lr(total) if learning.lr_scale == "auto" else learning.lr_scale
     weight_decay = (
         scaled_weight_decay(

@@ -82,6 +82,13 @@ def test_other_durations_win_over_epochs() -> None:
     assert plan(batch, {"epochs": 1, "target_tokens": 64_000}).num_steps == 100
 
 
+def test_a_small_corpus_is_not_read_more_often_than_allowed() -> None:
+    batch = {"total_batch_size": 640}
+    for duration in ({"num_steps": 100}, {"target_tokens": 64_000}, {"epochs": 9}):
+        assert plan(batch, {**duration, "max_epochs": 3}, rows=101).num_steps == 31
+    assert plan(batch, {"num_steps": 5, "max_epochs": 3}, rows=101).num_steps == 5
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -92,6 +99,7 @@ def test_other_durations_win_over_epochs() -> None:
         ({"duration": {"num_steps": 0}}, r"num-steps 0"),
         ({"duration": {"num_steps": -3}}, r"num-steps -3"),
         ({"duration": {"epochs": 0}}, r"--epochs 0"),
+        ({"duration": {"num_steps": 9, "max_epochs": 0}}, r"--max-epochs 0"),
         ({"duration": {"target_tokens": 0}}, r"0 tokens"),
         ({"duration": {"target_tokens": -5}}, r"-5 tokens"),
         ({"duration": {"target_flops": 0.0}}, r"0 tokens"),

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from nanochat import __version__, paths
 from nanochat.eval.record import Measurement, chat_core_texts, labels, of_checkpoint, to_show
 from nanochat.gpt import GPT
+from nanochat.memory import parameter_counts
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 MLX_USAGE = """\
@@ -36,6 +38,7 @@ def model_card(
 ) -> str:
     """Write the text of README.md. names: "transformers" or "mlx", whose tensor names are used."""
     config = model.config
+    parameters = sum(parameter_counts(replace(config, spelling_bytes=0)).values())  # as exported
     stage, tag, step = (meta.get(key) for key in ("stage", "tag", "step"))
     remote = "" if config.is_portable else ", trust_remote_code=True"
     new_tokens = min(256, config.context_length // 2)
@@ -47,7 +50,7 @@ def model_card(
         architecture, usage = "`nanochat` in mlx-lm", MLX_USAGE
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         library=names,
-        parameters=f"{sum(w.numel() for w in model.plain_weights().values()) / 1e6:,.1f}",
+        parameters=f"{parameters / 1e6:,.1f}",
         version=__version__,
         origin=f", stage `{stage}`, run `{tag}`, step {step:,}" if stage else "",
         architecture=architecture,

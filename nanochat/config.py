@@ -248,7 +248,7 @@ class Duration:
     max_epochs: int | None = None
     """Largest number of passes over all sources, whatever else is set: a small corpus then takes
     fewer steps. Text read four times teaches nearly as much as new text, and then less and less
-    (arXiv 2305.16264)."""
+    (arXiv 2305.16264). scripts.plan, which reads no data, does not count passes."""
 
     @property
     def counts_epochs(self) -> bool:
